@@ -1,0 +1,87 @@
+// fastgan._C: the kernels as Python functions on addresses and sizes. No torch header: the caller allocates.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <omp.h>
+
+#include <array>
+#include <cstdlib>
+#include <string>
+
+#include "cpu/kernels.h"
+
+namespace py = pybind11;
+using namespace fastgan;
+
+namespace {
+
+using Address = std::uintptr_t; // 0 stands for an absent tensor
+
+template <class T = void> T* at(Address address) { return reinterpret_cast<T*>(address); }
+
+const Kernels& choose_kernels() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  // torch's own variable for its own kernels: one setting holds for both.
+  if (const char* limit = std::getenv("ATEN_CPU_CAPABILITY")) {
+    avx512 = avx512 && std::string(limit) == "avx512";
+    avx2 = avx2 && std::string(limit) != "default";
+  }
+  if (avx512) return avx512_kernels;
+  if (avx2) return avx2_kernels;
+#endif
+  return baseline_kernels;
+}
+const Kernels& kernels = choose_kernels();
+
+NormAct norm_act(int dtype, bool rows, std::array<int64_t, 3> shape, Address x, Address residual, Address weight,
+                 Address bias, bool batch_stats, Address mean, Address var, double eps, int act, double negative_slope) {
+  return {static_cast<DType>(dtype), rows, shape[0], shape[1], shape[2], at(x), at(residual), at(weight), at(bias),
+          batch_stats, at(mean), at(var), eps, static_cast<Act>(act), negative_slope};
+}
+
+Patches patches_of(int dtype, std::array<int64_t, 4> image, std::array<int64_t, 2> positions,
+                   std::array<int64_t, 2> kernel, std::array<int64_t, 2> stride, std::array<int64_t, 2> padding,
+                   std::array<int64_t, 2> dilation) {
+  return {static_cast<DType>(dtype), image[0],  image[1],   image[2],   image[3],    positions[0], positions[1], kernel[0],
+          kernel[1],                 stride[0], stride[1],  padding[0], padding[1],  dilation[0],  dilation[1]};
+}
+
+} // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "C++ kernels of fastgan";
+  py::class_<NormAct>(m, "NormAct").def(py::init(&norm_act));
+  py::class_<Patches>(m, "Patches").def(py::init(&patches_of));
+  using release = py::call_guard<py::gil_scoped_release>;
+
+  m.def("cpu_capability", [] { return kernels.name; }, "The instruction set whose kernels run on this CPU.");
+  m.def("max_threads", &omp_get_max_threads, "How many threads the kernels use: torch.get_num_threads().");
+
+  m.def("batch_norm_act_forward", [](const NormAct& a, Address y) { kernels.batch_norm_act_forward({a, at(y)}); },
+        release());
+  m.def(
+      "batch_norm_act_backward",
+      [](const NormAct& a, Address grad_y, Address grad_x, Address grad_residual, Address grad_weight,
+         Address grad_bias) {
+        kernels.batch_norm_act_backward({a, at(grad_y), at(grad_x), at(grad_residual), at(grad_weight), at(grad_bias)});
+      },
+      release());
+  m.def(
+      "batch_norm_act_double_backward",
+      [](const NormAct& a, Address grad_y, Address ggx, Address ggr, Address ggw, Address ggb, Address g_grad_y,
+         Address g_x, Address g_weight) {
+        kernels.batch_norm_act_double_backward(
+            {a, at(grad_y), at(ggx), at(ggr), at(ggw), at(ggb), at(g_grad_y), at(g_x), at(g_weight)});
+      },
+      release());
+  m.def("image_to_patches", [](const Patches& p, Address image, Address patches) {
+    kernels.image_to_patches(p, at(image), at(patches));
+  }, release());
+  m.def("patches_to_image", [](const Patches& p, Address patches, Address image) {
+    kernels.patches_to_image(p, at(patches), at(image));
+  }, release());
+}

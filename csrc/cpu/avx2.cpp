@@ -1,0 +1,32 @@
+#include "kernels.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma")
+#endif
+
+#define FASTGAN_ISA avx2
+#define FASTGAN_VECTOR_BYTES 32
+#include "kernels.inc"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+namespace fastgan {
+const Kernels avx2_kernels = {"avx2",
+                                 avx2::batch_norm_act_forward,
+                                 avx2::batch_norm_act_backward,
+                                 avx2::batch_norm_act_double_backward,
+                                 avx2::image_to_patches,
+                                 avx2::patches_to_image};
+} // namespace fastgan
+#endif

@@ -1,0 +1,32 @@
+#include "kernels.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#endif
+
+#define FASTGAN_ISA avx512
+#define FASTGAN_VECTOR_BYTES 64
+#include "kernels.inc"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+namespace fastgan {
+const Kernels avx512_kernels = {"avx512",
+                                 avx512::batch_norm_act_forward,
+                                 avx512::batch_norm_act_backward,
+                                 avx512::batch_norm_act_double_backward,
+                                 avx512::image_to_patches,
+                                 avx512::patches_to_image};
+} // namespace fastgan
+#endif

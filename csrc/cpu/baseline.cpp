@@ -1,0 +1,21 @@
+// The instruction set that the compiler assumes anyway (SSE2 on x86-64, NEON on AArch64).
+#include "kernels.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#define FASTGAN_ISA baseline
+#define FASTGAN_VECTOR_BYTES 16
+#include "kernels.inc"
+
+namespace fastgan {
+const Kernels baseline_kernels = {"baseline",
+                                 baseline::batch_norm_act_forward,
+                                 baseline::batch_norm_act_backward,
+                                 baseline::batch_norm_act_double_backward,
+                                 baseline::image_to_patches,
+                                 baseline::patches_to_image};
+} // namespace fastgan

@@ -1,0 +1,72 @@
+// The CPU kernels' contract: plain structs of raw pointers, and one table of functions per instruction set.
+// Nothing here knows torch: one build serves every release of it.
+#pragma once
+#include <cstdint>
+
+namespace fastgan {
+
+enum class DType : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
+enum class Act : int { none = 0, relu = 1, leaky_relu = 2 };
+
+// What the three orders of batch_norm_act share. `acc` stands for float, or double when dtype is float64.
+struct NormAct {
+  DType dtype;
+  bool rows;            // true: memory is (N·S, C), channels innermost; false: (N, C, S)
+  int64_t N, C, S;      // batch, channels, elements of one plane
+  const void* x;        // (N, C, S) dtype
+  const void* residual; // (N, C, S) dtype, or null
+  const void* weight;   // (C,) acc, or null for 1
+  const void* bias;     // (C,) acc, or null for 0
+  bool batch_stats;     // true: the gradient (and, in the forward, the statistics) are the batch's own
+  void* mean;           // (C,) acc; written by the forward when batch_stats
+  void* var;            // (C,) acc, biased; likewise
+  double eps;
+  Act act;
+  double negative_slope;
+};
+
+struct NormActForward : NormAct {
+  void* y; // (N, C, S) dtype
+};
+
+struct NormActBackward : NormAct {
+  const void* grad_y;  // (N, C, S) dtype
+  void* grad_x;        // (N, C, S) dtype, or null when nobody needs it
+  void* grad_residual; // (N, C, S) dtype, or null
+  void* grad_weight;   // (C,) acc, or null
+  void* grad_bias;     // (C,) acc, or null
+};
+
+// Gradients of <ggx, grad_x> + <ggr, grad_residual> + <ggw, grad_weight> + <ggb, grad_bias>.
+struct NormActDoubleBackward : NormAct {
+  const void* grad_y; // (N, C, S) dtype
+  const void* ggx;    // (N, C, S) dtype, or null
+  const void* ggr;    // (N, C, S) dtype, or null
+  const void* ggw;    // (C,) acc, or null
+  const void* ggb;    // (C,) acc, or null
+  void* g_grad_y;     // (N, C, S) dtype
+  void* g_x;          // (N, C, S) dtype
+  void* g_weight;     // (C,) acc
+};
+
+// Convolution as a matrix product: patches of a channels_last image are the rows of a matrix.
+struct Patches {
+  DType dtype;
+  int64_t N, H, W, C;                          // the image
+  int64_t OH, OW;                              // positions of the kernel
+  int64_t kh, kw;                              // kernel size
+  int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+};
+
+struct Kernels {
+  const char* name;
+  void (*batch_norm_act_forward)(const NormActForward&);
+  void (*batch_norm_act_backward)(const NormActBackward&);
+  void (*batch_norm_act_double_backward)(const NormActDoubleBackward&);
+  void (*image_to_patches)(const Patches&, const void* image, void* patches);
+  void (*patches_to_image)(const Patches&, const void* patches, void* image);
+};
+
+extern const Kernels baseline_kernels, avx2_kernels, avx512_kernels;
+
+} // namespace fastgan

@@ -1,0 +1,145 @@
+// Vectors of the accumulation type, and how the four element types are loaded into them and stored from them.
+// GCC and Clang vector extensions: one source for every instruction set, and no intrinsic.
+
+#define FASTGAN_INLINE static inline __attribute__((always_inline))
+
+template <class T, int Bytes> struct VectorOf {
+  typedef T type __attribute__((vector_size(Bytes)));
+};
+using f32v = VectorOf<float, FASTGAN_VECTOR_BYTES>::type;
+using i32v = VectorOf<int32_t, FASTGAN_VECTOR_BYTES>::type;
+using u32v = VectorOf<uint32_t, FASTGAN_VECTOR_BYTES>::type;
+using u16v = VectorOf<uint16_t, FASTGAN_VECTOR_BYTES / 2>::type;
+using f64v = VectorOf<double, FASTGAN_VECTOR_BYTES>::type;
+using i64v = VectorOf<int64_t, FASTGAN_VECTOR_BYTES>::type;
+
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+template <class T> struct Element {
+  using acc = float;
+};
+template <> struct Element<double> {
+  using acc = double;
+};
+template <class T> using acc_t = typename Element<T>::acc;
+
+template <class Acc> struct Lanes;
+template <> struct Lanes<float> {
+  using vec = f32v;
+  using mask = i32v;
+};
+template <> struct Lanes<double> {
+  using vec = f64v;
+  using mask = i64v;
+};
+template <class T> using vec_t = typename Lanes<acc_t<T>>::vec;
+template <class Acc> constexpr int lanes = FASTGAN_VECTOR_BYTES / sizeof(Acc);
+
+template <class To, class From> FASTGAN_INLINE To bits_as(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "a bit cast keeps the size");
+  To to;
+  __builtin_memcpy(&to, &from, sizeof to);
+  return to;
+}
+template <class V, class T> FASTGAN_INLINE V read(const T* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+FASTGAN_INLINE u32v read_u16(const void* p) {
+  return __builtin_convertvector(read<u16v>(static_cast<const uint16_t*>(p)), u32v);
+}
+FASTGAN_INLINE void write_u16(void* p, u32v bits) {
+  const u16v half = __builtin_convertvector(bits, u16v);
+  __builtin_memcpy(p, &half, sizeof half);
+}
+
+FASTGAN_INLINE f32v load(const float* p) { return read<f32v>(p); }
+FASTGAN_INLINE f64v load(const double* p) { return read<f64v>(p); }
+FASTGAN_INLINE f32v load(const bfloat16* p) { return bits_as<f32v>(read_u16(p) << 16); }
+FASTGAN_INLINE f32v load(const float16* p) {
+  const u32v half = read_u16(p), magnitude = half & 0x7fffu;
+  // Multiplying by 2^112 moves the exponent's bias from 15 to 127, subnormals included.
+  u32v bits = bits_as<u32v>(bits_as<f32v>(magnitude << 13) * 0x1p112f);
+  bits = magnitude >= 0x7c00u ? (magnitude << 13) | 0x7f800000u : bits;
+  return bits_as<f32v>(bits | ((half & 0x8000u) << 16));
+}
+
+FASTGAN_INLINE void store(float* p, f32v v) { __builtin_memcpy(p, &v, sizeof v); }
+FASTGAN_INLINE void store(double* p, f64v v) { __builtin_memcpy(p, &v, sizeof v); }
+// Both 16-bit stores round to nearest, ties to even.
+FASTGAN_INLINE void store(bfloat16* p, f32v v) {
+  const u32v bits = bits_as<u32v>(v);
+  const u32v rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  write_u16(p, v != v ? (bits >> 16) | 0x40u : rounded);
+}
+FASTGAN_INLINE void store(float16* p, f32v v) {
+  const u32v bits = bits_as<u32v>(v), magnitude = bits & 0x7fffffffu;
+  const u32v normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Below 2^-14 the sum with 0.5 leaves the subnormal's bits, rounded, in the low end of the mantissa.
+  const u32v subnormal = bits_as<u32v>(bits_as<f32v>(magnitude) + 0.5f) - 0x3f000000u;
+  const u32v special = magnitude > 0x7f800000u ? u32v{} + 0x7e00u : u32v{} + 0x7c00u;
+  const u32v finite = magnitude < 0x38800000u ? subnormal : normal;
+  write_u16(p, (magnitude >= 0x47800000u ? special : finite) | ((bits >> 16) & 0x8000u));
+}
+
+// The first n < lanes elements; the other lanes are zero.
+template <class T> FASTGAN_INLINE vec_t<T> load_part(const T* p, int n) {
+  T whole[lanes<acc_t<T>>] = {};
+  __builtin_memcpy(whole, p, n * sizeof(T));
+  return load(whole);
+}
+template <class T> FASTGAN_INLINE void store_part(T* p, vec_t<T> v, int n) {
+  T whole[lanes<acc_t<T>>];
+  store(whole, v);
+  __builtin_memcpy(p, whole, n * sizeof(T));
+}
+template <class T> FASTGAN_INLINE vec_t<T> load(const T* p, int n) {
+  return n == lanes<acc_t<T>> ? load(p) : load_part(p, n);
+}
+template <class T> FASTGAN_INLINE void store(T* p, vec_t<T> v, int n) {
+  if (n == lanes<acc_t<T>>)
+    store(p, v);
+  else
+    store_part(p, v, n);
+}
+
+template <class Acc> FASTGAN_INLINE typename Lanes<Acc>::vec broadcast(Acc value) {
+  return typename Lanes<Acc>::vec{} + value;
+}
+// All ones in the first n lanes.
+template <class Acc> FASTGAN_INLINE typename Lanes<Acc>::mask first_lanes(int n) {
+  typename Lanes<Acc>::mask index;
+  for (int i = 0; i < lanes<Acc>; ++i) index[i] = i;
+  return index < n;
+}
+// v where the mask is set, else zero.
+template <class V, class M> FASTGAN_INLINE V keep(M mask, V v) { return bits_as<V>(mask & bits_as<M>(v)); }
+
+template <class Acc> FASTGAN_INLINE Acc sum(typename Lanes<Acc>::vec v) {
+  Acc total = 0;
+  for (int i = 0; i < lanes<Acc>; ++i) total += v[i];
+  return total;
+}
+
+FASTGAN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+FASTGAN_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+FASTGAN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Scratch memory. (std::vector would be instantiated once for all instruction sets.)
+template <class T> struct Scratch {
+  T* data;
+  explicit Scratch(int64_t count) : data(static_cast<T*>(::operator new(larger(count, 1) * sizeof(T)))) {}
+  ~Scratch() { ::operator delete(data); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  T& operator[](int64_t i) const { return data[i]; }
+};
+
+// Starting a parallel region costs microseconds: below this many elements one thread is faster.
+constexpr int64_t parallel_threshold = 32768;

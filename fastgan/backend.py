@@ -1,0 +1,64 @@
+"""Which implementation serves a device: C++ on the CPU, Triton on CUDA, the definition in plain torch everywhere else.
+
+`FASTGAN_BACKEND` names one instead: ``auto`` (the default), ``cpp``, ``triton`` or ``reference``. An automatic choice
+falls back to the definition; one asked for by name that cannot serve raises `RuntimeError` with the reason.
+"""
+
+import functools
+import importlib
+import os
+from typing import Literal, cast
+
+import torch
+
+Backend = Literal["cpp", "triton", "reference"]
+
+
+@functools.cache
+def obstacle(backend: Backend, device_type: str) -> str | None:
+    """Why `backend` cannot serve tensors on `device_type`; None when it can."""
+    if backend == "reference":
+        return None
+    if backend == "cpp":
+        if device_type != "cpu":
+            return f"the C++ kernels serve CPU tensors, not {device_type}"
+        try:
+            importlib.import_module("fastgan._C")
+        except ImportError as error:
+            return f"fastgan._C is not there ({error}): install a C++ compiler, then reinstall fastgan"
+        return None
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device_type != "cuda" and not (device_type == "cpu" and interpreted):
+        return f"the Triton kernels serve CUDA tensors, not {device_type} (TRITON_INTERPRET=1 runs them slowly on the CPU)"
+    try:
+        importlib.import_module("fastgan_kernels")
+    except ImportError as error:
+        return f"Triton is not there ({error}): pip install triton"
+    return None
+
+
+@functools.cache
+def _serving(device_type: str) -> Backend:
+    requested = os.environ.get("FASTGAN_BACKEND", "auto")
+    if requested == "auto":
+        native: Backend = "triton" if device_type == "cuda" else "cpp"
+        return native if obstacle(native, device_type) is None else "reference"
+    if requested not in ("cpp", "triton", "reference"):
+        raise RuntimeError(f"FASTGAN_BACKEND={requested}: it must be auto, cpp, triton or reference")
+    backend = cast(Backend, requested)
+    reason = obstacle(backend, device_type)
+    if reason is not None:
+        raise RuntimeError(f"FASTGAN_BACKEND={requested}: {reason}")
+    return backend
+
+
+@torch.compiler.assume_constant_result
+def serving(device_type: str) -> Backend:
+    """The backend that serves the operators on `device_type` ("cpu", "cuda", …). Decided once for each device type."""
+    return _serving(device_type)
+
+
+def reset() -> None:
+    """Decide again: the environment has changed."""
+    _serving.cache_clear()
+    obstacle.cache_clear()

@@ -1,0 +1,13 @@
+"""The operators as functions: arguments in the order of `torch.nn.functional`."""
+
+from fastgan.ops.conv import conv2d, conv_transpose2d
+from fastgan.ops.conv_norm_act import conv2d_batch_norm_act, conv_transpose2d_batch_norm_act
+from fastgan.ops.norm_act import batch_norm_act
+
+__all__ = [
+    "batch_norm_act",
+    "conv2d",
+    "conv2d_batch_norm_act",
+    "conv_transpose2d",
+    "conv_transpose2d_batch_norm_act",
+]

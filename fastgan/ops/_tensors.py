@@ -1,0 +1,61 @@
+"""What the operators share about tensors: memory layouts, accumulation types, addresses, and what autograd will use."""
+
+import math
+
+import torch
+from torch import Tensor
+
+# The order of `enum class DType` in csrc/cpu/kernels.h.
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of sums and statistics: float64 for float64, float32 for the rest."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the channels of a 4-d or 5-d tensor lie innermost, and not merely because a dimension is 1."""
+    if x.dim() not in (4, 5) or x.is_contiguous():
+        return False
+    return x.stride(1) == 1
+
+
+def dense(x: Tensor, channels_last: bool) -> Tensor:
+    """`x` itself where it lies densely in the layout, else a copy that does."""
+    if not channels_last:
+        return x.contiguous()
+    return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
+
+
+def planes(x: Tensor) -> tuple[int, int, int]:
+    """(batch, channels, elements of one plane)."""
+    return x.shape[0], x.shape[1], math.prod(x.shape[2:])
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def remember_edges(ctx, inputs: tuple) -> None:
+    """Note in a `setup_context` which of autograd's edges belongs to which argument: only tensors have one."""
+    tensors = [i for i, value in enumerate(inputs) if isinstance(value, Tensor)]
+    ctx.edges = {argument: edge for edge, argument in enumerate(tensors)}
+
+
+def will_use(ctx, index: int) -> bool:
+    """Whether the running backward pass will use the gradient of the forward's argument `index` (`remember_edges` first).
+
+    `ctx.needs_input_grad` is True also where `autograd.grad(..., inputs=...)` throws the gradient away. The engine knows,
+    but only tells through a private function: without it the gradient counts as used.
+    """
+    if not ctx.needs_input_grad[index]:
+        return False
+    will_execute = getattr(torch._C, "_will_engine_execute_node", None)
+    if will_execute is None:
+        return True
+    try:
+        node = ctx.next_functions[ctx.edges[index]][0]
+        return node is None or will_execute(node)
+    except RuntimeError:  # the target is a leaf
+        return True

@@ -1,0 +1,6 @@
+"""The vocabulary of the operators' settings."""
+
+from typing import Literal
+
+# The order of `enum class Act` in csrc/cpu/kernels.h.
+Act = Literal["none", "relu", "leaky_relu"]

@@ -1,0 +1,403 @@
+"""2-d convolution and transposed convolution whose derivatives are convolutions again, to every order.
+
+The arithmetic is the vendor's, called in the layout and the form that is fast: oneDNN or cuDNN on channels_last tensors, or
+one matrix product over patches where the weight is large beside the image (oneDNN reorders all of it at every call) or the
+image has few channels.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgan import backend
+from fastgan.ops._tensors import DTYPES, dense, is_channels_last, remember_edges, will_use
+
+Size2 = int | Sequence[int]
+
+# ── Definition ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Size2,
+    padding: Size2,
+    dilation: Size2,
+    transposed: bool,
+    output_padding: Size2,
+    groups: int,
+) -> Tensor:
+    """Both convolutions in plain torch."""
+    if transposed:
+        return F.conv_transpose2d(x, weight, bias, stride, padding, output_padding, groups, dilation)
+    return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+
+def output_shape(
+    x: Tensor, weight: Tensor, stride, padding, dilation, transposed: bool, output_padding, groups: int
+) -> tuple[int, int, int, int]:
+    reach = [dilation[i] * (weight.shape[2 + i] - 1) + 1 for i in range(2)]
+    if transposed:
+        h, w = ((x.shape[2 + i] - 1) * stride[i] - 2 * padding[i] + reach[i] + output_padding[i] for i in range(2))
+        return x.shape[0], weight.shape[1] * groups, h, w
+    h, w = ((x.shape[2 + i] + 2 * padding[i] - reach[i]) // stride[i] + 1 for i in range(2))
+    return x.shape[0], weight.shape[0], h, w
+
+
+# ── Schema ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_SETTINGS = "int[2] stride, int[2] padding, int[2] dilation, bool transposed, int[2] output_padding, int groups"
+torch.library.define(
+    "fastgan::convolution",
+    f"(Tensor x, Tensor weight, Tensor? bias, {_SETTINGS}) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "fastgan::convolution_weight_grad",
+    f"(Tensor grad_y, Tensor x, SymInt[] weight_shape, {_SETTINGS}) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.register_fake("fastgan::convolution")
+def _(x, weight, bias, *settings):
+    y = torch.ops.aten.convolution(x, weight, bias, *settings)
+    return dense(y, channels_last=True) if x.device.type == "cpu" else y
+
+
+@torch.library.register_fake("fastgan::convolution_weight_grad")
+def _(grad_y, x, weight_shape, *settings):
+    return x.new_empty(weight_shape)
+
+
+# ── Gradient ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# y = convolution(x, w) is bilinear. Its gradient in x is the other kind of convolution of grad_y with w, its gradient in w
+# is convolution_weight_grad(grad_y, x), which is bilinear too: <ggw, weight_grad(g, x)> = <g, convolution(x, ggw)>.
+
+
+def _input_grad(grad_y: Tensor, weight: Tensor, input_size, settings) -> Tensor:
+    stride, padding, dilation, transposed, _, groups = settings
+    output_padding = [0, 0]
+    if not transposed:
+        output_padding = [
+            input_size[i]
+            - ((grad_y.shape[2 + i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (weight.shape[2 + i] - 1) + 1)
+            for i in range(2)
+        ]
+    return torch.ops.fastgan.convolution(
+        grad_y, weight, None, stride, padding, dilation, not transposed, output_padding, groups
+    )
+
+
+def _save_convolution(ctx, inputs, output) -> None:
+    x, weight, _, *ctx.settings = inputs
+    ctx.save_for_backward(x, weight)
+    remember_edges(ctx, inputs)
+
+
+def _backward(ctx, grad_y):
+    x, weight = ctx.saved_tensors
+    grad_x = grad_weight = grad_bias = None
+    if will_use(ctx, 0):
+        grad_x = _input_grad(grad_y, weight, x.shape[2:], ctx.settings)
+    if will_use(ctx, 1):
+        grad_weight = torch.ops.fastgan.convolution_weight_grad(grad_y, x, weight.shape, *ctx.settings)
+    if will_use(ctx, 2):
+        grad_bias = grad_y.sum((0, 2, 3))
+    return grad_x, grad_weight, grad_bias, *[None] * len(ctx.settings)
+
+
+torch.library.register_autograd("fastgan::convolution", _backward, setup_context=_save_convolution)
+
+
+def _save_weight_grad(ctx, inputs, output) -> None:
+    grad_y, x, _, *ctx.settings = inputs
+    ctx.save_for_backward(grad_y, x)
+    remember_edges(ctx, inputs)
+
+
+def _weight_grad_backward(ctx, ggw):
+    grad_y, x = ctx.saved_tensors
+    g_grad_y = grad_x = None
+    if will_use(ctx, 0):
+        g_grad_y = torch.ops.fastgan.convolution(x, ggw, None, *ctx.settings)
+    if will_use(ctx, 1):
+        grad_x = _input_grad(grad_y, ggw, x.shape[2:], ctx.settings)
+    return g_grad_y, grad_x, None, *[None] * len(ctx.settings)
+
+
+torch.library.register_autograd(
+    "fastgan::convolution_weight_grad", _weight_grad_backward, setup_context=_save_weight_grad
+)
+
+
+# ── Kernels ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _vendor_convolution(x, weight, bias, *settings):
+    return torch.ops.aten.convolution(x, weight, bias, *settings)
+
+
+def _vendor_weight_grad(grad_y, x, weight_shape, *settings):
+    weight = x.new_empty(weight_shape)  # only its shape is read
+    mask = [False, True, False]
+    return torch.ops.aten.convolution_backward(grad_y, x, weight, None, *settings, mask)[1]
+
+
+class _Patches(NamedTuple):
+    """A convolution as a matrix product: a row for each position of the kernel, a column for each element under it."""
+
+    image: tuple[int, int, int, int]  # (N, C, H, W)
+    positions: tuple[int, int]
+    kernel: tuple[int, int]
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+
+    @property
+    def rows(self) -> int:
+        return self.image[0] * self.positions[0] * self.positions[1]
+
+    @property
+    def columns(self) -> int:
+        return self.kernel[0] * self.kernel[1] * self.image[1]
+
+    @property
+    def is_image(self) -> bool:
+        """Whether each image is one patch: a convolution to or from 1×1."""
+        return self.positions == (1, 1) and self.kernel == self.image[2:] and not any(self.padding)
+
+    def of(self, image: Tensor) -> Tensor:
+        """(N, C, H, W), channels_last -> (rows, columns)."""
+        if self.is_image:
+            return image.permute(0, 2, 3, 1).reshape(self.rows, self.columns)
+        patches = image.new_empty(self.rows, self.columns)
+        self._call("image_to_patches", image, patches)
+        return patches
+
+    def image_of(self, left: Tensor, right: Tensor) -> Tensor:
+        """The image whose patches are left @ right; where they overlap they add up."""
+        image = _new_image(left, self.image)
+        if self.is_image:
+            torch.mm(left, right, out=image.permute(0, 2, 3, 1).view(self.rows, self.columns))
+        else:
+            self._call("patches_to_image", left @ right, image)
+        return image
+
+    def _call(self, kernel: str, source: Tensor, target: Tensor) -> None:
+        from fastgan import _C
+
+        n, c, h, w = self.image
+        geometry = _C.Patches(
+            DTYPES[source.dtype], (n, h, w, c), self.positions, self.kernel, self.stride, self.padding, self.dilation
+        )
+        getattr(_C, kernel)(geometry, source.data_ptr(), target.data_ptr())
+
+
+# Patches pay where the matrix of them has at most this many times the elements of the weight. Above, writing it costs more
+# than oneDNN's reordering of the weight. Measured on two cores with AVX-512 and AMX: float32 products run at 0.8 of the
+# speed of oneDNN's convolution, bfloat16 ones at the same speed, and its bfloat16 weight gradient is slow.
+_PATCHES_PER_WEIGHT = {torch.float32: 3.0, torch.bfloat16: 6.0}
+_PATCHES_PER_WEIGHT_GRAD = {torch.float32: 3.0, torch.bfloat16: 32.0}
+_FEW_CHANNELS = 4  # images for which the transposed convolution of oneDNN leaves most vector lanes empty
+
+
+def _patches(
+    image_shape, small_shape, kernel, settings, most: dict[torch.dtype, float], dtype: torch.dtype, scatters: bool
+) -> _Patches | None:
+    """The patches to use, or None where the vendor's convolution is faster (`settings`: of the operator).
+
+    `small_shape` (N, C', OH, OW) is the other end of the convolution; `scatters`: the image is what is computed.
+    """
+    stride, padding, dilation, _, _, groups = settings
+    patches = _Patches(tuple(image_shape), tuple(small_shape[2:]), tuple(kernel), stride, padding, dilation)
+    if groups != 1 or patches.rows == 0 or patches.columns == 0:
+        return None
+    if patches.is_image:
+        return patches
+    if backend.serving("cpu") != "cpp":
+        return None
+    if scatters and image_shape[1] <= _FEW_CHANNELS:
+        return patches
+    return patches if patches.rows <= most.get(dtype, most[torch.float32]) * small_shape[1] else None
+
+
+def _every_tap_meets(image_shape, small_shape, kernel, settings) -> bool:
+    """Whether every element of the kernel lies on the image at some position."""
+    stride, padding, dilation, *_ = settings
+    return all(
+        any(0 <= o * stride[i] - padding[i] + tap * dilation[i] < image_shape[2 + i] for o in range(small_shape[2 + i]))
+        for i in range(2)
+        for tap in range(kernel[i])
+    )
+
+
+def _new_image(like: Tensor, shape: Sequence[int]) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def _matrix(x: Tensor) -> Tensor:
+    """(N, C, H, W), channels_last -> (N·H·W, C)."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def _cpu_convolution(x, weight, bias, *settings):
+    x = dense(x, channels_last=True)
+    kernel, size = weight.shape[2:], output_shape(x, weight, *settings)
+    if settings[3]:  # transposed
+        patches = _patches(size, x.shape, kernel, settings, _PATCHES_PER_WEIGHT, x.dtype, scatters=True)
+        if patches is not None:
+            y = patches.image_of(_matrix(x), _matrix_of_weight(weight))
+            return y if bias is None else y.add_(bias.view(-1, 1, 1))
+    else:
+        patches = _patches(x.shape, size, kernel, settings, _PATCHES_PER_WEIGHT, x.dtype, scatters=False)
+        if patches is not None:
+            y = _new_image(x, size)
+            torch.mm(patches.of(x), _matrix_of_weight(weight).t(), out=_matrix(y))
+            return y if bias is None else y.add_(bias.view(-1, 1, 1))
+    return dense(_vendor_convolution(x, weight, bias, *settings), channels_last=True)
+
+
+def _matrix_of_weight(weight: Tensor) -> Tensor:
+    """(C', C, kh, kw) -> (C', kh·kw·C), the order of the columns of patches."""
+    return dense(weight, channels_last=True).permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
+
+
+def _cpu_weight_grad(grad_y, x, weight_shape, *settings):
+    grad_y, x = dense(grad_y, channels_last=True), dense(x, channels_last=True)
+    image, small = (grad_y, x) if settings[3] else (x, grad_y)
+    kernel = weight_shape[2:]
+    patches = _patches(image.shape, small.shape, kernel, settings, _PATCHES_PER_WEIGHT_GRAD, x.dtype, scatters=False)
+    if patches is None:
+        # oneDNN leaves the 16-bit gradient of a tap that only ever meets padding unwritten; the float32 one it zeroes.
+        wide = x.dtype.itemsize == 2 and not _every_tap_meets(image.shape, small.shape, kernel, settings)
+        dtype = torch.float32 if wide else x.dtype
+        grad = _vendor_weight_grad(grad_y.to(dtype), x.to(dtype), weight_shape, *settings)
+        return grad.to(x.dtype).contiguous()
+    grad = _matrix(small).t() @ patches.of(image)
+    return grad.view(weight_shape[0], *kernel, weight_shape[1]).permute(0, 3, 1, 2).contiguous()
+
+
+torch.library.impl("fastgan::convolution", "CompositeExplicitAutograd", _vendor_convolution)
+torch.library.impl("fastgan::convolution", "cpu", _cpu_convolution)
+torch.library.impl("fastgan::convolution_weight_grad", "CompositeExplicitAutograd", _vendor_weight_grad)
+torch.library.impl("fastgan::convolution_weight_grad", "cpu", _cpu_weight_grad)
+
+
+# ── The functions ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size2 = 1,
+    padding: Size2 = 0,
+    dilation: Size2 = 1,
+    groups: int = 1,
+    *,
+    keep_layout: bool = True,
+) -> Tensor:
+    """`torch.nn.functional.conv2d` (the cross-correlation of x with weight, plus bias) in the fast layout.
+
+    Args:
+        x: (N, C, H, W), of any strides; float32, float64, bfloat16 or float16. Under autocast x, weight and bias are cast.
+        weight: (C', C / groups, kh, kw). bias: (C',).
+        keep_layout: return the layout that stock torch returns: channels_last if x or weight is, else NCHW. Otherwise the
+            layout comes as it is fast, for the next convolution.
+
+    Twice differentiable and more: every derivative is one of two operators, so no order computes what nobody asks for.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes, devices or settings that do not fit; the message names the argument.
+    """
+    return convolve(x, weight, bias, (stride, padding, dilation, False, 0, groups), keep_layout)
+
+
+def conv_transpose2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size2 = 1,
+    padding: Size2 = 0,
+    output_padding: Size2 = 0,
+    groups: int = 1,
+    dilation: Size2 = 1,
+    *,
+    keep_layout: bool = True,
+) -> Tensor:
+    """`torch.nn.functional.conv_transpose2d` in the fast layout: the gradient of `conv2d` in its input.
+
+    weight is (C, C' / groups, kh, kw); the output has (H − 1)·stride − 2·padding + dilation·(kh − 1) + output_padding + 1
+    rows. All else is as in `conv2d`.
+    """
+    return convolve(x, weight, bias, (stride, padding, dilation, True, output_padding, groups), keep_layout)
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple, keep_layout: bool) -> Tensor:
+    """Both functions; `settings` are those of the operator, each size one number or two."""
+    stride, padding, dilation, transposed, output_padding, groups = settings
+    x, weight, bias = _cast_for_autocast(x, weight, bias)
+    check_convolution(x, weight, bias, transposed, groups)
+    stride, padding, dilation, output_padding = map(_pair, (stride, padding, dilation, output_padding))
+    settings = (stride, padding, dilation, transposed, output_padding, groups)
+    shape = output_shape(x, weight, *settings)
+    if min(shape[2:]) < 1:
+        raise ValueError(f"x of shape {tuple(x.shape)} is too small for weight {tuple(weight.shape)}: no output is left")
+    # An output_padding of stride or more is legal below the dilation; the gradient is then no plain convolution.
+    overhangs = transposed and any(o >= s for o, s in zip(output_padding, stride, strict=True))
+    if overhangs or x.numel() == 0 or backend.serving(x.device.type) == "reference":
+        return reference(x, weight, bias, *settings)
+    stock_is_channels_last = is_channels_last(x) or is_channels_last(weight)
+    y = torch.ops.fastgan.convolution(dense(x, channels_last=True) if _prefers_rows(x) else x, weight, bias, *settings)
+    return dense(y, stock_is_channels_last) if keep_layout else y
+
+
+def _prefers_rows(x: Tensor) -> bool:
+    """Whether convolutions of such tensors are faster in channels_last: on CUDA, tensor cores read 16-bit NHWC."""
+    return x.device.type == "cpu" or x.dtype in (torch.float16, torch.bfloat16)
+
+
+def _cast_for_autocast(*tensors: Tensor | None) -> tuple:
+    x = tensors[0]
+    if x is None or not torch.is_autocast_enabled(x.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(x.device.type)
+    eligible = (torch.float32, torch.float16, torch.bfloat16)
+    return tuple(t.to(dtype) if t is not None and t.dtype in eligible else t for t in tensors)
+
+
+def _pair(value: Size2) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    first, *rest = value
+    return first, rest[0] if rest else first
+
+
+def check_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, groups: int) -> None:
+    """Raise what the functions say they raise of their tensors."""
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x must be float32, float64, bfloat16 or float16, not {x.dtype}")
+    if x.dim() != 4:
+        raise ValueError(f"x must have shape (N, C, H, W), not {tuple(x.shape)}")
+    if weight.dim() != 4:
+        raise ValueError(f"weight must have 4 dimensions, not shape {tuple(weight.shape)}")
+    if groups < 1 or weight.shape[0] % groups:
+        raise ValueError(f"groups must divide weight's {weight.shape[0]} channels, not be {groups}")
+    channels = weight.shape[0] if transposed else weight.shape[1] * groups
+    if x.shape[1] != channels:
+        raise ValueError(f"x must have {channels} channels to fit weight {tuple(weight.shape)}, not {x.shape[1]}")
+    outputs = weight.shape[1] * groups if transposed else weight.shape[0]
+    if bias is not None and bias.shape != (outputs,):
+        raise ValueError(f"bias must have shape ({outputs},) to fit weight, not {tuple(bias.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.dtype != x.dtype:
+            raise TypeError(f"{name} must be {x.dtype} like x, not {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}")

@@ -1,0 +1,462 @@
+"""Batch normalisation, residual addition and activation in one operator, exact to the second derivative."""
+
+import importlib
+from typing import get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgan import backend
+from fastgan.ops._tensors import DTYPES, accumulation_dtype, address, dense, is_channels_last, planes
+from fastgan.ops._types import Act
+
+# ── Definition ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def activate(x: Tensor, act: Act, negative_slope: float) -> Tensor:
+    if act == "relu":
+        return F.relu(x)
+    return F.leaky_relu(x, negative_slope) if act == "leaky_relu" else x
+
+
+def activate_(x: Tensor, act: Act, negative_slope: float) -> Tensor:
+    """`activate` on a tensor that nobody else holds."""
+    if act == "none":
+        return x
+    return F.relu(x, inplace=True) if act == "relu" else F.leaky_relu(x, negative_slope, inplace=True)
+
+
+def reference(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+    *,
+    act: Act = "relu",
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """`batch_norm_act` in plain torch."""
+    y = F.batch_norm(x, running_mean, running_var, weight, bias, training, float(momentum), eps)
+    if residual is not None:
+        y = y + residual
+    return activate(y, act, negative_slope)
+
+
+# ── Schema ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# `mean` and `var` are given in evaluation; where they are absent the batch's own are used and returned. What an operator
+# need not compute it returns as an empty tensor.
+
+torch.library.define(
+    "fastgan::batch_norm_act",
+    "(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mean, Tensor? var, float eps, str act, "
+    "float negative_slope) -> (Tensor y, Tensor mean, Tensor var)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "fastgan::batch_norm_act_backward",
+    "(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor mean, Tensor var, bool training, "
+    "float eps, str act, float negative_slope, bool needs_x, bool needs_params, bool needs_residual) "
+    "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "fastgan::batch_norm_act_double_backward",
+    "(Tensor? ggx, Tensor? ggw, Tensor? ggb, Tensor? ggr, Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, "
+    "Tensor? residual, Tensor mean, Tensor var, bool training, float eps, str act, float negative_slope) "
+    "-> (Tensor g_grad_y, Tensor g_x, Tensor g_weight)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+def _empty_statistics(x: Tensor, count: int) -> Tensor:
+    return x.new_empty(count, dtype=accumulation_dtype(x.dtype))
+
+
+@torch.library.register_fake("fastgan::batch_norm_act")
+def _(x, weight, bias, residual, mean, var, eps, act, negative_slope):
+    channels = x.shape[1] if mean is None else 0
+    y = torch.empty_like(dense(x, is_channels_last(x)))
+    return y, _empty_statistics(x, channels), _empty_statistics(x, channels)
+
+
+@torch.library.register_fake("fastgan::batch_norm_act_backward")
+def _(grad_y, x, weight, bias, residual, mean, var, training, eps, act, slope, needs_x, needs_params, needs_residual):
+    like_x = torch.empty_like(dense(x, is_channels_last(x)))
+    param_dtype = accumulation_dtype(x.dtype) if weight is None else weight.dtype
+    params = x.new_empty(x.shape[1] if needs_params else 0, dtype=param_dtype)
+    nothing = x.new_empty(0)
+    return (
+        like_x if needs_x else nothing,
+        params,
+        torch.empty_like(params),
+        torch.empty_like(like_x) if needs_residual else torch.empty_like(nothing),
+    )
+
+
+@torch.library.register_fake("fastgan::batch_norm_act_double_backward")
+def _(ggx, ggw, ggb, ggr, grad_y, x, weight, bias, residual, mean, var, training, eps, act, negative_slope):
+    like_x = torch.empty_like(dense(x, is_channels_last(x)))
+    param_dtype = accumulation_dtype(x.dtype) if weight is None else weight.dtype
+    return like_x, torch.empty_like(like_x), x.new_empty(x.shape[1], dtype=param_dtype)
+
+
+# ── Gradient ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _save_forward(ctx, inputs, output) -> None:
+    x, weight, bias, residual, mean, var, *settings = inputs
+    _, batch_mean, batch_var = output
+    ctx.training, ctx.settings = mean is None, settings
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(batch_mean, batch_var)
+    statistics = (batch_mean, batch_var) if mean is None else (mean, var)
+    ctx.save_for_backward(x, weight, bias, residual, *statistics)
+
+
+def _backward(ctx, grad_y, _mean, _var):
+    needs_x, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
+    act = ctx.settings[1]
+    grads: list[Tensor | None] = [None] * 9
+    if grad_y is None:
+        return tuple(grads)
+    # Without an activation the residual's gradient is grad_y itself.
+    passes_residual = needs_residual and act == "none"
+    found = torch.ops.fastgan.batch_norm_act_backward(
+        grad_y, *ctx.saved_tensors, ctx.training, *ctx.settings,
+        needs_x, needs_weight or needs_bias, needs_residual and not passes_residual,
+    )  # fmt: skip
+    for i, needed in enumerate((needs_x, needs_weight, needs_bias, needs_residual)):
+        if needed:
+            grads[i] = found[i]
+    if passes_residual:
+        grads[3] = grad_y
+    return tuple(grads)
+
+
+torch.library.register_autograd("fastgan::batch_norm_act", _backward, setup_context=_save_forward)
+
+
+def _save_backward(ctx, inputs, output) -> None:
+    *tensors, ctx.training, eps, act, negative_slope, _, _, _ = inputs
+    ctx.settings = (eps, act, negative_slope)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+
+
+def _double_backward(ctx, ggx, ggw, ggb, ggr):
+    grads: list[Tensor | None] = [None] * 14
+    if ggx is ggw is ggb is ggr is None:
+        return tuple(grads)
+    bias = ctx.saved_tensors[3]
+    found = torch.ops.fastgan.batch_norm_act_double_backward(
+        ggx, ggw, ggb, ggr, *ctx.saved_tensors, ctx.training, *ctx.settings
+    )
+    for i in range(3):
+        if ctx.needs_input_grad[i]:
+            grads[i] = found[i]
+    if ctx.needs_input_grad[3]:
+        grads[3] = torch.zeros_like(bias)  # bias moves only the switching points of the activation
+    return tuple(grads)
+
+
+torch.library.register_autograd("fastgan::batch_norm_act_backward", _double_backward, setup_context=_save_backward)
+
+
+def _save_double_backward(ctx, inputs, output) -> None:
+    *tensors, ctx.training, ctx.eps, ctx.act, ctx.negative_slope = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+
+
+def _triple_backward(ctx, *cotangents):
+    """The third derivative, by differentiating the definition."""
+    names = ("ggx", "ggw", "ggb", "ggr", "grad_y", "x", "weight", "bias", "residual")
+    *tensors, mean, var = ctx.saved_tensors
+    keeps_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        given = {
+            name: tensor if tensor is None or tensor.requires_grad else tensor.detach().requires_grad_()
+            for name, tensor in zip(names, tensors, strict=True)
+        }
+        x, weight, bias, residual = (given[name] for name in ("x", "weight", "bias", "residual"))
+        acc = accumulation_dtype(x.dtype)
+        y = reference(
+            x.to(acc),
+            None if ctx.training else mean.to(acc),
+            None if ctx.training else var.to(acc),
+            None if weight is None else weight.to(acc),
+            None if bias is None else bias.to(acc),
+            ctx.training,
+            eps=ctx.eps,
+            act=ctx.act,
+            negative_slope=ctx.negative_slope,
+            residual=residual,
+        )
+        pairs = [(given[gg], given[of]) for gg, of in zip(names[:4], names[5:], strict=True)]
+        pairs = [(gg, of) for gg, of in pairs if gg is not None and of is not None]
+        first = torch.autograd.grad(
+            y, [of for _, of in pairs], given["grad_y"].to(y.dtype), create_graph=True, materialize_grads=True
+        )
+        total = sum((grad * gg).sum() for grad, (gg, _) in zip(first, pairs, strict=True))
+        targets = [given[name] for name in ("grad_y", "x", "weight") if given[name] is not None]
+        second = torch.autograd.grad(total, targets, create_graph=True, materialize_grads=True)
+        wanted = [(i, given[name]) for i, name in enumerate(names) if ctx.needs_input_grad[i]]
+        chosen = [(grad, gg) for grad, gg in zip(second, cotangents, strict=False) if gg is not None and grad.requires_grad]
+        third = torch.autograd.grad(
+            [grad for grad, _ in chosen], [tensor for _, tensor in wanted], [gg for _, gg in chosen],
+            create_graph=keeps_graph, materialize_grads=True,
+        )  # fmt: skip
+    grads: list[Tensor | None] = [None] * 15
+    for (i, _), grad in zip(wanted, third, strict=True):
+        grads[i] = grad
+    return tuple(grads)
+
+
+torch.library.register_autograd(
+    "fastgan::batch_norm_act_double_backward", _triple_backward, setup_context=_save_double_backward
+)
+
+
+# ── Kernels ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_ACT_CODES = {act: code for code, act in enumerate(get_args(Act))}
+
+
+class _Cpp:
+    """The operators by fastgan._C, for CPU tensors: allocates what they return, and passes addresses."""
+
+    @staticmethod
+    def batch_norm_act(x, weight, bias, residual, mean, var, eps, act, negative_slope):
+        call = _Call(x, weight, bias, residual, mean, var, mean is None, eps, act, negative_slope)
+        y = torch.empty_like(call.x)
+        call.C.batch_norm_act_forward(call.arguments, y.data_ptr())
+        if mean is None:
+            return y, call.mean, call.var
+        return y, _empty_statistics(x, 0), _empty_statistics(x, 0)
+
+    @staticmethod
+    def batch_norm_act_backward(
+        grad_y, x, weight, bias, residual, mean, var, training, eps, act, negative_slope,
+        needs_x, needs_params, needs_residual,
+    ):  # fmt: skip
+        call = _Call(x, weight, bias, residual, mean, var, training, eps, act, negative_slope)
+        grad_y = call.like_x(grad_y)
+        grad_x = torch.empty_like(call.x) if needs_x else None
+        grad_residual = torch.empty_like(call.x) if needs_residual else None
+        grad_weight, grad_bias = (call.per_channel() if needs_params else None for _ in range(2))
+        call.C.batch_norm_act_backward(
+            call.arguments, *map(address, (grad_y, grad_x, grad_residual, grad_weight, grad_bias))
+        )
+        nothing = [x.new_empty(0) for _ in range(2)]
+        param_dtype = call.acc if weight is None else weight.dtype
+        return (
+            nothing[0] if grad_x is None else grad_x,
+            x.new_empty(0, dtype=param_dtype) if grad_weight is None else grad_weight.to(param_dtype),
+            x.new_empty(0, dtype=param_dtype) if grad_bias is None else grad_bias.to(param_dtype),
+            nothing[1] if grad_residual is None else grad_residual,
+        )
+
+    @staticmethod
+    def batch_norm_act_double_backward(
+        ggx, ggw, ggb, ggr, grad_y, x, weight, bias, residual, mean, var, training, eps, act, negative_slope
+    ):
+        call = _Call(x, weight, bias, residual, mean, var, training, eps, act, negative_slope)
+        grad_y, ggx, ggr = map(call.like_x, (grad_y, ggx, ggr))
+        ggw, ggb = call.to_acc(ggw), call.to_acc(ggb)
+        g_grad_y, g_x, g_weight = torch.empty_like(call.x), torch.empty_like(call.x), call.per_channel()
+        call.C.batch_norm_act_double_backward(
+            call.arguments, *map(address, (grad_y, ggx, ggr, ggw, ggb, g_grad_y, g_x, g_weight))
+        )
+        return g_grad_y, g_x, g_weight.to(call.acc if weight is None else weight.dtype)
+
+
+class _Call:
+    """What the three orders pass alike, as csrc/cpu/kernels.h declares it; holds the tensors that it gives addresses of."""
+
+    def __init__(self, x, weight, bias, residual, mean, var, batch_stats, eps, act, negative_slope):
+        from fastgan import _C
+
+        self.C = _C
+        self.acc = accumulation_dtype(x.dtype)
+        self.channels_last = is_channels_last(x)
+        self.x = dense(x, self.channels_last)
+        self.shape = planes(x)
+        self.residual = self.like_x(residual)
+        self.weight, self.bias = self.to_acc(weight), self.to_acc(bias)
+        self.mean = self.per_channel() if mean is None else self.to_acc(mean)
+        self.var = self.per_channel() if var is None else self.to_acc(var)
+        pointers = map(address, (self.x, self.residual, self.weight, self.bias))
+        self.arguments = _C.NormAct(
+            DTYPES[x.dtype], self.channels_last or self.shape[2] == 1, self.shape, *pointers,
+            batch_stats, self.mean.data_ptr(), self.var.data_ptr(), eps, _ACT_CODES[act], negative_slope,
+        )  # fmt: skip
+
+    def like_x(self, tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else dense(tensor.to(self.x.dtype), self.channels_last)
+
+    def to_acc(self, tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(self.acc).contiguous()
+
+    def per_channel(self) -> Tensor:
+        return self.x.new_empty(self.shape[1], dtype=self.acc)
+
+
+def _register_kernels(operator: str) -> None:
+    cpp = getattr(_Cpp, operator)
+
+    def triton(*args):
+        return getattr(importlib.import_module("fastgan_kernels.norm_act"), operator)(*args)
+
+    def cpu(*args):
+        return (cpp if backend.serving("cpu") == "cpp" else triton)(*args)
+
+    torch.library.impl(f"fastgan::{operator}", "cpu", cpu)
+    torch.library.impl(f"fastgan::{operator}", "cuda", triton)
+
+
+for _operator in ("batch_norm_act", "batch_norm_act_backward", "batch_norm_act_double_backward"):
+    _register_kernels(_operator)
+
+
+# ── The function ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def batch_norm_act(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+    *,
+    act: Act = "relu",
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """y = act((x − μ) / √(σ² + eps) · weight + bias + residual), per channel (Ioffe & Szegedy 2015).
+
+    With `training`, μ and σ² are the batch's mean and biased variance over all axes but 1, and the running statistics, if
+    given, move towards them in place by `momentum` (σ² with n/(n−1)), as in `torch.nn.functional.batch_norm`. Otherwise
+    they are `running_mean` and `running_var`.
+
+    Args:
+        x: (N, C, \\*), 2 to 5 dimensions; float32, float64, bfloat16 or float16. NCHW and channels_last are both fast, and
+            the output keeps the layout; any other strides are copied first.
+        running_mean, running_var: (C,), in x's dtype or float32; both or neither.
+        weight, bias: (C,), in x's dtype or float32; None stands for 1 and 0.
+        momentum: a number, or a 0-d tensor so that a schedule needs no synchronisation.
+        act: "none", "relu" or "leaky_relu" (max(y, 0) + negative_slope · min(y, 0)).
+        residual: of x's shape, dtype and device, added before the activation.
+
+    Statistics and sums are float32 (float64 for float64), and deterministic. Twice differentiable by its own kernels in x,
+    weight, bias and residual; higher orders go through the definition. Saved for backward: x, the residual, and (C,)
+    vectors.
+
+    Raises:
+        TypeError: x is not floating point, or another tensor has a dtype that does not fit it.
+        ValueError: shapes, devices or settings that do not fit, one value per channel in training, or no running
+            statistics outside it. The message names the argument.
+    """
+    check_batch_norm(x, residual, running_mean, running_var, weight, bias, training, eps, act)
+    if training:
+        check_batch_size(x)
+    return normalise(x, running_mean, running_var, weight, bias, training, momentum, eps, act, negative_slope, residual)
+
+
+def normalise(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | Tensor,
+    eps: float,
+    act: Act,
+    negative_slope: float,
+    residual: Tensor | None = None,
+    mean_offset: Tensor | None = None,
+) -> Tensor:
+    """`batch_norm_act` on checked arguments. `mean_offset` (C,) is added to the mean that `running_mean` sees: the bias of
+    a convolution, which cancels everywhere else."""
+    if x.numel() == 0 or backend.serving(x.device.type) == "reference":
+        return reference(
+            x, running_mean, running_var, weight, bias, training, momentum, eps,
+            act=act, negative_slope=negative_slope, residual=residual,
+        )  # fmt: skip
+    mean, var = (None, None) if training else (running_mean, running_var)
+    y, mean, var = torch.ops.fastgan.batch_norm_act(x, weight, bias, residual, mean, var, eps, act, negative_slope)
+    if training and running_mean is not None and running_var is not None:
+        n = x.numel() // x.shape[1]
+        if mean_offset is not None:
+            mean = mean + mean_offset.detach()
+        _move(running_mean, mean, momentum)
+        _move(running_var, var * (n / (n - 1)), momentum)
+    return y
+
+
+def _move(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:
+    with torch.no_grad():
+        running.lerp_(batch.to(running.dtype), momentum)
+
+
+def check_parameters(
+    x: Tensor,
+    channels: int,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    eps: float,
+    act: str,
+) -> None:
+    """Raise what `batch_norm_act` says it raises of everything but x and the residual."""
+    if act not in _ACT_CODES:
+        raise ValueError(f"act must be one of {', '.join(_ACT_CODES)}, not {act!r}")
+    if eps < 0:
+        raise ValueError(f"eps must not be negative, not {eps}")
+    named = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    for name, tensor in named.items():
+        if tensor is None:
+            continue
+        if tensor.dim() != 1 or tensor.shape[0] != channels:
+            raise ValueError(f"{name} must have shape ({channels},), one for each channel, not {tuple(tensor.shape)}")
+        if tensor.dtype != x.dtype and tensor.dtype != torch.float32:
+            raise TypeError(f"{name} must be {x.dtype} like x, or float32, not {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}")
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must be given together")
+    if not training and running_mean is None:
+        raise ValueError("running_mean and running_var are needed outside training")
+
+
+def check_batch_size(x: Tensor) -> None:
+    if x.numel() == x.shape[1]:
+        raise ValueError(f"training needs more than 1 value per channel, x has shape {tuple(x.shape)}")
+
+
+def check_batch_norm(x: Tensor, residual: Tensor | None, *parameters) -> None:
+    """Raise what `batch_norm_act` says it raises; `parameters` go to `check_parameters`."""
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x must be float32, float64, bfloat16 or float16, not {x.dtype}")
+    if not 2 <= x.dim() <= 5:
+        raise ValueError(f"x must have 2 to 5 dimensions (N, C, *), not shape {tuple(x.shape)}")
+    check_parameters(x, x.shape[1], *parameters)
+    if residual is None:
+        return
+    if residual.shape != x.shape:
+        raise ValueError(f"residual must have x's shape {tuple(x.shape)}, not {tuple(residual.shape)}")
+    if residual.dtype != x.dtype:
+        raise TypeError(f"residual must be {x.dtype} like x, not {residual.dtype}")
+    if residual.device != x.device:
+        raise ValueError(f"residual is on {residual.device}, x on {x.device}")
