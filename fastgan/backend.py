@@ -9,8 +9,6 @@ import importlib
 import os
 from typing import Literal, cast
 
-import torch
-
 Backend = Literal["cpp", "triton", "reference"]
 
 
@@ -37,25 +35,37 @@ def obstacle(backend: Backend, device_type: str) -> str | None:
     return None
 
 
+def requested() -> str:
+    """What FASTGAN_BACKEND says."""
+    return os.environ.get("FASTGAN_BACKEND", "auto")
+
+
+def native(device_type: str) -> Backend:
+    """The backend that an automatic choice tries."""
+    return "triton" if device_type == "cuda" else "cpp"
+
+
 @functools.cache
 def _serving(device_type: str) -> Backend:
-    requested = os.environ.get("FASTGAN_BACKEND", "auto")
-    if requested == "auto":
-        native: Backend = "triton" if device_type == "cuda" else "cpp"
-        return native if obstacle(native, device_type) is None else "reference"
-    if requested not in ("cpp", "triton", "reference"):
-        raise RuntimeError(f"FASTGAN_BACKEND={requested}: it must be auto, cpp, triton or reference")
-    backend = cast(Backend, requested)
+    name = requested()
+    if name == "auto":
+        return native(device_type) if obstacle(native(device_type), device_type) is None else "reference"
+    if name not in ("cpp", "triton", "reference"):
+        raise RuntimeError(f"FASTGAN_BACKEND={name}: it must be auto, cpp, triton or reference")
+    backend = cast(Backend, name)
     reason = obstacle(backend, device_type)
     if reason is not None:
-        raise RuntimeError(f"FASTGAN_BACKEND={requested}: {reason}")
+        raise RuntimeError(f"FASTGAN_BACKEND={name}: {reason}")
     return backend
 
 
-@torch.compiler.assume_constant_result
 def serving(device_type: str) -> Backend:
     """The backend that serves the operators on `device_type` ("cpu", "cuda", …). Decided once for each device type."""
     return _serving(device_type)
+
+
+# What torch.compiler.assume_constant_result sets; that would import all of torch._dynamo, which takes seconds.
+serving._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def reset() -> None:

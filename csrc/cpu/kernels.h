@@ -18,8 +18,8 @@ struct NormAct {
   const void* weight;   // (C,) acc, or null for 1
   const void* bias;     // (C,) acc, or null for 0
   bool batch_stats;     // true: the gradient (and, in the forward, the statistics) are the batch's own
-  void* mean;           // (C,) acc; written by the forward when batch_stats
-  void* var;            // (C,) acc, biased; likewise
+  double* mean;         // (C,); written by the forward when batch_stats
+  double* var;          // (C,), biased; likewise
   double eps;
   Act act;
   double negative_slope;

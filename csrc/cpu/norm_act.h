@@ -2,12 +2,13 @@
 //
 // Every order has one shape: sums per channel over blocks of a fixed size, a finish per channel that merges the blocks in
 // order (so the bits do not depend on the number of threads), and one elementwise pass with per-channel coefficients.
-// With t = x - mean, g = act'(pre) · grad_y, v = ggx and u = ggr:
+// With t = x - mean (the mean as rounded to acc; what rounding took is made good in the coefficients), g = act'(pre) · grad_y, v = ggx and u = ggr:
 //   backward          grad_x   = k1·g + k2·t + k3                    from the sums of g, g·t
 //   double backward   g_grad_y = act'(pre) · (a1·v + a2·t + a3 + u)  from the sums of g, g·t, v, v·t, v·g
 //                     g_x      = c1·v + c2·g + c3·t + c4
 
 constexpr int unroll = 4; // independent accumulators, to cover the latency of an addition
+constexpr int run = 16;   // additions to one accumulator before a double takes over: long float32 sums lose digits
 
 template <class T> struct Activation {
   using vec = vec_t<T>;
@@ -58,17 +59,33 @@ struct Planes {
     Channel<T, P> channel;
     for (int i = 0; i < P; ++i) channel.p[i] = broadcast<acc_t<T>>(table[i * stride]);
     vec_t<T> sums[unroll][K ? K : 1] = {};
+    doubles<acc_t<T>> totals[K ? K : 1] = {};
+    int64_t since_emptied = 0;
+    auto empty = [&]() __attribute__((always_inline)) {
+      for (int k = 0; k < K; ++k) {
+        const vec_t<T> all = (sums[0][k] + sums[1][k]) + (sums[2][k] + sums[3][k]);
+        totals[k] += __builtin_convertvector(all, doubles<acc_t<T>>);
+        for (int u = 0; u < unroll; ++u) sums[u][k] = vec_t<T>{};
+      }
+      since_emptied = 0;
+    };
     const int64_t n0 = b / pieces * images, n1 = smaller(n0 + images, N), s = b % pieces * piece;
     const int64_t length = smaller(s + piece, S) - s;
     for (int64_t image = n0; image < n1; ++image) {
       const int64_t offset = (image * C + c) * S + s;
-      int64_t i = 0;
-      for (; i + unroll * W <= length; i += unroll * W)
-        for (int u = 0; u < unroll; ++u) f(sums[u], channel, offset + i + u * W, W);
-      for (; i + W <= length; i += W) f(sums[0], channel, offset + i, W);
-      if (i < length) f(sums[0], channel, offset + i, static_cast<int>(length - i));
+      for (int64_t first = 0; first < length; first += run * unroll * W) {
+        const int64_t last = smaller(first + run * unroll * W, length);
+        int64_t i = first;
+        for (; i + unroll * W <= last; i += unroll * W)
+          for (int u = 0; u < unroll; ++u) f(sums[u], channel, offset + i + u * W, W);
+        for (; i + W <= last; i += W) f(sums[0], channel, offset + i, W);
+        if (i < last) f(sums[0], channel, offset + i, static_cast<int>(last - i));
+        since_emptied += last - first;
+        if (K && since_emptied >= run * W) empty();
+      }
     }
-    for (int k = 0; k < K; ++k) flush(k, sum<acc_t<T>>((sums[0][k] + sums[1][k]) + (sums[2][k] + sums[3][k])));
+    if (K) empty();
+    for (int k = 0; k < K; ++k) flush(k, sum<acc_t<T>>(totals[k]));
   }
 };
 
@@ -104,19 +121,23 @@ private:
     Channel<T, P> channel[Wide];
     for (int u = 0; u < Wide; ++u)
       for (int i = 0; i < P; ++i) channel[u].p[i] = load(table + i * stride + c + u * W, n);
-    vec_t<T> sums[tall][Wide][K ? K : 1] = {};
-    const int64_t last = smaller((b + 1) * height, M);
-    int64_t r = b * height;
-    for (; r + tall <= last; r += tall)
+    doubles<acc_t<T>> totals[Wide][K ? K : 1] = {};
+    const int64_t end = smaller((b + 1) * height, M);
+    for (int64_t first = b * height; first < end; first += run * tall) {
+      vec_t<T> sums[tall][Wide][K ? K : 1] = {};
+      const int64_t last = smaller(first + run * tall, end);
+      int64_t r = first;
+      for (; r + tall <= last; r += tall)
+        for (int v = 0; v < tall; ++v)
+          for (int u = 0; u < Wide; ++u) f(sums[v][u], channel[u], (r + v) * C + c + u * W, n);
+      for (; r < last; ++r)
+        for (int u = 0; u < Wide; ++u) f(sums[0][u], channel[u], r * C + c + u * W, n);
       for (int v = 0; v < tall; ++v)
-        for (int u = 0; u < Wide; ++u) f(sums[v][u], channel[u], (r + v) * C + c + u * W, n);
-    for (; r < last; ++r)
-      for (int u = 0; u < Wide; ++u) f(sums[0][u], channel[u], r * C + c + u * W, n);
+        for (int u = 0; u < Wide; ++u)
+          for (int k = 0; k < K; ++k) totals[u][k] += __builtin_convertvector(sums[v][u][k], doubles<acc_t<T>>);
+    }
     for (int u = 0; u < Wide; ++u)
-      for (int k = 0; k < K; ++k) {
-        for (int v = 1; v < tall; ++v) sums[0][u][k] += sums[v][u][k];
-        flush(k, c + u * W, sums[0][u][k], n);
-      }
+      for (int k = 0; k < K; ++k) flush(k, c + u * W, totals[u][k], n);
   }
 };
 
@@ -183,12 +204,12 @@ void sum_finish_apply(const NormAct& a, acc_t<T>* table, bool reduces, ReduceBod
   };
   if (a.rows) {
     const Rows rows(a);
-    const Scratch<Acc> partial(reduces ? rows.blocks * K * C : 0);
+    const Scratch<double> partial(reduces ? rows.blocks * K * C : 0);
     run_rows(
         rows, reduces,
         [&](int64_t b) {
-          rows.walk<T, R, K>(table, C, b, reduce_body, [&](int k, int64_t c, vec_t<T> total, int n) {
-            store(&partial[(b * K + k) * C + c], total, n);
+          rows.walk<T, R, K>(table, C, b, reduce_body, [&](int k, int64_t c, const doubles<Acc>& totals, int n) {
+            __builtin_memcpy(&partial[(b * K + k) * C + c], &totals, n * sizeof(double));
           });
         },
         [&](int64_t first, int64_t count) {
@@ -196,7 +217,7 @@ void sum_finish_apply(const NormAct& a, acc_t<T>* table, bool reduces, ReduceBod
           if (reduces)
             for (int64_t b = 0; b < rows.blocks; ++b)
               for (int k = 0; k < K; ++k) {
-                const Acc* of_block = &partial[(b * K + k) * C + first];
+                const double* of_block = &partial[(b * K + k) * C + first];
                 for (int64_t i = 0; i < count; ++i) totals[k][i] += of_block[i];
               }
           for (int64_t i = 0; i < count; ++i) {
@@ -208,12 +229,12 @@ void sum_finish_apply(const NormAct& a, acc_t<T>* table, bool reduces, ReduceBod
         [&](int64_t b) { rows.walk<T, P, 0>(table, C, b, apply_vector, Nothing()); });
   } else {
     const Planes planes(a);
-    const Scratch<Acc> partial(reduces ? planes.blocks * K * C : 0);
+    const Scratch<double> partial(reduces ? planes.blocks * K * C : 0);
     run_planes(
         planes, reduces,
         [&](int64_t c, int64_t b) {
           planes.walk<T, R, K>(table + c, C, c, b, reduce_body,
-                               [&](int k, Acc total) { partial[(c * planes.blocks + b) * K + k] = total; });
+                               [&](int k, double total) { partial[(c * planes.blocks + b) * K + k] = total; });
         },
         [&](int64_t c) {
           double sums[K] = {};
@@ -225,8 +246,8 @@ void sum_finish_apply(const NormAct& a, acc_t<T>* table, bool reduces, ReduceBod
   }
 }
 
-// Mean and biased variance of every channel into a.mean, a.var, then finish(c) and apply_body. Each block has a mean and a
-// sum of squares about it, merged as Chan, Golub and LeVeque (1983) do: exact for data far from zero.
+// Mean and biased variance of every channel into a.mean, a.var, then finish(c) and apply_body. Each block has a mean and
+// sums about it, merged in the manner of Chan, Golub and LeVeque (1983): exact for data far from zero.
 template <class T, int P, class Finish, class ApplyBody>
 void moments_finish_apply(const NormAct& a, acc_t<T>* table, Finish finish, ApplyBody apply_body) {
   using Acc = acc_t<T>;
@@ -235,79 +256,93 @@ void moments_finish_apply(const NormAct& a, acc_t<T>* table, Finish finish, Appl
   const T* x = static_cast<const T*>(a.x);
   auto add = [&](vec* sums, const Channel<T, 0>&, int64_t offset, int n)
       __attribute__((always_inline)) { sums[0] += load(x + offset, n); };
-  auto add_square = [&](vec* sums, const Channel<T, 1>& channel, int64_t offset, int n) __attribute__((always_inline)) {
+  auto add_about = [&](vec* sums, const Channel<T, 1>& channel, int64_t offset, int n) __attribute__((always_inline)) {
     vec t = load(x + offset, n) - channel.p[0];
     if (n < lanes<Acc>) t = keep(first_lanes<Acc>(n), t);
-    sums[0] += t * t;
+    sums[0] += t;
+    sums[1] += t * t;
   };
   auto apply_vector = [&](vec*, const Channel<T, P>& channel, int64_t offset, int n) __attribute__((always_inline)) {
     apply_body(channel, offset, n);
   };
-  // The moments of `count` channels from those of their blocks, at blocks[b * stride] and, squared, blocks[b * stride + apart].
-  auto merge = [&](const auto& layout, const Acc* blocks, int64_t stride, int64_t apart, int64_t first, int64_t count) {
+  // The moments of `count` channels from those of their blocks: for block b a mean as rounded to Acc at rounded[b * stride],
+  // and at about[2 * b * stride], `apart` from each other, the sums of the distances to it and of their squares.
+  auto merge = [&](const auto& layout, const Acc* rounded, const double* about, int64_t stride, int64_t apart,
+                   int64_t first, int64_t count) {
     const double M = static_cast<double>(a.N) * a.S;
-    double mean[channel_group] = {}, squares[channel_group] = {};
+    double mean[channel_group] = {}, square[channel_group] = {};
     for (int64_t b = 0; b < layout.blocks; ++b) {
       const double share = layout.count(b) / M;
-      for (int64_t i = 0; i < count; ++i) mean[i] += share * blocks[b * stride + i];
+      for (int64_t i = 0; i < count; ++i) mean[i] += share * rounded[b * stride + i] + about[2 * b * stride + i] / M;
     }
     for (int64_t b = 0; b < layout.blocks; ++b) {
-      const double share = layout.count(b) / M;
+      const double *distances = about + 2 * b * stride, *squares = distances + apart, share = layout.count(b) / M;
       for (int64_t i = 0; i < count; ++i) {
-        const double away = blocks[b * stride + i] - mean[i];
-        squares[i] += blocks[b * stride + apart + i] / M + share * away * away;
+        const double away = rounded[b * stride + i] - mean[i];
+        square[i] += squares[i] / M + away * (2 * distances[i] / M + share * away);
       }
     }
     for (int64_t i = 0; i < count; ++i) {
-      static_cast<Acc*>(a.mean)[first + i] = static_cast<Acc>(mean[i]);
-      static_cast<Acc*>(a.var)[first + i] = static_cast<Acc>(squares[i]);
+      a.mean[first + i] = mean[i];
+      a.var[first + i] = square[i] < 0 ? 0 : square[i];
       finish(first + i);
     }
   };
   if (a.rows) {
     const Rows rows(a);
-    const Scratch<Acc> partial(rows.blocks * 2 * C);
+    const Scratch<Acc> rounded(rows.blocks * C);
+    const Scratch<double> about(rows.blocks * 2 * C);
     run_rows(
         rows, true,
         [&](int64_t b) {
-          Acc* mean = &partial[b * 2 * C];
-          Acc* squares = mean + C;
-          const Acc share = Acc(1) / rows.count(b);
-          rows.walk<T, 0, 1>(nullptr, 0, b, add,
-                             [&](int, int64_t c, vec total, int n) { store(mean + c, total * share, n); });
-          rows.walk<T, 1, 1>(mean, C, b, add_square,
-                             [&](int, int64_t c, vec total, int n) { store(squares + c, total, n); });
+          const double share = 1.0 / rows.count(b);
+          rows.walk<T, 0, 1>(nullptr, 0, b, add, [&](int, int64_t c, const doubles<Acc>& totals, int n) {
+            for (int i = 0; i < n; ++i) rounded[b * C + c + i] = static_cast<Acc>(totals[i] * share);
+          });
+          rows.walk<T, 1, 2>(&rounded[b * C], C, b, add_about,
+                             [&](int k, int64_t c, const doubles<Acc>& totals, int n) {
+                               __builtin_memcpy(&about[(2 * b + k) * C + c], &totals, n * sizeof(double));
+                             });
         },
-        [&](int64_t first, int64_t count) { merge(rows, partial.data + first, 2 * C, C, first, count); },
+        [&](int64_t first, int64_t count) {
+          merge(rows, &rounded[first], &about[first], C, C, first, count);
+        },
         [&](int64_t b) { rows.walk<T, P, 0>(table, C, b, apply_vector, Nothing()); });
   } else {
     const Planes planes(a);
-    const Scratch<Acc> partial(planes.blocks * 2 * C);
+    const int64_t blocks = planes.blocks;
+    const Scratch<Acc> rounded(C * blocks);
+    const Scratch<double> about(C * blocks * 2);
     run_planes(
         planes, true,
         [&](int64_t c, int64_t b) {
-          Acc* mean = &partial[(c * planes.blocks + b) * 2];
-          const Acc share = Acc(1) / planes.count(b);
-          planes.walk<T, 0, 1>(nullptr, 0, c, b, add, [&](int, Acc total) { mean[0] = total * share; });
-          planes.walk<T, 1, 1>(mean, 0, c, b, add_square, [&](int, Acc total) { mean[1] = total; });
+          const int64_t at = c * blocks + b;
+          planes.walk<T, 0, 1>(nullptr, 0, c, b, add, [&](int, double total) {
+            rounded[at] = static_cast<Acc>(total / planes.count(b));
+          });
+          planes.walk<T, 1, 2>(&rounded[at], 0, c, b, add_about,
+                               [&](int k, double total) { about[2 * at + k] = total; });
         },
-        [&](int64_t c) { merge(planes, &partial[c * planes.blocks * 2], 2, 1, c, 1); },
+        [&](int64_t c) { merge(planes, &rounded[c * blocks], &about[2 * c * blocks], 1, 1, c, 1); },
         [&](int64_t c, int64_t b) { planes.walk<T, P, 0>(table + c, C, c, b, apply_vector, Nothing()); });
   }
 }
 
-// Rows 0, 1, 2 of every table: mean, scale, bias. `pre` below is computed from them in one way only, so that forward and
-// backward agree on its sign to the bit.
-template <class Acc> double inverse_deviation(const NormAct& a, int64_t c) {
-  return 1 / __builtin_sqrt(static_cast<const Acc*>(a.var)[c] + a.eps);
+// Rows 0, 1, 2 of every table: the rounded mean, scale, and bias less what rounding the mean adds. `pre` below is computed
+// from them in one way only, so that forward and backward agree on its sign to the bit.
+FASTGAN_INLINE double inverse_deviation(const NormAct& a, int64_t c) { return 1 / __builtin_sqrt(a.var[c] + a.eps); }
+template <class Acc> double mean_remainder(const NormAct& a, int64_t c) {
+  return a.mean[c] - static_cast<Acc>(a.mean[c]);
 }
 template <class Acc> double channel_weight(const NormAct& a, int64_t c) {
   return a.weight ? static_cast<const Acc*>(a.weight)[c] : 1;
 }
 template <class Acc> void fill_affine(const NormAct& a, Acc* table, int64_t c) {
-  table[c] = static_cast<const Acc*>(a.mean)[c];
-  table[a.C + c] = static_cast<Acc>(channel_weight<Acc>(a, c) * inverse_deviation<Acc>(a, c));
-  table[2 * a.C + c] = a.bias ? static_cast<const Acc*>(a.bias)[c] : 0;
+  const double scale = channel_weight<Acc>(a, c) * inverse_deviation(a, c);
+  const double bias = a.bias ? static_cast<const Acc*>(a.bias)[c] : 0;
+  table[c] = static_cast<Acc>(a.mean[c]);
+  table[a.C + c] = static_cast<Acc>(scale);
+  table[2 * a.C + c] = static_cast<Acc>(bias - mean_remainder<Acc>(a, c) * scale);
 }
 template <class T, int P>
 FASTGAN_INLINE vec_t<T> preactivation(const NormAct& a, const Channel<T, P>& channel, vec_t<T> t, int64_t offset, int n) {
@@ -349,18 +384,20 @@ template <class T> void backward(const NormActBackward& a) {
     sums[1] += g * t;
   };
   auto finish = [&](int64_t c, const double* sums) {
-    const double M = static_cast<double>(a.N) * a.S, r = inverse_deviation<Acc>(a, c);
-    const double scale = channel_weight<Acc>(a, c) * r;
+    const double M = static_cast<double>(a.N) * a.S, r = inverse_deviation(a, c), rest = mean_remainder<Acc>(a, c);
+    const double scale = channel_weight<Acc>(a, c) * r, g_sum = sums[0], gx_sum = (sums[1] - rest * g_sum) * r;
+    const double k2 = a.batch_stats ? -scale * r * gx_sum / M : 0, k3 = a.batch_stats ? -scale * g_sum / M : 0;
     table[3 * C + c] = static_cast<Acc>(scale);
-    table[4 * C + c] = static_cast<Acc>(a.batch_stats ? -scale * r * r * sums[1] / M : 0);
-    table[5 * C + c] = static_cast<Acc>(a.batch_stats ? -scale * sums[0] / M : 0);
-    if (a.grad_weight) static_cast<Acc*>(a.grad_weight)[c] = static_cast<Acc>(sums[1] * r);
-    if (a.grad_bias) static_cast<Acc*>(a.grad_bias)[c] = static_cast<Acc>(sums[0]);
+    table[4 * C + c] = static_cast<Acc>(k2);
+    table[5 * C + c] = static_cast<Acc>(k3 - k2 * rest);
+    if (a.grad_weight) static_cast<Acc*>(a.grad_weight)[c] = static_cast<Acc>(gx_sum);
+    if (a.grad_bias) static_cast<Acc*>(a.grad_bias)[c] = static_cast<Acc>(g_sum);
   };
   auto body = [&](const Channel<T, 6>& channel, int64_t offset, int n) __attribute__((always_inline)) {
     const vec t = load(x + offset, n) - channel.p[0];
     const vec g = act.gradient(preactivation<T, 6>(a, channel, t, offset, n), load(grad_y + offset, n));
-    if (grad_x) store(grad_x + offset, channel.p[3] * g + channel.p[4] * t + channel.p[5], n);
+    // Outside batch statistics x has no part in it: a nan there must not spread by 0 · nan.
+    if (grad_x) store(grad_x + offset, a.batch_stats ? channel.p[3] * g + channel.p[4] * t + channel.p[5] : channel.p[3] * g, n);
     if (grad_residual) store(grad_residual + offset, g, n);
   };
   const bool reduces = a.grad_weight || a.grad_bias || (a.batch_stats && a.grad_x);
@@ -389,10 +426,11 @@ template <class T> void double_backward(const NormActDoubleBackward& a) {
     sums[4] += v * g;
   };
   auto finish = [&](int64_t c, const double* sums) {
-    const double M = static_cast<double>(a.N) * a.S, r = inverse_deviation<Acc>(a, c);
+    const double M = static_cast<double>(a.N) * a.S, r = inverse_deviation(a, c), rest = mean_remainder<Acc>(a, c);
     const double w = channel_weight<Acc>(a, c);
     const double ggw = a.ggw ? static_cast<const Acc*>(a.ggw)[c] : 0, ggb = a.ggb ? static_cast<const Acc*>(a.ggb)[c] : 0;
-    const double g_mean = sums[0] / M, gx = sums[1] * r / M, v_mean = sums[2] / M, vx = sums[3] * r / M;
+    const double g_mean = sums[0] / M, gx = (sums[1] / M - rest * g_mean) * r;
+    const double v_mean = sums[2] / M, vx = (sums[3] / M - rest * v_mean) * r;
     const double vg = sums[4] / M, K = vg - v_mean * g_mean - vx * gx;
     double a2 = ggw, a3 = ggb, c1 = 0, c2 = r * ggw, c3 = 0, c4 = 0, g_weight = r * M * vg;
     if (a.batch_stats) {
@@ -404,7 +442,7 @@ template <class T> void double_backward(const NormActDoubleBackward& a) {
       c4 = -c1 * v_mean - c2 * g_mean;
       g_weight = r * M * K;
     }
-    const double coefficients[7] = {w * r, a2 * r, a3, c1, c2, c3 * r, c4};
+    const double coefficients[7] = {w * r, a2 * r, a3 - a2 * r * rest, c1, c2, c3 * r, c4 - c3 * r * rest};
     for (int i = 0; i < 7; ++i) table[(3 + i) * C + c] = static_cast<Acc>(coefficients[i]);
     static_cast<Acc*>(a.g_weight)[c] = static_cast<Acc>(g_weight);
   };
@@ -414,10 +452,11 @@ template <class T> void double_backward(const NormActDoubleBackward& a) {
     const vec pre = preactivation<T, 10>(a, channel, t, offset, n);
     const vec g = act.gradient(pre, load(grad_y + offset, n));
     const vec v = ggx ? load(ggx + offset, n) : zero;
-    vec toward = p[3] * v + p[4] * t + p[5];
+    vec toward = p[3] * v + p[5];
+    if (a.batch_stats || a.ggw) toward += p[4] * t;
     if (ggr) toward += load(ggr + offset, n);
     store(g_grad_y + offset, act.gradient(pre, toward), n);
-    store(g_x + offset, p[6] * v + p[7] * g + p[8] * t + p[9], n);
+    store(g_x + offset, a.batch_stats ? p[6] * v + p[7] * g + p[8] * t + p[9] : p[7] * g, n);
   };
   sum_finish_apply<T, 3, 5, 10>(a, table.data, true, sums_of, finish, body);
 }

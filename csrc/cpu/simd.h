@@ -121,8 +121,10 @@ template <class Acc> FASTGAN_INLINE typename Lanes<Acc>::mask first_lanes(int n)
 // v where the mask is set, else zero.
 template <class V, class M> FASTGAN_INLINE V keep(M mask, V v) { return bits_as<V>(mask & bits_as<M>(v)); }
 
-template <class Acc> FASTGAN_INLINE Acc sum(typename Lanes<Acc>::vec v) {
-  Acc total = 0;
+// As many doubles as the vectors of Acc have lanes.
+template <class Acc> using doubles = typename VectorOf<double, FASTGAN_VECTOR_BYTES / sizeof(Acc) * sizeof(double)>::type;
+template <class Acc> FASTGAN_INLINE double sum(const doubles<Acc>& v) {
+  double total = 0;
   for (int i = 0; i < lanes<Acc>; ++i) total += v[i];
   return total;
 }

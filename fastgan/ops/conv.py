@@ -5,6 +5,7 @@ one matrix product over patches where the weight is large beside the image (oneD
 image has few channels.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -340,14 +341,12 @@ def conv_transpose2d(
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple, keep_layout: bool) -> Tensor:
     """Both functions; `settings` are those of the operator, each size one number or two."""
-    stride, padding, dilation, transposed, output_padding, groups = settings
     x, weight, bias = _cast_for_autocast(x, weight, bias)
-    check_convolution(x, weight, bias, transposed, groups)
-    stride, padding, dilation, output_padding = map(_pair, (stride, padding, dilation, output_padding))
-    settings = (stride, padding, dilation, transposed, output_padding, groups)
-    shape = output_shape(x, weight, *settings)
-    if min(shape[2:]) < 1:
+    check_convolution(x, weight, bias, *settings[3::2])
+    settings = _in_pairs(settings)
+    if min(output_shape(x, weight, *settings)[2:]) < 1:
         raise ValueError(f"x of shape {tuple(x.shape)} is too small for weight {tuple(weight.shape)}: no output is left")
+    stride, _, _, transposed, output_padding, _ = settings
     # An output_padding of stride or more is legal below the dilation; the gradient is then no plain convolution.
     overhangs = transposed and any(o >= s for o, s in zip(output_padding, stride, strict=True))
     if overhangs or x.numel() == 0 or backend.serving(x.device.type) == "reference":
@@ -369,6 +368,16 @@ def _cast_for_autocast(*tensors: Tensor | None) -> tuple:
     dtype = torch.get_autocast_dtype(x.device.type)
     eligible = (torch.float32, torch.float16, torch.bfloat16)
     return tuple(t.to(dtype) if t is not None and t.dtype in eligible else t for t in tensors)
+
+
+def output_numel(x: Tensor, weight: Tensor, settings: tuple) -> int:
+    return math.prod(output_shape(x, weight, *_in_pairs(settings)))
+
+
+def _in_pairs(settings: tuple) -> tuple:
+    """The operator's settings with two numbers for each size."""
+    stride, padding, dilation, transposed, output_padding, groups = settings
+    return _pair(stride), _pair(padding), _pair(dilation), transposed, _pair(output_padding), groups
 
 
 def _pair(value: Size2) -> tuple[int, int]:

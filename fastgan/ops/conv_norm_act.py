@@ -68,8 +68,8 @@ def conv2d_batch_norm_act(
     """y = act(batch_norm(conv2d(x, weight) + bias)).
 
     In training the bias moves nothing but `running_mean` (the norm subtracts it again): it is not added to the tensor, and
-    its gradient is zero. Outside training the norm is folded into the convolution: weight · s and (bias − running_mean) · s
-    + bn_bias with s = bn_weight / √(running_var + eps).
+    its gradient is zero. Outside training the norm is folded into the convolution, weight · s and (bias − running_mean) · s
+    + bn_bias with s = bn_weight / √(running_var + eps), unless the weight is 16-bit or larger than the output.
 
     Args:
         x, weight, bias, stride, padding, dilation, groups, keep_layout: as in `fastgan.ops.conv2d`.
@@ -127,7 +127,7 @@ def _conv_norm_act(
     stride, padding, dilation, transposed, output_padding, groups = settings
     conv.check_convolution(x, weight, bias, transposed, groups)
     channels = weight.shape[1] * groups if transposed else weight.shape[0]
-    norm_act.check_parameters(x, channels, running_mean, running_var, bn_weight, bn_bias, training, eps, act)
+    norm_act.check_parameters(x, channels, running_mean, running_var, bn_weight, bn_bias, training, eps, act, prefix="bn_")
     if backend.serving(x.device.type) == "reference":
         return reference(
             x, weight, bias, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps,
@@ -141,6 +141,12 @@ def _conv_norm_act(
         y = norm_act.normalise(
             y, running_mean, running_var, bn_weight, _with_zero_gradient(bn_bias, bias), True, momentum, eps, act,
             negative_slope, mean_offset=bias,
+        )  # fmt: skip
+    elif weight.dtype.itemsize == 2 or weight.numel() > conv.output_numel(x, weight, settings):
+        # A folded 16-bit weight is rounded once more; a weight larger than the output costs more to fold than it saves.
+        y = conv.convolve(x, weight, bias, settings, keep_layout=False)
+        y = norm_act.normalise(
+            y, running_mean, running_var, bn_weight, bn_bias, False, momentum, eps, act, negative_slope
         )  # fmt: skip
     else:
         folded = _fold(weight, bias, running_mean, running_var, bn_weight, bn_bias, eps, transposed, groups)

@@ -75,7 +75,9 @@ torch.library.define(
 
 
 def _empty_statistics(x: Tensor, count: int) -> Tensor:
-    return x.new_empty(count, dtype=accumulation_dtype(x.dtype))
+    """float64 on the CPU, where it costs nothing: rounding the mean is the largest error of a float32 norm."""
+    cpp = backend.serving(x.device.type) == "cpp"
+    return x.new_empty(count, dtype=torch.float64 if cpp else accumulation_dtype(x.dtype))
 
 
 @torch.library.register_fake("fastgan::batch_norm_act")
@@ -87,16 +89,15 @@ def _(x, weight, bias, residual, mean, var, eps, act, negative_slope):
 
 @torch.library.register_fake("fastgan::batch_norm_act_backward")
 def _(grad_y, x, weight, bias, residual, mean, var, training, eps, act, slope, needs_x, needs_params, needs_residual):
-    like_x = torch.empty_like(dense(x, is_channels_last(x)))
     param_dtype = accumulation_dtype(x.dtype) if weight is None else weight.dtype
-    params = x.new_empty(x.shape[1] if needs_params else 0, dtype=param_dtype)
-    nothing = x.new_empty(0)
-    return (
-        like_x if needs_x else nothing,
-        params,
-        torch.empty_like(params),
-        torch.empty_like(like_x) if needs_residual else torch.empty_like(nothing),
-    )
+
+    def like_x(needed):
+        return torch.empty_like(dense(x, is_channels_last(x))) if needed else x.new_empty(0)
+
+    def param():
+        return x.new_empty(x.shape[1], dtype=param_dtype) if needs_params else x.new_empty(0)
+
+    return like_x(needs_x), param(), param(), like_x(needs_residual)
 
 
 @torch.library.register_fake("fastgan::batch_norm_act_double_backward")
@@ -180,8 +181,9 @@ def _triple_backward(ctx, *cotangents):
     *tensors, mean, var = ctx.saved_tensors
     keeps_graph = torch.is_grad_enabled()
     with torch.enable_grad():
+        # Views, so that the derivatives inside stop at the arguments and do not run on into what these were made of.
         given = {
-            name: tensor if tensor is None or tensor.requires_grad else tensor.detach().requires_grad_()
+            name: tensor if tensor is None else tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
             for name, tensor in zip(names, tensors, strict=True)
         }
         x, weight, bias, residual = (given[name] for name in ("x", "weight", "bias", "residual"))
@@ -232,7 +234,7 @@ class _Cpp:
     """The operators by fastgan._C, for CPU tensors: allocates what they return, and passes addresses."""
 
     @staticmethod
-    def batch_norm_act(x, weight, bias, residual, mean, var, eps, act, negative_slope):
+    def batch_norm_act_forward(x, weight, bias, residual, mean, var, eps, act, negative_slope):
         call = _Call(x, weight, bias, residual, mean, var, mean is None, eps, act, negative_slope)
         y = torch.empty_like(call.x)
         call.C.batch_norm_act_forward(call.arguments, y.data_ptr())
@@ -253,14 +255,10 @@ class _Cpp:
         call.C.batch_norm_act_backward(
             call.arguments, *map(address, (grad_y, grad_x, grad_residual, grad_weight, grad_bias))
         )
-        nothing = [x.new_empty(0) for _ in range(2)]
-        param_dtype = call.acc if weight is None else weight.dtype
-        return (
-            nothing[0] if grad_x is None else grad_x,
-            x.new_empty(0, dtype=param_dtype) if grad_weight is None else grad_weight.to(param_dtype),
-            x.new_empty(0, dtype=param_dtype) if grad_bias is None else grad_bias.to(param_dtype),
-            nothing[1] if grad_residual is None else grad_residual,
-        )
+        if needs_params and weight is not None:
+            grad_weight, grad_bias = grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
+        grads = (grad_x, grad_weight, grad_bias, grad_residual)
+        return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
 
     @staticmethod
     def batch_norm_act_double_backward(
@@ -289,8 +287,9 @@ class _Call:
         self.shape = planes(x)
         self.residual = self.like_x(residual)
         self.weight, self.bias = self.to_acc(weight), self.to_acc(bias)
-        self.mean = self.per_channel() if mean is None else self.to_acc(mean)
-        self.var = self.per_channel() if var is None else self.to_acc(var)
+        self.mean, self.var = (
+            _empty_statistics(x, self.shape[1]) if t is None else t.to(torch.float64).contiguous() for t in (mean, var)
+        )
         pointers = map(address, (self.x, self.residual, self.weight, self.bias))
         self.arguments = _C.NormAct(
             DTYPES[x.dtype], self.channels_last or self.shape[2] == 1, self.shape, *pointers,
@@ -307,11 +306,11 @@ class _Call:
         return self.x.new_empty(self.shape[1], dtype=self.acc)
 
 
-def _register_kernels(operator: str) -> None:
-    cpp = getattr(_Cpp, operator)
+def _register_kernels(operator: str, kernel: str) -> None:
+    cpp = getattr(_Cpp, kernel)
 
     def triton(*args):
-        return getattr(importlib.import_module("fastgan_kernels.norm_act"), operator)(*args)
+        return getattr(importlib.import_module("fastgan_kernels.norm_act"), kernel)(*args)
 
     def cpu(*args):
         return (cpp if backend.serving("cpu") == "cpp" else triton)(*args)
@@ -320,8 +319,9 @@ def _register_kernels(operator: str) -> None:
     torch.library.impl(f"fastgan::{operator}", "cuda", triton)
 
 
-for _operator in ("batch_norm_act", "batch_norm_act_backward", "batch_norm_act_double_backward"):
-    _register_kernels(_operator)
+_register_kernels("batch_norm_act", "batch_norm_act_forward")
+_register_kernels("batch_norm_act_backward", "batch_norm_act_backward")
+_register_kernels("batch_norm_act_double_backward", "batch_norm_act_double_backward")
 
 
 # ── The function ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -418,13 +418,19 @@ def check_parameters(
     training: bool,
     eps: float,
     act: str,
+    prefix: str = "",
 ) -> None:
-    """Raise what `batch_norm_act` says it raises of everything but x and the residual."""
+    """Raise what `batch_norm_act` says it raises of everything but x and the residual; `prefix`: of weight's name."""
     if act not in _ACT_CODES:
         raise ValueError(f"act must be one of {', '.join(_ACT_CODES)}, not {act!r}")
     if eps < 0:
         raise ValueError(f"eps must not be negative, not {eps}")
-    named = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    named = {
+        "running_mean": running_mean,
+        "running_var": running_var,
+        f"{prefix}weight": weight,
+        f"{prefix}bias": bias,
+    }
     for name, tensor in named.items():
         if tensor is None:
             continue

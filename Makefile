@@ -1,0 +1,42 @@
+# Thin: each target is the commands that the README shows, in a virtual environment of its own.
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: train test check bench gpu clean
+
+# torch first: with one installed, `torch>=2.10` is satisfied and pip replaces nothing.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "$(TORCH)"
+
+$(VENV)/installed: $(BIN)/python pyproject.toml setup.py $(shell find csrc fastgan kernels -name '*.py' -o -name '*.h' -o -name '*.inc' -o -name '*.cpp')
+	$(BIN)/pip install --quiet .
+	touch $@
+
+# The tests and benchmarks run from the checkout, so it is installed in place, with its kernels built there.
+$(VENV)/editable: $(BIN)/python pyproject.toml setup.py $(shell find csrc -type f)
+	$(BIN)/pip install --quiet --editable ".[test,check,bench]"
+	touch $@
+
+train: $(VENV)/installed
+	$(BIN)/fastgan train dcgan --data digits --out runs/dcgan
+
+test: $(VENV)/editable
+	$(BIN)/pytest
+
+check: $(VENV)/editable
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/editable
+	$(BIN)/python -m benchmarks
+
+# On a machine with CUDA where nothing can be downloaded: uses the Python that is there.
+gpu:
+	$(PYTHON) -m benchmarks.gpu
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

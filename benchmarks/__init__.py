@@ -1,0 +1,1 @@
+"""fastgan against stock PyTorch, measured: `python -m benchmarks`, from a checkout."""

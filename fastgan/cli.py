@@ -1,0 +1,146 @@
+"""The command line: `fastgan train | generate | doctor`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fastgan.doctor import report
+from fastgan.training import generate as generating
+from fastgan.training import run
+from fastgan.training.errors import Diverged, InputError, Interrupted
+
+UsageError: Any = typer.BadParameter.__base__
+"""click's, or that of typer's own copy of click, as typer's version has it."""
+
+
+class OneLineErrors(typer.core.TyperGroup):
+    """Prints what is wrong as one line on stderr. Exit status: 2 for bad input, 1 for diverged, 130 for Ctrl-C."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        try:
+            sys.exit(super().main(*args, **{**options, "standalone_mode": False}))
+        except UsageError as error:
+            message, status = error.format_message(), 2
+        except InputError as error:
+            message, status = str(error), 2
+        except Diverged as error:
+            message, status = str(error), 1
+        except Interrupted as error:
+            message, status = str(error), 130
+        except (KeyboardInterrupt, typer.Abort):
+            message, status = "interrupted", 130
+        if message:
+            print(f"fastgan: {message}", file=sys.stderr)
+        sys.exit(status)
+
+
+app = typer.Typer(
+    cls=OneLineErrors,
+    no_args_is_help=True,
+    add_completion=False,
+    help="Fused operators for GAN training, and what they train.",
+)
+train = typer.Typer(no_args_is_help=True, help="Train a reference system.")
+app.add_typer(train, name="train")
+
+
+@train.command()
+def dcgan(
+    data: Annotated[
+        str | None,
+        typer.Option(help="digits, a folder of images, or hf:NAME for the Hugging Face hub.", show_default="digits"),
+    ] = None,
+    image_size: Annotated[int | None, typer.Option(help="A power of two, 8 or more.", show_default="32")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per batch and process.", show_default="64")] = None,
+    steps: Annotated[int | None, typer.Option(help="Generator updates, instead of --epochs.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the data.", show_default="40")] = None,
+    lr: Annotated[float | None, typer.Option(help="Adam's learning rate.", show_default="0.0002")] = None,
+    d_steps: Annotated[
+        int | None, typer.Option(help="Discriminator updates per generator update.", show_default="1")
+    ] = None,
+    label_smoothing: Annotated[
+        float | None, typer.Option(help="The discriminator's target for real images is 1 minus this.", show_default="0")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Decides weights, noise and data order.", show_default="0")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    precision: Annotated[str, typer.Option(help="fp32, or bf16 for autocast.")] = "fp32",
+    out: Annotated[Path, typer.Option(help="Folder for checkpoint, curves and samples.")] = Path("runs/dcgan"),
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 500,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue --out's checkpoint exactly.")] = False,
+    no_fuse: Annotated[bool, typer.Option("--no-fuse", help="Leave the networks in stock PyTorch.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Compare with the unfused model at length.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Two steps, all else as in a real run.")] = False,
+) -> None:
+    """Train a DCGAN, by default on scikit-learn's handwritten digits."""
+    settings = {
+        "data": data,
+        "image_size": image_size,
+        "batch_size": batch_size,
+        "lr": lr,
+        "seed": seed,
+        "d_steps": d_steps,
+        "label_smoothing": label_smoothing,
+    }
+    console = Console()
+    result = run.train(
+        "dcgan",
+        {name: value for name, value in settings.items() if value is not None},
+        out=out,
+        steps=steps,
+        epochs=epochs,
+        device=device,
+        precision=precision,
+        checkpoint_every=checkpoint_every,
+        resume=resume,
+        fused=not no_fuse,
+        careful_compare=compare,
+        dry_run=dry_run,
+        console=console,
+    )
+    if result is None:
+        console.print(f"{out} is trained to its end already; give more --steps or --epochs to go on")
+    else:
+        console.print(_summary(result))
+
+
+def _summary(result: run.Result) -> Table:
+    folder = result.folder
+    table = Table(title="dcgan", title_justify="left", show_header=False)
+    table.add_row("trained", f"to step {result.steps} in {result.seconds:.0f} s")
+    table.add_row("speed", f"{result.images_per_s:.0f} images/s")
+    if comparison := result.comparison:
+        times = f"{comparison.fused * 1e3:.1f} against {comparison.stock * 1e3:.1f} ms a step"
+        table.add_row("against unfused", f"{comparison.speedup:.2f}x: {times}, medians of {comparison.pairs}")
+    table.add_row("samples", str(folder.final_grid))
+    table.add_row("curves", str(folder.curves))
+    table.add_row("", f"tensorboard --logdir {folder.tensorboard}")
+    table.add_row("checkpoint", str(folder.checkpoint))
+    if result.previous:
+        table.add_row("run before", f"moved to {result.previous}")
+    return table
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or the folder of a run.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for them.", show_default="generated, beside it")] = None,
+    num: Annotated[int, typer.Option(help="Images in the grid.")] = 64,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same images.")] = 0,
+) -> None:
+    """Write a grid of samples and a strip of latent interpolations."""
+    for path in generating.generate(checkpoint, out, num, seed):
+        typer.echo(path)
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, devices, and which backend serves each operator."""
+    Console().print(report())
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,167 @@
+"""`ConvBnAct2d` and `ConvTransposeBnAct2d`, and what every fused layer asks of a convolution."""
+
+from typing import Any, TypeVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgan import ops
+from fastgan.nn.norm_act import Activation, attachment, next_statistics
+from fastgan.ops._types import Act
+from fastgan.ops.conv import Size2
+from fastgan.ops.norm_act import activate
+
+Conv = nn.Conv2d | nn.ConvTranspose2d
+Module = TypeVar("Module", bound="_ConvBnAct")
+
+
+def _pad(x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Size2]:
+    """(x, padding) for the operators, which pad with zeros and both sides alike: any other padding is done here."""
+    if conv.padding_mode == "zeros" and not isinstance(conv.padding, str):
+        return x, conv.padding
+    left, right, top, bottom = sides = conv._reversed_padding_repeated_twice
+    if conv.padding_mode == "zeros" and (left, top) == (right, bottom):
+        return x, (top, left)
+    return F.pad(x, sides, "constant" if conv.padding_mode == "zeros" else conv.padding_mode), 0
+
+
+def _prepare(x: Tensor, conv: Conv, output_size: list[int] | None) -> tuple[Tensor, dict[str, Any]]:
+    """(x, settings) with which an operator does what `conv` does."""
+    settings: dict[str, Any] = {"stride": conv.stride, "dilation": conv.dilation, "groups": conv.groups}
+    if x.requires_grad and x.is_contiguous():
+        # The identity. Its gradient is contiguous too, as in stock, whatever layout the operator's gradient has.
+        x = x.flatten().view(x.shape)
+    if isinstance(conv, nn.Conv2d):
+        x, settings["padding"] = _pad(x, conv)
+        return x, settings
+    settings |= {"padding": conv.padding, "output_padding": conv.output_padding}
+    if output_size is not None:
+        geometry: list[Any] = [conv.stride, conv.padding, conv.kernel_size, 2, conv.dilation]
+        settings["output_padding"] = conv._output_padding(x, output_size, *geometry)
+    return x, settings
+
+
+def conv2d(x: Tensor, conv: Conv, output_size: list[int] | None = None, *, keep_layout: bool = True) -> Tensor:
+    """conv(x) by the operator."""
+    op = ops.conv2d if isinstance(conv, nn.Conv2d) else ops.conv_transpose2d
+    x, settings = _prepare(x, conv, output_size)
+    return op(x, conv.weight, conv.bias, **settings, keep_layout=keep_layout)
+
+
+def conv_batch_norm_act(
+    x: Tensor,
+    conv: Conv,
+    norm: nn.BatchNorm2d,
+    activation: Activation,
+    output_size: list[int] | None = None,
+    *,
+    keep_layout: bool = True,
+) -> Tensor:
+    """act(norm(conv(x))) by the operator, with all that `norm` does in a forward pass."""
+    op = ops.conv2d_batch_norm_act if isinstance(conv, nn.Conv2d) else ops.conv_transpose2d_batch_norm_act
+    x, settings = _prepare(x, conv, output_size)
+    running_mean, running_var, training, momentum = next_statistics(norm)
+    return op(
+        x, conv.weight, conv.bias, running_mean, running_var, norm.weight, norm.bias, training, momentum, norm.eps,
+        **settings, act=activation.act, negative_slope=activation.negative_slope, keep_layout=keep_layout,
+    )  # fmt: skip
+
+
+class _ConvBnAct(nn.Module):
+    """What the two modules share; stands before the convolution's own class."""
+
+    out_channels: int
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        *args: Any,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        act: Act = "relu",
+        negative_slope: float = 0.01,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        like = self.weight
+        self.bn = nn.BatchNorm2d(
+            self.out_channels, eps, momentum, affine, track_running_stats, device=like.device, dtype=like.dtype
+        )
+        self.activation = Activation.named(act, negative_slope)
+
+    @classmethod
+    def from_modules(cls: type[Module], conv: Conv, bn: nn.BatchNorm2d, act: nn.Module | None = None) -> Module:
+        """act(bn(conv(x))) as one module that shares their tensors.
+
+        Args:
+            conv: an `nn.Conv2d` or `nn.ConvTranspose2d`, whichever this class is.
+            bn: becomes the child `bn` itself.
+            act: `nn.ReLU`, `nn.LeakyReLU` or None.
+
+        Raises:
+            TypeError: a module of another class.
+            ValueError: `bn` is for another number of channels.
+        """
+        base = nn.Conv2d if issubclass(cls, nn.Conv2d) else nn.ConvTranspose2d
+        for name, module, wanted in (("conv", conv, base), ("bn", bn, nn.BatchNorm2d)):
+            if type(module) is not wanted:
+                raise TypeError(f"{name} must be an nn.{wanted.__name__}, not {type(module).__name__}")
+        if bn.num_features != conv.out_channels:
+            raise ValueError(f"bn must be for conv's {conv.out_channels} channels, not {bn.num_features}")
+        activation = Activation.of(act)
+        names = ["kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"]
+        names += ["output_padding"] if base is nn.ConvTranspose2d else []
+        settings = {name: getattr(conv, name) for name in names}
+        fused = cls(conv.in_channels, conv.out_channels, **settings, bias=conv.bias is not None, device="meta")
+        fused.weight, fused.bias, fused.bn, fused.activation = conv.weight, conv.bias, bn, activation
+        fused.training = conv.training
+        return fused
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Also takes the keys of `nn.Sequential(conv, bn, act)`."""
+        for key in [key for key in state_dict if key.startswith((f"{prefix}0.", f"{prefix}1."))]:
+            index, name = key[len(prefix) :].split(".", 1)
+            state_dict[prefix + ("bn." if index == "1" else "") + name] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _forward(self, x: Tensor, conv: Conv, output_size: list[int] | None = None) -> Tensor:
+        if type(self.bn) is nn.BatchNorm2d and not attachment(self.bn):
+            return conv_batch_norm_act(x, conv, self.bn, self.activation, output_size)
+        return activate(self.bn(conv2d(x, conv, output_size)), *self.activation)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.activation}"
+
+
+class ConvBnAct2d(_ConvBnAct, nn.Conv2d):
+    """y = act(batch_norm(conv(x))), by `fastgan.ops.conv2d_batch_norm_act`.
+
+    Takes the arguments of `nn.Conv2d`, and by keyword:
+
+    Args:
+        eps, momentum, affine, track_running_stats: of the batch norm, as in `nn.BatchNorm2d`.
+        act: "none", "relu" or "leaky_relu".
+        negative_slope: of "leaky_relu".
+
+    `weight` and `bias` are the convolution's; the child `bn` is an `nn.BatchNorm2d`, which is called where it has hooks
+    or was replaced (by `convert_sync_batchnorm`, say). A state_dict of `nn.Sequential(conv, bn, act)` loads too.
+
+    Raises:
+        ValueError: `act` is unknown, or what `nn.Conv2d` and the operator raise.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._forward(x, self)
+
+
+class ConvTransposeBnAct2d(_ConvBnAct, nn.ConvTranspose2d):
+    """y = act(batch_norm(conv_transpose(x))), by `fastgan.ops.conv_transpose2d_batch_norm_act`.
+
+    Takes the arguments of `nn.ConvTranspose2d`; all else is as in `ConvBnAct2d`.
+    """
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        return self._forward(x, self, output_size)

@@ -1,0 +1,119 @@
+"""`BatchNormAct2d`, and what every fused layer asks of an `nn.BatchNorm2d` and of an activation."""
+
+from typing import Any, NamedTuple, get_args
+
+from torch import Tensor, nn
+
+from fastgan import ops
+from fastgan.ops._tensors import accumulation_dtype
+from fastgan.ops._types import Act
+
+
+class Activation(NamedTuple):
+    """An activation, as the arguments of the operators."""
+
+    act: Act
+    negative_slope: float
+
+    @classmethod
+    def of(cls, module: nn.Module | None) -> "Activation":
+        """What computes the same as `module`, where None is the identity."""
+        if module is None:
+            return cls("none", 0.0)
+        if isinstance(module, nn.LeakyReLU):
+            return cls("leaky_relu", module.negative_slope)
+        if isinstance(module, nn.ReLU):
+            return cls("relu", 0.0)
+        raise TypeError(f"act must be nn.ReLU, nn.LeakyReLU or None, not {type(module).__name__}")
+
+    @classmethod
+    def named(cls, act: Act, negative_slope: float) -> "Activation":
+        if act not in get_args(Act):
+            raise ValueError(f"act must be one of {', '.join(get_args(Act))}, not {act!r}")
+        return cls(act, negative_slope)
+
+    def __str__(self) -> str:
+        slope = f", negative_slope={self.negative_slope}" if self.act == "leaky_relu" else ""
+        return f"act={self.act}{slope}"
+
+
+def attachment(module: nn.Module) -> str | None:
+    """What would also run when `module` is called, besides its class's forward: such a module must be called."""
+    if "forward" in module.__dict__:
+        return "a forward of its own"
+    if module._forward_pre_hooks:
+        return "a forward pre-hook"
+    if module._forward_hooks:
+        return "a forward hook"
+    if module._backward_hooks or module._backward_pre_hooks:
+        return "a backward hook"
+    return None
+
+
+class Statistics(NamedTuple):
+    """What a batch norm normalises one batch by: the operators' arguments of the same names."""
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    training: bool
+    momentum: float | Tensor
+
+
+def next_statistics(norm: nn.BatchNorm2d) -> Statistics:
+    """Begin a forward pass as `nn.BatchNorm2d.forward` does: in training a tracked batch is counted.
+
+    With `momentum=None` the running statistics are the plain mean over the batches so far, which is a momentum of
+    1 / num_batches_tracked. It stays a tensor, so that nobody waits for the device.
+    """
+    tracks = norm.training and norm.track_running_stats
+    momentum: float | Tensor = 0.0 if norm.momentum is None else norm.momentum
+    if tracks and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None and norm.running_mean is not None:
+            dtype = norm.running_mean.dtype
+            momentum = norm.num_batches_tracked.to(accumulation_dtype(dtype)).reciprocal().to(dtype)
+    uses_running = tracks or not norm.training
+    return Statistics(
+        norm.running_mean if uses_running else None,
+        norm.running_var if uses_running else None,
+        norm.training or (norm.running_mean is None and norm.running_var is None),
+        momentum,
+    )
+
+
+def batch_norm_act(x: Tensor, norm: nn.BatchNorm2d, activation: Activation, residual: Tensor | None = None) -> Tensor:
+    """act(norm(x) + residual) by the operator, with all that `norm` does in a forward pass."""
+    running_mean, running_var, training, momentum = next_statistics(norm)
+    return ops.batch_norm_act(
+        x, running_mean, running_var, norm.weight, norm.bias, training, momentum, norm.eps,
+        act=activation.act, negative_slope=activation.negative_slope, residual=residual,
+    )  # fmt: skip
+
+
+class BatchNormAct2d(nn.BatchNorm2d):
+    """y = act(batch_norm(x) + residual), by `fastgan.ops.batch_norm_act`.
+
+    Takes the arguments of `nn.BatchNorm2d`, and by keyword:
+
+    Args:
+        act: "none", "relu" or "leaky_relu".
+        negative_slope: of "leaky_relu".
+
+    Parameters, buffers, state_dict and what training and evaluation do with them are `nn.BatchNorm2d`'s.
+    `nn.SyncBatchNorm.convert_sync_batchnorm` replaces this layer by a norm without activation: use it on plain layers,
+    before or after `fastgan.fuse`.
+
+    Raises:
+        ValueError: `act` is unknown, x has not 4 dimensions, or what `fastgan.ops.batch_norm_act` raises.
+    """
+
+    def __init__(self, *args: Any, act: Act = "relu", negative_slope: float = 0.01, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.activation = Activation.named(act, negative_slope)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        self._check_input_dim(x)
+        return batch_norm_act(x, self, self.activation, residual)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.activation}"

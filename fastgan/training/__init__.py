@@ -1,0 +1,1 @@
+"""Training reference systems: one loop for all, one module per system."""

@@ -1,0 +1,210 @@
+"""Real images: scikit-learn's digits, a folder, or a set from the Hugging Face hub, as shuffled batches in [-1, 1].
+
+Every image is turned as its EXIF data says, cropped to its central square and resized. Where all images of a set are
+grayscale (16-bit and transparent ones included) batches have one channel, else three. Transparent pixels become white;
+16-bit values are scaled, not clipped; of an animation the first frame counts.
+"""
+
+import glob
+import io
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from fastgan.training.errors import InputError
+
+IN_MEMORY = 2 << 30
+"""Bytes up to which a set, once resized, is decoded at the start and kept. A larger one is decoded batch by batch."""
+
+Pixels = NDArray[np.uint8]
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Image files as they came: how many, what to call each in an error, and how to open it."""
+
+    count: int
+    name: Callable[[int], str]
+    open: Callable[[int], Image.Image]
+
+
+class ImageSet:
+    """Images of one size: `images[rows]` is `(len(rows), channels, size, size)` in uint8."""
+
+    def __init__(self, pictures: Pictures, size: int):
+        self.pictures = pictures
+        self.size = size
+        self.pool = ThreadPoolExecutor(thread_name_prefix="decode")
+        rows = range(len(self))
+        self.channels = 1 if all(self.pool.map(self._is_gray, rows)) else 3
+        self.pixels: Pixels | None = None
+        if len(self) * self.channels * size * size <= IN_MEMORY:
+            self.pixels = self._decode(rows)
+
+    def __len__(self) -> int:
+        return self.pictures.count
+
+    def __getitem__(self, rows: Rows) -> Pixels:
+        return self._decode(rows.tolist()) if self.pixels is None else self.pixels[rows]
+
+    def _is_gray(self, row: int) -> bool:
+        return _is_gray(self._read(row, lambda picture: picture.mode))
+
+    def _decode(self, rows: Sequence[int]) -> Pixels:
+        pixels = np.empty((len(rows), self.channels, self.size, self.size), np.uint8)
+        for place, image in zip(pixels, self.pool.map(lambda row: self._read(row, self._prepare), rows), strict=True):
+            place[:] = image.reshape(self.size, self.size, self.channels).transpose(2, 0, 1)
+        return pixels
+
+    def _prepare(self, picture: Image.Image) -> Pixels:
+        picture = _to_8_bits(ImageOps.exif_transpose(picture))
+        if picture.has_transparency_data:
+            layer = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+        picture = picture.convert("L" if self.channels == 1 else "RGB")
+        return np.asarray(ImageOps.fit(picture, (self.size, self.size), Image.Resampling.BICUBIC))
+
+    def _read(self, row: int, use: Callable[[Image.Image], Any]) -> Any:
+        try:
+            with self.pictures.open(row) as picture:
+                return use(picture)
+        except Exception as error:  # Pillow's readers raise whatever a broken file makes them trip over
+            raise InputError(f"--data: cannot read image {self.pictures.name(row)} ({_one_line(error)})") from error
+
+
+def _one_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _is_gray(mode: str) -> bool:
+    return mode in {"1", "L", "LA", "La", "I"} or mode.startswith("I;16")
+
+
+def _to_8_bits(picture: Image.Image) -> Image.Image:
+    if picture.mode == "F":
+        raise ValueError("floating-point pixels have no agreed range; save it with 8 or 16 bits")
+    if picture.mode == "I" or picture.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
+    return picture
+
+
+def load_images(data: str, size: int) -> ImageSet:
+    """Opens `data` ("digits", "hf:NAME" or a folder, searched with its subfolders) at `size` x `size` pixels."""
+    if data == "digits":
+        return ImageSet(_digits(), size)
+    return ImageSet(_hub(data.removeprefix("hf:")) if data.startswith("hf:") else _folder(Path(data)), size)
+
+
+def _digits() -> Pictures:
+    from sklearn.datasets import load_digits
+
+    pixels = (load_digits().images * (255 / 16)).round().astype(np.uint8)
+    return Pictures(len(pixels), lambda row: f"digit {row}", lambda row: Image.fromarray(pixels[row]))
+
+
+def _folder(path: Path) -> Pictures:
+    import datasets
+
+    if not path.is_dir():
+        raise InputError(f"--data: {path} is no folder; expected digits, a folder of images, or hf:NAME")
+    datasets.disable_progress_bars()
+    with tempfile.TemporaryDirectory() as cache:
+        try:
+            table = datasets.load_dataset(
+                "imagefolder",
+                data_files={"train": f"{glob.escape(str(path.absolute()))}/**"},
+                split="train",
+                cache_dir=cache,
+                keep_in_memory=True,
+                drop_labels=True,
+                drop_metadata=True,
+            )
+        except (OSError, ValueError) as error:
+            raise InputError(f"--data: no images found in {path} or below") from error
+    return _table(table, "image")
+
+
+def _hub(name: str) -> Pictures:
+    import datasets
+
+    datasets.disable_progress_bars()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it announces every retry
+    try:
+        table = datasets.load_dataset(name, split="train")
+    except Exception as error:  # no network, no such name, no access, no such split: each raises its own
+        raise InputError(f"--data: cannot load hf:{name} ({_one_line(error)})") from error
+    column = next((key for key, kind in table.features.items() if isinstance(kind, datasets.Image)), None)
+    if column is None:
+        raise InputError(f"--data: hf:{name} has no column of images, only {', '.join(table.features)}")
+    return _table(table, column)
+
+
+def _table(table: Any, column: str) -> Pictures:
+    """A `datasets` table with an image column. Files are opened here, where an error can name them."""
+    import datasets
+
+    files = table.select_columns(column).cast_column(column, datasets.Image(decode=False))
+
+    def name(row: int) -> str:
+        return files[row][column]["path"] or f"number {row}"
+
+    def open_picture(row: int) -> Image.Image:
+        file = files[row][column]
+        return Image.open(io.BytesIO(file["bytes"]) if file["bytes"] else file["path"])
+
+    return Pictures(len(files), name, open_picture)
+
+
+class Batches(Iterator[Tensor]):
+    """Shuffled batches without end, on the accelerator's device, in float32 from -1 to 1.
+
+    Each epoch is a new order, decided by the seed and the epoch's number, and drops what does not fill a batch. So
+    `drawn` is all there is to save: `seek` continues from there. Processes take alternate batches of one order. The
+    next batch is read while the current one is used.
+    """
+
+    def __init__(self, images: ImageSet, batch_size: int, seed: int, accelerator: Accelerator):
+        together = batch_size * accelerator.num_processes
+        if len(images) < together:
+            raise InputError(f"--batch-size: {together} is more than the {len(images)} images in --data")
+        self.images = images
+        self.batch_size = batch_size
+        self.seed = seed
+        self.accelerator = accelerator
+        self.per_epoch = len(images) // together
+        self.epoch = -1
+        self.order: Rows
+        self.reader = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self.seek(0)
+
+    def seek(self, drawn: int) -> None:
+        """Goes to where `drawn` batches have been drawn."""
+        self.drawn = drawn
+        self.ahead = self.reader.submit(self._read, drawn)
+
+    def __next__(self) -> Tensor:
+        pixels = torch.from_numpy(self.ahead.result())
+        self.seek(self.drawn + 1)
+        device = self.accelerator.device
+        if device.type == "cuda":
+            pixels = pixels.pin_memory()
+        return pixels.to(device, non_blocking=True).float().div_(127.5).sub_(1)
+
+    def _read(self, number: int) -> Pixels:
+        epoch, place = divmod(number, self.per_epoch)
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.images))
+        start = (place * self.accelerator.num_processes + self.accelerator.process_index) * self.batch_size
+        return self.images[self.order[start : start + self.batch_size]]

@@ -1,0 +1,52 @@
+"""Where a run's files lie."""
+
+import tempfile
+from pathlib import Path
+
+from fastgan.training.errors import InputError
+
+
+class RunFolder:
+    """The layout under `--out`: checkpoint, curves and samples."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.checkpoint = root / "checkpoint.pt"
+        self.curves = root / "curves.csv"
+        self.tensorboard = root / "tensorboard"
+        self.samples = root / "samples"
+
+    def epoch_grid(self, epoch: int) -> Path:
+        return self.samples / f"epoch_{epoch:04d}.png"
+
+    @property
+    def final_grid(self) -> Path:
+        return self.samples / "final.png"
+
+    def set_aside(self) -> Path | None:
+        """Moves the files of an earlier run into `previous-1` (or the next free number); returns where, if any."""
+        files = [p for p in (self.checkpoint, self.curves, self.tensorboard, self.samples) if p.exists()]
+        if not files:
+            return None
+        number = 1
+        while (previous := self.root / f"previous-{number}").exists():
+            number += 1
+        previous.mkdir()
+        for path in files:
+            path.rename(previous / path.name)
+        return previous
+
+
+def check_writable(folder: Path) -> None:
+    """Raises `InputError` unless files can be made in `folder`, which need not exist. Leaves nothing behind."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"--out: cannot write to {folder} ({error.strerror})") from error
+    finally:
+        for path in missing:
+            if path.is_dir():
+                path.rmdir()

@@ -1,0 +1,166 @@
+"""A training run from its options to its result: checks, data, system, loop, comparison."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+
+from fastgan.fuse import fuse
+from fastgan.training import checkpoint
+from fastgan.training.compare import Comparison, compare
+from fastgan.training.data import Batches, load_images
+from fastgan.training.dcgan import DCGAN
+from fastgan.training.errors import InputError
+from fastgan.training.folder import RunFolder, check_writable
+from fastgan.training.loop import Plan, Training
+from fastgan.training.system import Settings, System, require
+
+SYSTEMS: dict[str, type[System]] = {system.name: system for system in (DCGAN,)}
+
+EPOCHS = 40
+"""How long a run is that was told neither steps nor epochs."""
+
+COMPARE_SECONDS = {False: 4.0, True: 40.0}
+"""How long the comparison with the unfused model takes, without and with `--compare`."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run did. `comparison` is None when the model was not fused, `previous` where an earlier run was moved."""
+
+    folder: RunFolder
+    steps: int
+    images_per_s: float
+    seconds: float
+    comparison: Comparison | None
+    previous: Path | None
+
+
+def train(
+    system_name: str,
+    given: Mapping[str, Any],
+    *,
+    out: Path,
+    steps: int | None = None,
+    epochs: int | None = None,
+    device: str = "auto",
+    precision: str = "fp32",
+    checkpoint_every: int = 500,
+    resume: bool = False,
+    fused: bool = True,
+    careful_compare: bool = False,
+    dry_run: bool = False,
+    console: Console | None = None,
+) -> Result | None:
+    """Trains `system_name` with the settings in `given`, the others at their defaults or as the checkpoint has them.
+
+    Returns None when the resumed run had already reached its end. Raises `InputError` before anything is written.
+    """
+    console = console or Console(quiet=True)
+    folder = RunFolder(out)
+    system_type = SYSTEMS[system_name]
+    state = read_checkpoint(folder.checkpoint, system_name) if resume else None
+    settings = _settings(system_type.settings_type, given, state, folder.checkpoint)
+    _check_schedule(steps, epochs, checkpoint_every)
+    require(fused or not careful_compare, "--compare", "with --no-fuse", "one of the two: it measures the fused model")
+    check_writable(out)
+    accelerator = make_accelerator(device, precision)
+    console.quiet |= not accelerator.is_main_process
+
+    with console.status(f"Reading {settings.data}"):
+        images = load_images(settings.data, settings.image_size)
+    if state and (len(images), images.channels) != (state["images"], state["channels"]):
+        raise InputError(
+            f"--data: {len(images)} images with {images.channels} channels, but {folder.checkpoint} was trained on "
+            f"{state['images']} with {state['channels']}; resume with the same images"
+        )
+    batches = Batches(images, settings.batch_size, settings.seed, accelerator)
+
+    def build(fuse_it: bool) -> System:
+        system = system_type(settings, images.channels, accelerator)
+        for network in system.networks.values() if fuse_it else ():
+            fuse(network)
+        return system
+
+    torch.manual_seed(settings.seed)
+    system = build(fused)
+    if accelerator.process_index:
+        torch.manual_seed(settings.seed + accelerator.process_index)
+
+    steps_per_epoch = max(1, batches.per_epoch // system.draws)
+    if dry_run:
+        steps = (state["step"] if state else 0) + 2
+    elif steps is None and epochs is None and state:
+        steps = state["steps"]
+    elif steps is None:
+        steps = (epochs or EPOCHS) * steps_per_epoch
+    plan = Plan(steps, steps_per_epoch, checkpoint_every)
+    training = Training(system, batches, folder, plan, console)
+    previous = None
+    if state:
+        training.load_state_dict(state)
+        if training.step >= plan.steps:
+            return None
+    elif accelerator.is_main_process:
+        previous = folder.set_aside()
+    accelerator.wait_for_everyone()
+    curves = training.run()
+
+    comparison = None
+    if fused:
+        with console.status("Comparing with the unfused model"):
+            stock = build(False)
+            stock.load_state_dict(system.state_dict())
+            comparison = compare(system, stock, batches, COMPARE_SECONDS[careful_compare])
+    return Result(folder, training.step, curves.images / curves.seconds, curves.seconds, comparison, previous)
+
+
+def read_checkpoint(path: Path, system_name: str | None = None) -> dict[str, Any]:
+    """Reads a checkpoint of a known system, of `system_name` if given."""
+    state = checkpoint.load(path)
+    if system_name is not None and state["system"] != system_name:
+        raise InputError(f"{path}: a checkpoint of {state['system']}, expected one of {system_name}")
+    if state["system"] not in SYSTEMS:
+        raise InputError(f"{path}: a checkpoint of {state['system']}, expected one of {', '.join(SYSTEMS)}")
+    return state
+
+
+def make_accelerator(device: str, precision: str) -> Accelerator:
+    """accelerate's view of the device, the number format and the processes."""
+    require(precision in {"fp32", "bf16"}, "--precision", precision, "fp32 or bf16")
+    present = torch.accelerator.current_accelerator(check_available=True)
+    known = ["cpu", *([present.type] if present else [])]
+    if device != "auto":
+        kind, _, index = device.partition(":")
+        require(kind in known, "--device", device, f"{' or '.join(known)}, which this machine has, or auto")
+        if index and kind != "cpu":
+            count = torch.accelerator.device_count()
+            require(index.isdecimal() and int(index) < count, "--device", device, f"an index below {count}")
+            torch.accelerator.set_device_index(int(index))
+    return Accelerator(cpu=device.startswith("cpu"), mixed_precision="bf16" if precision == "bf16" else "no")
+
+
+def _settings(kind: type[Settings], given: Mapping[str, Any], state: dict[str, Any] | None, path: Path) -> Settings:
+    """`given` over the defaults, or over the checkpoint's settings: then only `data`, which may have moved, changes."""
+    if state is None:
+        settings = kind(**given)
+    else:
+        settings = kind(**state["settings"])
+        for name, value in given.items():
+            kept = getattr(settings, name)
+            if name != "data" and value != kept:
+                option = "--" + name.replace("_", "-")
+                raise InputError(f"{option}: {value} does not fit {path}, trained with {kept}; a resumed run keeps it")
+        settings = replace(settings, data=given.get("data", settings.data))
+    settings.check()
+    return settings
+
+
+def _check_schedule(steps: int | None, epochs: int | None, checkpoint_every: int) -> None:
+    require(steps is None or epochs is None, "--steps", f"{steps} with --epochs {epochs}", "one of the two")
+    for option, value in (("--steps", steps), ("--epochs", epochs), ("--checkpoint-every", checkpoint_every)):
+        require(value is None or value >= 1, option, value, "1 or more")

@@ -1,0 +1,108 @@
+"""What a kind of GAN brings to the training loop."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
+
+from fastgan.training.errors import InputError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the outcome of a run, whatever the system. A checkpoint keeps it, and a resumed run must agree.
+
+    A system adds its own by inheriting. Field `image_size` is option `--image-size`.
+    """
+
+    data: str = "digits"
+    image_size: int = 32
+    batch_size: int = 64
+    lr: float = 2e-4
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises `InputError` for the first value that does not fit."""
+        require(self.batch_size >= 2, "--batch-size", self.batch_size, "2 or more, as batch norm needs")
+        require(0 < self.lr < math.inf, "--lr", self.lr, "a number above 0")
+        require(0 <= self.seed < 2**63, "--seed", self.seed, "from 0 to 2**63 - 1")
+
+
+def require(fits: bool, option: str, value: object, expected: str) -> None:
+    """Raises the `InputError` that names `option` unless `fits`."""
+    if not fits:
+        raise InputError(f"{option}: {value} does not fit; expected {expected}")
+
+
+S = TypeVar("S", bound=Settings)
+
+
+class System(ABC, Generic[S]):
+    """Networks, their optimisers, one training step, and how to draw samples.
+
+    Networks stay unwrapped, whatever the number of processes: `update` averages gradients by hand. That allows what a
+    GAN needs and `DistributedDataParallel` does not: several forwards before a backward, frozen parameters, gradients
+    of gradients.
+    """
+
+    name: ClassVar[str]
+    settings_type: ClassVar[type[Settings]]
+    draws: int = 1
+    """Batches of real images that one step takes."""
+
+    networks: dict[str, nn.Module]
+    optimizers: dict[str, Optimizer]
+
+    def __init__(self, settings: S, channels: int, accelerator: Accelerator):
+        self.settings = settings
+        self.channels = channels
+        self.accelerator = accelerator
+
+    @abstractmethod
+    def step(self, reals: Iterator[Tensor]) -> dict[str, Tensor]:
+        """Takes `draws` batches from `reals`, updates every network, and returns scalars without waiting for them."""
+
+    @abstractmethod
+    def noise(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """`count` latents on the system's device; from a CPU `generator`, if given, so that devices agree."""
+
+    @abstractmethod
+    def sample(self, noise: Tensor) -> Tensor:
+        """Images in [-1, 1] for `noise`, changing nothing in the system."""
+
+    def update(self, name: str) -> Tensor:
+        """Steps the optimiser of network `name`; returns the norm of its gradient, averaged over processes."""
+        gradients = [p.grad for p in self.networks[name].parameters() if p.grad is not None]
+        if self.accelerator.num_processes > 1:
+            flat = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
+            for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(mean.view_as(gradient))
+        norm = nn.utils.get_total_norm(gradients)
+        self.optimizers[name].step()
+        return norm
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights and optimisers, in keys that do not depend on fusing."""
+        return {
+            "networks": {name: network.state_dict() for name, network in self.networks.items()},
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores `state_dict`, in place."""
+        for name, network in self.networks.items():
+            network.load_state_dict(state["networks"][name])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+
+
+def adam(network: nn.Module, lr: float, betas: tuple[float, float]) -> Adam:
+    """Adam for all of `network`, in one kernel per step where torch has one."""
+    parameters = list(network.parameters())
+    return Adam(parameters, lr=lr, betas=betas, fused=all(p.device.type in {"cpu", "cuda"} for p in parameters))

@@ -1,0 +1,536 @@
+"""Batch normalisation, residual and activation in one operator, with its first and second derivatives.
+
+    y = act((x - mean) / sqrt(var + eps) * weight + bias + residual),    act in {"none", "relu", "leaky_relu"}
+
+Every order is one pass that sums over each channel, and one that applies per-channel coefficients to each element.
+The data are cut into tiles, and the tiles of a channel dealt out to one program or to several:
+
+    planes (contiguous)       a tile is images × pixels of one channel
+    rows   (channels_last)    a tile is pixels × neighbouring channels
+
+One program makes both passes, in a single launch. Several leave partial sums in a buffer, which are added in a fixed
+order before the second pass.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Eight elements to a thread: one 16-byte load in bfloat16, and no register spilled in any kernel.
+_TILE = 2048
+_ELEMENTS_PER_WARP = 256
+# Channels to a tile of rows: 64 bytes in bfloat16, one access to HBM.
+_ROW_CHANNELS = 32
+# Eight programs to each of the 132 multiprocessors of an H100 or H200.
+_PROGRAMS = 1056
+# What one program can combine in its registers: partial results, and channels.
+_MAX_SPLITS = 512
+_COMBINED_CHANNELS = 8
+# A program waits for memory once per tile and pass; up to here that costs less than two more launches.
+_TILES_IN_ONE_PROGRAM = 8
+
+
+# ----------------------------------------------------------------------------------------------------- input and output
+
+
+@triton.jit
+def _channels(shape, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """The program's channel group, the channels in it, and which of these exist."""
+    group = tl.program_id(0).to(tl.int64)
+    c = group * WIDTH + tl.arange(0, WIDTH)[None, :] if ROWS else group + tl.arange(0, 1)[None, :]
+    return group, c, c < shape[1]
+
+
+@triton.jit
+def _tile(t, group, shape, ROWS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """Offsets, in int64 and never negative, and mask of tile t of a channel group."""
+    N, C, S = shape
+    row = tl.arange(0, HEIGHT)[:, None]
+    col = tl.arange(0, WIDTH)[None, :]
+    if ROWS:
+        row += t.to(tl.int64) * HEIGHT
+        col += group * WIDTH
+        at = row * C + col
+        ok = (row < N) & (col < C)
+    else:
+        across = tl.cdiv(S, WIDTH)
+        row += (t // across).to(tl.int64) * HEIGHT
+        col += (t % across).to(tl.int64) * WIDTH
+        at = (row * C + group) * S + col
+        ok = (row < N) & (col < S)
+    return at, ok
+
+
+@triton.jit
+def _load(pointer, at, ok, absent, ACC: tl.constexpr):
+    return tl.full(at.shape, absent, ACC) if pointer is None else tl.load(pointer + at, mask=ok, other=0).to(ACC)
+
+
+# ---------------------------------------------------------------------------------------------------------- mathematics
+
+
+@triton.jit
+def _affine(mean, var, weight, bias, c, c_ok, eps, ACC: tl.constexpr):
+    r = tl.rsqrt(var + tl.full(var.shape, eps, ACC))
+    return mean, r, _load(weight, c, c_ok, 1.0, ACC), _load(bias, c, c_ok, 0.0, ACC)
+
+
+@triton.jit
+def _normalise(x, residual, affine, at, ok, ACC: tl.constexpr):
+    """The normalised xh, and what the activation is applied to."""
+    mean, r, w, b = affine
+    xh = (_load(x, at, ok, 0.0, ACC) - mean) * r
+    return xh, xh * w + b + _load(residual, at, ok, 0.0, ACC)
+
+
+@triton.jit
+def _activate(pre, value, slope, ACT: tl.constexpr, ACC: tl.constexpr):
+    """act'(pre) * value. As act is piecewise linear, act(pre) is _activate(pre, pre). A NaN passes, as in torch."""
+    if ACT == "relu":
+        value = tl.where(pre <= 0, 0.0, value)
+    elif ACT == "leaky_relu":
+        value = tl.where(pre > 0, value, value * tl.full(value.shape, slope, ACC))
+    return value
+
+
+@triton.jit
+def _gradient(grad_y, x, residual, affine, slope, at, ok, ACT: tl.constexpr, ACC: tl.constexpr):
+    g = _load(grad_y, at, ok, 0.0, ACC)
+    xh, pre = _normalise(x, residual, affine, at, ok, ACC)
+    return xh, pre, _activate(pre, g, slope, ACT, ACC)
+
+
+@triton.jit
+def _sum(tile, ROWS: tl.constexpr):
+    return tl.sum(tile, 0 if ROWS else None, keep_dims=True)
+
+
+@triton.jit
+def _moments(x, group, shape, tiles, ROWS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr):
+    """Count, mean as a shift and an offset, and sum of squared deviations over the program's tiles.
+
+    The shift is the mean of the first tile. As that is part of the data, cancellation can cost the variance no more
+    than a factor of the number of tiles.
+    """
+    t = tl.program_id(1)
+    at, ok = _tile(t, group, shape, ROWS, HEIGHT, WIDTH)
+    shift = _sum(_load(x, at, ok, 0.0, ACC), ROWS) / _sum(ok.to(ACC), ROWS)
+    count = tl.zeros([HEIGHT, WIDTH], ACC)
+    total = tl.zeros([HEIGHT, WIDTH], ACC)
+    square = tl.zeros([HEIGHT, WIDTH], ACC)
+    while t < tiles:
+        at, ok = _tile(t, group, shape, ROWS, HEIGHT, WIDTH)
+        d = tl.where(ok, _load(x, at, ok, 0.0, ACC) - shift, 0.0)
+        count += ok.to(ACC)
+        total += d
+        square += d * d
+        t += tl.num_programs(1)
+    n = _sum(count, ROWS)
+    offset = _sum(total, ROWS) / n
+    return n, shift, offset, _sum(square, ROWS) - n * offset * offset
+
+
+@triton.jit
+def _sums(grad_y, x, residual, ggx, affine, slope, group, shape, tiles, ACT: tl.constexpr, ROWS: tl.constexpr,
+          HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """Sums over the program's tiles of g, g·xh and, with v = ggx, of v, v·xh, v·g."""
+    g_sum = tl.zeros([HEIGHT, WIDTH], ACC)
+    gx_sum = tl.zeros([HEIGHT, WIDTH], ACC)
+    v_sum = tl.zeros([HEIGHT, WIDTH], ACC)
+    vx_sum = tl.zeros([HEIGHT, WIDTH], ACC)
+    vg_sum = tl.zeros([HEIGHT, WIDTH], ACC)
+    t = tl.program_id(1)
+    while t < tiles:
+        at, ok = _tile(t, group, shape, ROWS, HEIGHT, WIDTH)
+        xh, _pre, g = _gradient(grad_y, x, residual, affine, slope, at, ok, ACT, ACC)
+        g_sum += g
+        gx_sum += g * xh
+        if ggx is not None:
+            v = _load(ggx, at, ok, 0.0, ACC)
+            v_sum += v
+            vx_sum += v * xh
+            vg_sum += v * g
+        t += tl.num_programs(1)
+    return _sum(g_sum, ROWS), _sum(gx_sum, ROWS), _sum(v_sum, ROWS), _sum(vx_sum, ROWS), _sum(vg_sum, ROWS)
+
+
+# -------------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _moments_kernel(x, partial, shape, tiles, ROWS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+                    ACC: tl.constexpr):  # fmt: skip
+    group, c, c_ok = _channels(shape, ROWS, WIDTH)
+    n, shift, offset, square = _moments(x, group, shape, tiles, ROWS, HEIGHT, WIDTH, ACC)
+    at = partial + tl.program_id(1) * shape[1] + c
+    field = tl.num_programs(1) * shape[1]
+    tl.store(at, n, c_ok)
+    tl.store(at + field, shift, c_ok)
+    tl.store(at + 2 * field, offset, c_ok)
+    tl.store(at + 3 * field, square, c_ok)
+
+
+@triton.jit
+def _combine_kernel(partial, mean, var, C, splits, SPLITS: tl.constexpr, WIDTH: tl.constexpr):
+    """Mean and biased variance of each channel from those of its splits, by Chan's formula."""
+    p = tl.arange(0, SPLITS)[:, None]
+    c = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)[None, :]
+    at = partial + p * C + c
+    ok = (p < splits) & (c < C)
+    field = splits * C
+    n = tl.load(at, ok, 0.0)
+    shift = tl.load(at + field, ok, 0.0)
+    offset = tl.load(at + 2 * field, ok, 0.0)
+    square = tl.load(at + 3 * field, ok, 0.0)
+    count = tl.sum(n, 0, keep_dims=True)
+    # Means relative to one of the shifts: subtracting nearly equal shifts is exact, however huge these are.
+    anchor = tl.load(partial + field + c, c < C, 0.0)
+    m = shift - anchor + offset
+    center = tl.sum(n * m, 0, keep_dims=True) / count
+    square = tl.sum(square + n * (m - center) * (m - center), 0, keep_dims=True)
+    tl.store(mean + c, anchor + center, c < C)
+    tl.store(var + c, square / count, c < C)
+
+
+@triton.jit
+def _forward_kernel(x, weight, bias, residual, mean, var, y, eps: tl.float64, slope: tl.float64, shape, tiles,
+                    REDUCE: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, HEIGHT: tl.constexpr,
+                    WIDTH: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    group, c, c_ok = _channels(shape, ROWS, WIDTH)
+    if REDUCE:
+        n, shift, offset, square = _moments(x, group, shape, tiles, ROWS, HEIGHT, WIDTH, ACC)
+        center = shift + offset
+        spread = square / n
+        tl.store(mean + c, center, c_ok)
+        tl.store(var + c, spread, c_ok)
+    else:
+        center = _load(mean, c, c_ok, 0.0, ACC)
+        spread = _load(var, c, c_ok, 0.0, ACC)
+    affine = _affine(center, spread, weight, bias, c, c_ok, eps, ACC)
+    t = tl.program_id(1)
+    while t < tiles:
+        at, ok = _tile(t, group, shape, ROWS, HEIGHT, WIDTH)
+        _, pre = _normalise(x, residual, affine, at, ok, ACC)
+        tl.store(y + at, _activate(pre, pre, slope, ACT, ACC), ok)
+        t += tl.num_programs(1)
+
+
+@triton.jit
+def _sums_kernel(grad_y, x, weight, bias, residual, mean, var, ggx, partial, eps: tl.float64, slope: tl.float64, shape,
+                 tiles, ACT: tl.constexpr, ROWS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+                 ACC: tl.constexpr):  # fmt: skip
+    group, c, c_ok = _channels(shape, ROWS, WIDTH)
+    center = _load(mean, c, c_ok, 0.0, ACC)
+    spread = _load(var, c, c_ok, 0.0, ACC)
+    affine = _affine(center, spread, weight, bias, c, c_ok, eps, ACC)
+    g, gx, v, vx, vg = _sums(
+        grad_y, x, residual, ggx, affine, slope, group, shape, tiles, ACT, ROWS, HEIGHT, WIDTH, ACC
+    )
+    at = partial + tl.program_id(1) * shape[1] + c
+    field = tl.num_programs(1) * shape[1]
+    tl.store(at, g, c_ok)
+    tl.store(at + field, gx, c_ok)
+    if ggx is not None:
+        tl.store(at + 2 * field, v, c_ok)
+        tl.store(at + 3 * field, vx, c_ok)
+        tl.store(at + 4 * field, vg, c_ok)
+
+
+@triton.jit
+def _backward_kernel(grad_y, x, weight, bias, residual, mean, var, sums, grad_x, grad_weight, grad_bias, grad_residual,
+                     eps: tl.float64, slope: tl.float64, count: tl.float64, shape, tiles, TRAINING: tl.constexpr,
+                     REDUCE: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, HEIGHT: tl.constexpr,
+                     WIDTH: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    group, c, c_ok = _channels(shape, ROWS, WIDTH)
+    center = _load(mean, c, c_ok, 0.0, ACC)
+    spread = _load(var, c, c_ok, 0.0, ACC)
+    affine = _affine(center, spread, weight, bias, c, c_ok, eps, ACC)
+    if REDUCE:
+        g_sum, gx_sum, _, _, _ = _sums(
+            grad_y, x, residual, None, affine, slope, group, shape, tiles, ACT, ROWS, HEIGHT, WIDTH, ACC
+        )
+    else:
+        g_sum = _load(sums, c, c_ok, 0.0, ACC)
+        gx_sum = _load(sums, c + shape[1], c_ok, 0.0, ACC)
+    if grad_weight is not None:
+        first = c_ok & (tl.program_id(1) == 0)
+        tl.store(grad_weight + c, gx_sum, first)
+        tl.store(grad_bias + c, g_sum, first)
+    if grad_x is not None or grad_residual is not None:
+        _, r, w, _ = affine
+        m = tl.full(c.shape, count, ACC)
+        t = tl.program_id(1)
+        while t < tiles:
+            at, ok = _tile(t, group, shape, ROWS, HEIGHT, WIDTH)
+            xh, _pre, g = _gradient(grad_y, x, residual, affine, slope, at, ok, ACT, ACC)
+            if grad_residual is not None:
+                tl.store(grad_residual + at, g, ok)
+            if grad_x is not None:
+                if TRAINING:
+                    g -= g_sum / m + xh * (gx_sum / m)
+                tl.store(grad_x + at, w * r * g, ok)
+            t += tl.num_programs(1)
+
+
+@triton.jit
+def _double_backward_kernel(ggx, ggw, ggb, ggr, grad_y, x, weight, bias, residual, mean, var, sums, g_grad_y, g_x,
+                            g_weight, eps: tl.float64, slope: tl.float64, count: tl.float64, shape, tiles,
+                            TRAINING: tl.constexpr, REDUCE: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr,
+                            HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    group, c, c_ok = _channels(shape, ROWS, WIDTH)
+    center = _load(mean, c, c_ok, 0.0, ACC)
+    spread = _load(var, c, c_ok, 0.0, ACC)
+    affine = _affine(center, spread, weight, bias, c, c_ok, eps, ACC)
+    _, r, w, _ = affine
+    scale = w * r
+    dw = _load(ggw, c, c_ok, 0.0, ACC)
+    db = _load(ggb, c, c_ok, 0.0, ACC)
+    if REDUCE:
+        g_sum, gx_sum, v_sum, vx_sum, vg_sum = _sums(
+            grad_y, x, residual, ggx, affine, slope, group, shape, tiles, ACT, ROWS, HEIGHT, WIDTH, ACC
+        )
+    else:
+        g_sum = _load(sums, c, c_ok, 0.0, ACC)
+        gx_sum = _load(sums, c + shape[1], c_ok, 0.0, ACC)
+        v_sums = sums if ggx is not None else None
+        v_sum = _load(v_sums, c + 2 * shape[1], c_ok, 0.0, ACC)
+        vx_sum = _load(v_sums, c + 3 * shape[1], c_ok, 0.0, ACC)
+        vg_sum = _load(v_sums, c + 4 * shape[1], c_ok, 0.0, ACC)
+
+    gw = r * vg_sum
+    g_mean = tl.zeros(c.shape, ACC)
+    gx_mean = tl.zeros(c.shape, ACC)
+    v_mean = tl.zeros(c.shape, ACC)
+    vx_mean = tl.zeros(c.shape, ACC)
+    curvature = tl.zeros(c.shape, ACC)
+    if TRAINING:
+        m = tl.full(c.shape, count, ACC)
+        g_mean = g_sum / m
+        gx_mean = gx_sum / m
+        v_mean = v_sum / m
+        vx_mean = vx_sum / m
+        k = vg_sum / m - v_mean * g_mean - vx_mean * gx_mean
+        gw = r * m * k
+        curvature = gx_mean * (dw - 2 * scale * vx_mean) + scale * k
+    tl.store(g_weight + c, gw, c_ok & (tl.program_id(1) == 0))
+
+    slant = dw - scale * vx_mean
+    t = tl.program_id(1)
+    while t < tiles:
+        at, ok = _tile(t, group, shape, ROWS, HEIGHT, WIDTH)
+        xh, pre, g = _gradient(grad_y, x, residual, affine, slope, at, ok, ACT, ACC)
+        v = _load(ggx, at, ok, 0.0, ACC) - v_mean
+        gg = scale * v + slant * xh + db + _load(ggr, at, ok, 0.0, ACC)
+        tl.store(g_grad_y + at, _activate(pre, gg, slope, ACT, ACC), ok)
+        gx = slant * (g - g_mean)
+        if TRAINING:
+            gx -= scale * gx_mean * v + xh * curvature
+        tl.store(g_x + at, r * gx, ok)
+        t += tl.num_programs(1)
+
+
+# --------------------------------------------------------------------------------------------------------------- launch
+
+
+class _Plan:
+    """How tensors of one shape and layout are cut into tiles and programs; reduces: sums over a channel are needed."""
+
+    def __init__(self, size: torch.Size, channels_last: bool, dtype: torch.dtype, reduces: bool) -> None:
+        n, c, s = size[0], size[1], size[2:].numel()
+        self.rows = channels_last or s == 1
+        self.channels, self.count = c, float(n * s)
+        self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
+
+        outer, inner = (n * s, c) if self.rows else (n, s)
+        width = min(triton.next_power_of_2(max(inner, 1)), _ROW_CHANNELS if self.rows else _TILE)
+        height = min(triton.next_power_of_2(max(outer, 1)), _TILE // width)
+        down, across = triton.cdiv(outer, height), triton.cdiv(inner, width)
+        groups, tiles = (across, down) if self.rows else (c, down * across)
+        alone = reduces and tiles <= _TILES_IN_ONE_PROGRAM
+        self.splits = 1 if alone else max(1, min(tiles, _MAX_SPLITS, triton.cdiv(_PROGRAMS, max(groups, 1))))
+        self.reduces_first = reduces and self.splits > 1
+        self.reduces_within = reduces and self.splits == 1
+
+        self.grid = (groups, self.splits)
+        self.options: dict[str, Any] = {
+            "shape": (outer, c, 1) if self.rows else (n, c, s),
+            "tiles": tiles,
+            "ROWS": self.rows,
+            "HEIGHT": height,
+            "WIDTH": width,
+            "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
+            "num_warps": min(max(height * width // _ELEMENTS_PER_WARP, 1), 8),
+        }
+
+    def dense(self, *tensors: Tensor | None) -> list[Any]:
+        """The tensors, copied where their memory is not in the plan's order."""
+        return [None if t is None else _rows(t) if self.rows else t.contiguous() for t in tensors]
+
+
+_cached_plan = lru_cache(maxsize=4096)(_Plan)
+
+
+def _plan(x: Tensor, reduces: bool) -> _Plan:
+    return _cached_plan(x.shape, not x.is_contiguous() and x.stride(1) == 1, x.dtype, reduces)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """t, contiguous along its channels."""
+    if t.dim() == 2:
+        return t.contiguous()
+    if t.dim() == 3:
+        return t.unsqueeze(3).contiguous(memory_format=torch.channels_last).squeeze(3)
+    return t.contiguous(memory_format=torch.channels_last if t.dim() == 4 else torch.channels_last_3d)
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Any]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def batch_norm_act_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+    act: str,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = act((x - mean) / sqrt(var + eps) * weight + bias + residual), as (y, mean, var).
+
+    x: (N, C, *spatial), float32, bfloat16, float16 or float64; y has its dtype and layout, residual its shape.
+    weight, bias, mean, var: (C,), in any of these dtypes. act: "none", "relu" or "leaky_relu".
+
+    Without mean and var, the batch's own are taken, var biased, and come back in the dtype of accumulation: float64 for
+    float64, else float32. Where they are given, two empty tensors come back in their place.
+    """
+    training = mean is None
+    plan = _plan(x, reduces=training)
+    x, residual = plan.dense(x, residual)
+    weight, bias, mean, var = _contiguous(weight, bias, mean, var)
+    y = torch.empty_like(x)
+    batch_mean, batch_var = (x.new_empty(plan.channels if training else 0, dtype=plan.dtype) for _ in range(2))
+    if training:
+        mean, var = batch_mean, batch_var
+    with torch.cuda.device_of(x):
+        if plan.reduces_first:
+            partial = x.new_empty((4, plan.splits, plan.channels), dtype=plan.dtype)
+            _moments_kernel[plan.grid](x, partial, **plan.options)
+            _combine_kernel[(triton.cdiv(plan.channels, _COMBINED_CHANNELS),)](
+                partial, mean, var, plan.channels, plan.splits,
+                SPLITS=triton.next_power_of_2(plan.splits), WIDTH=_COMBINED_CHANNELS, num_warps=8,
+            )  # fmt: skip
+        _forward_kernel[plan.grid](
+            x, weight, bias, residual, mean, var, y, eps, negative_slope,
+            REDUCE=plan.reduces_within, ACT=act, **plan.options,
+        )  # fmt: skip
+    return y, batch_mean, batch_var
+
+
+def batch_norm_act_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    training: bool,
+    eps: float,
+    act: str,
+    negative_slope: float,
+    needs_x: bool,
+    needs_params: bool,
+    needs_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(grad_x, grad_weight, grad_bias, grad_residual); what is not needed comes back empty, and is not computed.
+
+    With r = (var + eps)^-1/2, xh = (x - mean) r, g = act'(xh weight + bias + residual) grad_y, and M elements to a
+    channel:
+
+        grad_residual = g,  grad_bias = sum g,  grad_weight = sum g xh,
+        grad_x = weight r (g - grad_bias / M - xh grad_weight / M)  in training,  weight r g  otherwise.
+
+    Shapes and dtypes are those of the forward; training says that mean and var are the batch's own. grad_weight and
+    grad_bias have weight's dtype or, without a weight, that of accumulation.
+    """
+    plan = _plan(x, reduces=needs_params or (training and needs_x))
+    grad_y, x, residual = plan.dense(grad_y, x, residual)
+    inputs = (grad_y, x, *_contiguous(weight, bias), residual, *_contiguous(mean, var))
+    dtype = plan.dtype if weight is None else weight.dtype
+    grad_x, grad_residual = (torch.empty_like(x) if needed else None for needed in (needs_x, needs_residual))
+    grad_weight, grad_bias = (x.new_empty(plan.channels, dtype=dtype) if needs_params else None for _ in range(2))
+    grads = (grad_x, grad_weight, grad_bias, grad_residual)
+    with torch.cuda.device_of(x):
+        _backward_kernel[plan.grid](
+            *inputs, _split_sums(plan, inputs, None, eps, act, negative_slope), *grads, eps, negative_slope, plan.count,
+            TRAINING=training, REDUCE=plan.reduces_within, ACT=act, **plan.options,
+        )  # fmt: skip
+    grad_x, grad_weight, grad_bias, grad_residual = (x.new_empty(0) if grad is None else grad for grad in grads)
+    return grad_x, grad_weight, grad_bias, grad_residual
+
+
+def batch_norm_act_double_backward(
+    ggx: Tensor | None,
+    ggw: Tensor | None,
+    ggb: Tensor | None,
+    ggr: Tensor | None,
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    training: bool,
+    eps: float,
+    act: str,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of sum(ggx grad_x) + sum(ggw grad_weight) + sum(ggb grad_bias) + sum(ggr grad_residual).
+
+    They are with respect to grad_y, x and weight, and any gg may be None. In the terms of batch_norm_act_backward, with
+    v = ggx, means written E, s = act', a = ggw - weight r E[v xh] and K = E[v g] - E[v] E[g] - E[v xh] E[g xh], in
+    training:
+
+        g_grad_y = s (weight r (v - E[v]) + a xh + ggb + ggr),    g_weight = r M K,
+        g_x = r (a (g - E[g]) - weight r E[g xh] (v - E[v]) - xh (E[g xh] (ggw - 2 weight r E[v xh]) + weight r K)),
+
+    and otherwise
+
+        g_grad_y = s (weight r v + ggw xh + ggb + ggr),    g_weight = r sum(v g),    g_x = r ggw g.
+
+    ggx and ggr have x's shape, ggw and ggb (C,). g_weight is (C,), in weight's dtype or, without a weight, that of
+    accumulation.
+    """
+    plan = _plan(x, reduces=training or ggx is not None)
+    ggx, ggr, grad_y, x, residual = plan.dense(ggx, ggr, grad_y, x, residual)
+    ggw, ggb = _contiguous(ggw, ggb)
+    inputs = (grad_y, x, *_contiguous(weight, bias), residual, *_contiguous(mean, var))
+    g_grad_y, g_x = torch.empty_like(x), torch.empty_like(x)
+    g_weight = x.new_empty(plan.channels, dtype=plan.dtype if weight is None else weight.dtype)
+    with torch.cuda.device_of(x):
+        _double_backward_kernel[plan.grid](
+            ggx, ggw, ggb, ggr, *inputs, _split_sums(plan, inputs, ggx, eps, act, negative_slope),
+            g_grad_y, g_x, g_weight, eps, negative_slope, plan.count,
+            TRAINING=training, REDUCE=plan.reduces_within, ACT=act, **plan.options,
+        )  # fmt: skip
+    return g_grad_y, g_x, g_weight
+
+
+def _split_sums(
+    plan: _Plan, inputs: tuple, ggx: Tensor | None, eps: float, act: str, negative_slope: float
+) -> Tensor | None:
+    """Every channel's sums, (2 or 5, C), where more than one program adds them."""
+    if not plan.reduces_first:
+        return None
+    x = inputs[1]
+    partial = x.new_empty((2 if ggx is None else 5, plan.splits, plan.channels), dtype=plan.dtype)
+    _sums_kernel[plan.grid](*inputs, ggx, partial, eps, negative_slope, ACT=act, **plan.options)
+    return partial.sum(1)

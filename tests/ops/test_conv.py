@@ -1,0 +1,212 @@
+"""conv2d and conv_transpose2d against stock torch, to the second derivative, by patches and by the vendor."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import Errors, two_orders
+
+from fastgan.ops import conv, conv2d, conv_transpose2d
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+# (N, C, H, W), C', kernel, settings. DCGAN's layers, CycleGAN's, and odd ones.
+CASES = {
+    "1x1 and 4x4": ((3, 10, 1, 1), 8, (4, 4), dict(stride=1, padding=0)),
+    "k4 s2 p1": ((3, 6, 5, 5), 10, (4, 4), dict(stride=2, padding=1)),
+    "k4 s2 p1, many images": ((40, 2, 12, 12), 3, (4, 4), dict(stride=2, padding=1)),
+    "k3 s2 p1": ((2, 5, 7, 6), 4, (3, 3), dict(stride=2, padding=1)),
+    "k3 s2 p1 d2": ((2, 5, 9, 8), 4, (3, 3), dict(stride=2, padding=1, dilation=2)),
+    "groups": ((2, 6, 8, 8), 4, (3, 3), dict(stride=1, padding=1, groups=2)),
+    "uneven": ((2, 3, 9, 8), 17, (3, 5), dict(stride=(2, 1), padding=(0, 2), dilation=(1, 2))),
+    "mostly padding": ((2, 4, 2, 2), 6, (3, 3), dict(stride=3, padding=2)),
+    "k1": ((2, 4, 5, 5), 6, (1, 1), dict(stride=1, padding=0)),
+}
+
+
+def inputs_of(case, transposed, dtype, bias=True):
+    shape, outputs, kernel, settings = CASES[case]
+    if case == "1x1 and 4x4" and not transposed:
+        shape = (*shape[:2], 4, 4)
+    groups = settings.get("groups", 1)
+    ends = (shape[1], outputs // groups) if transposed else (outputs, shape[1] // groups)
+    tensors = [torch.randn(shape), torch.randn(*ends, *kernel), torch.randn(outputs) if bias else None]
+    return [None if t is None else t.to(dtype) for t in tensors], settings
+
+
+def leaves(inputs, dtype):
+    return [None if t is None else t.detach().to(dtype).requires_grad_() for t in inputs]
+
+
+@pytest.fixture(params=["by its own choice", "always patches", "always the vendor"])
+def forms(request, monkeypatch):
+    """Both ways to compute a convolution have to be right wherever they are taken."""
+    most = {"always patches": float("inf"), "always the vendor": 0.0}.get(request.param)
+    if most is not None:
+        for table in ("_PATCHES_PER_WEIGHT", "_PATCHES_PER_WEIGHT_GRAD"):
+            monkeypatch.setattr(conv, table, {torch.float32: most, torch.bfloat16: most})
+        monkeypatch.setattr(conv, "_FEW_CHANNELS", 0)
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["conv2d", "conv_transpose2d"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_both_derivatives_are_as_exact_as_eager(case, dtype, transposed, forms, poisoned):
+    errors = Errors()
+    ours, stock = (conv_transpose2d, F.conv_transpose2d) if transposed else (conv2d, F.conv2d)
+    for bias, channels_last in itertools.product((True, False), repeat=2):
+        inputs, settings = inputs_of(case, transposed, dtype, bias)
+        if channels_last:
+            inputs[0] = inputs[0].contiguous(memory_format=torch.channels_last)
+        names = ["y", "x", "weight", *["bias"] * bias, "g_x", "g_weight", *["g_bias"] * bias, "g_grad_y"]
+        errors.add(
+            names,
+            two_orders(lambda *t, s=settings: ours(*t, **s), leaves(inputs, dtype), dtype),
+            two_orders(lambda *t, s=settings: stock(*t, **s), leaves(inputs, dtype), dtype),
+            two_orders(lambda *t, s=settings: stock(*t, **s), leaves(inputs, torch.float64), dtype),
+        )
+    errors.check()
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["conv2d", "conv_transpose2d"])
+@pytest.mark.parametrize("case", ["1x1 and 4x4", "k4 s2 p1", "k3 s2 p1 d2", "groups"])
+def test_gradcheck_and_gradgradcheck(case, transposed):
+    (x, weight, bias), settings = inputs_of(case, transposed, torch.float64)
+    x = x[:1, :, :4, :4]
+    function = conv_transpose2d if transposed else conv2d
+    inputs = leaves([x, weight, bias], torch.float64)
+    assert torch.autograd.gradcheck(lambda *t: function(*t, **settings), inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda *t: function(*t, **settings), inputs, fast_mode=True)
+
+
+def test_the_third_derivative_is_exact_too():
+    def third(function):
+        torch.manual_seed(0)
+        (x, weight, _), settings = inputs_of("k4 s2 p1", False, torch.float64)
+        x, weight = leaves([x, weight], torch.float64)
+        (first,) = torch.autograd.grad(function(x, weight, **settings).pow(3).sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.pow(2).sum(), weight, create_graph=True)
+        return torch.autograd.grad(second.pow(2).sum(), (x, weight))
+
+    torch.testing.assert_close(third(conv2d), third(F.conv2d))
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["conv2d", "conv_transpose2d"])
+def test_opcheck(transposed):
+    (x, weight, bias), _ = inputs_of("k4 s2 p1", transposed, torch.float32)
+    settings = ([2, 2], [1, 1], [1, 1], transposed, [0, 0], 1)
+    x, weight, bias = leaves([x, weight, bias], torch.float32)
+    torch.library.opcheck(torch.ops.fastgan.convolution, (x, weight, bias, *settings))
+    y = torch.ops.fastgan.convolution(x, weight, bias, *settings).detach().requires_grad_()
+    torch.library.opcheck(torch.ops.fastgan.convolution_weight_grad, (y, x, weight.shape, *settings))
+
+
+def count_calls(monkeypatch, function):
+    """How often each operator runs."""
+    calls = {"convolution": 0, "convolution_weight_grad": 0}
+
+    class Counter(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func._schema.name.split("::")[1]
+            if name in calls:
+                calls[name] += 1
+            return func(*args, **(kwargs or {}))
+
+    with Counter():
+        function()
+    return calls
+
+
+def test_no_weight_gradient_is_computed_for_a_gradient_in_the_input(monkeypatch):
+    weight = torch.randn(4, 3, 3, 3, requires_grad=True)
+    x = torch.randn(2, 3, 6, 6, requires_grad=True)
+    calls = count_calls(monkeypatch, lambda: torch.autograd.grad(conv2d(x, weight).sum(), x))
+    assert calls == {"convolution": 2, "convolution_weight_grad": 0}
+
+
+def test_a_gradient_penalty_costs_one_tangent_and_one_weight_gradient(monkeypatch):
+    """Forward, input gradient, then: the tangent forward, and a weight gradient of the input gradient."""
+    weight = torch.randn(4, 3, 3, 3, requires_grad=True)
+    x = torch.randn(2, 3, 6, 6, requires_grad=True)
+
+    def penalty():
+        (grad,) = torch.autograd.grad(conv2d(x, weight).pow(2).sum(), x, create_graph=True)
+        grad.pow(2).sum().backward(inputs=[weight])
+
+    calls = count_calls(monkeypatch, penalty)
+    assert calls["convolution_weight_grad"] == 2 and calls["convolution"] == 3
+
+
+@pytest.mark.parametrize("weight_layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
+def test_the_layout_is_the_one_stock_torch_returns(layout, weight_layout):
+    x = torch.randn(2, 8, 6, 6).contiguous(memory_format=layout)
+    weight = torch.randn(8, 8, 4, 4).contiguous(memory_format=weight_layout)
+    for ours, stock in ((conv2d, F.conv2d), (conv_transpose2d, F.conv_transpose2d)):
+        assert ours(x, weight, stride=2, padding=1).stride() == stock(x, weight, stride=2, padding=1).stride()
+
+
+def test_autocast_casts_as_stock_torch_does():
+    x, weight, bias = torch.randn(2, 3, 6, 6), torch.randn(4, 3, 3, 3), torch.randn(4)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, stock = conv2d(x, weight, bias), F.conv2d(x, weight, bias)
+    assert ours.dtype == stock.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, stock, rtol=2e-2, atol=2e-2)
+
+
+def test_an_output_padding_above_the_stride_runs_as_stock():
+    x, weight = torch.randn(2, 3, 5, 5), torch.randn(3, 4, 3, 3)
+    settings = dict(stride=1, output_padding=1, dilation=2)
+    assert torch.equal(conv_transpose2d(x, weight, **settings), F.conv_transpose2d(x, weight, **settings))
+
+
+def test_an_empty_batch_gives_an_empty_result():
+    assert conv2d(torch.randn(0, 3, 6, 6), torch.randn(4, 3, 3, 3)).shape == (0, 4, 4, 4)
+
+
+def test_the_bits_do_not_depend_on_the_number_of_threads(forms):
+    inputs, settings = inputs_of("k4 s2 p1, many images", True, torch.float32)
+    patches = conv._Patches((40, 3, 24, 24), (12, 12), (4, 4), (2, 2), (1, 1), (1, 1))
+    columns = torch.randn(patches.rows, patches.columns)
+    identity = torch.eye(patches.columns)
+    threads, images = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            images.append(patches.image_of(columns, identity))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(images[0], image) for image in images[1:])
+
+
+def test_compiled_whole():
+    def step(x, weight, bias):
+        return conv_transpose2d(x, weight, bias, stride=2, padding=1).square().mean()
+
+    (x, weight, bias), _ = inputs_of("k4 s2 p1", True, torch.float32)
+    inputs = leaves([x, weight, bias], torch.float32)
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        results.append(torch.autograd.grad(function(*inputs), inputs))
+    torch.testing.assert_close(*results)
+
+
+x4, w4 = torch.randn(2, 3, 6, 6), torch.randn(4, 3, 3, 3)
+BAD = {
+    "integers": (dict(x=x4.long()), TypeError, "x must be float32"),
+    "three dimensions": (dict(x=x4[0]), ValueError, r"x must have shape \(N, C, H, W\)"),
+    "channels": (dict(x=torch.randn(2, 5, 6, 6)), ValueError, "x must have 3 channels"),
+    "weight of two dimensions": (dict(weight=torch.randn(4, 3)), ValueError, "weight must have 4 dimensions"),
+    "weight of another dtype": (dict(weight=w4.double()), TypeError, "weight must be torch.float32"),
+    "bias too long": (dict(bias=torch.randn(5)), ValueError, r"bias must have shape \(4,\)"),
+    "bias on another device": (dict(bias=torch.randn(4, device="meta")), ValueError, "bias is on meta"),
+    "groups": (dict(groups=3), ValueError, "groups must divide"),
+    "too small": (dict(x=torch.randn(2, 3, 2, 2)), ValueError, "too small for weight"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_names_the_argument(case):
+    changes, error, message = BAD[case]
+    with pytest.raises(error, match=message):
+        conv2d(**(dict(x=x4, weight=w4) | changes))

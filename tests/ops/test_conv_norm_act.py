@@ -1,0 +1,165 @@
+"""The convolutions with batch norm and activation against their definition in plain torch."""
+
+import itertools
+
+import pytest
+import torch
+from oracle import Errors, two_orders
+
+from fastgan.ops import conv2d_batch_norm_act, conv_transpose2d_batch_norm_act
+from fastgan.ops.conv_norm_act import reference
+
+FUNCTIONS = {False: conv2d_batch_norm_act, True: conv_transpose2d_batch_norm_act}
+KINDS = pytest.mark.parametrize("transposed", [False, True], ids=["conv2d", "conv_transpose2d"])
+TRAINING = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+
+
+def inputs_of(transposed, groups=1, bias=True, affine=True):
+    """[x, weight, bias, bn_weight, bn_bias] of a k4 s2 p1 layer from 6 to 8 channels."""
+    ends = (6, 8 // groups) if transposed else (8, 6 // groups)
+    tensors = [torch.randn(3, 6, 6, 6), torch.randn(*ends, 4, 4), torch.randn(8) if bias else None]
+    return [*tensors, *([torch.rand(8) + 0.5, torch.randn(8)] if affine else [None, None])]
+
+
+def leaves(inputs, dtype):
+    return [None if t is None else t.detach().to(dtype).requires_grad_() for t in inputs]
+
+
+def layer(function, training, running=None, **settings):
+    settings = dict(stride=2, padding=1, act="leaky_relu", negative_slope=0.2) | settings
+
+    def call(x, weight, bias, bn_weight, bn_bias):
+        mean, var = running or (torch.full((8,), value, dtype=x.dtype) for value in (0.5, 2.0))
+        return function(x, weight, bias, mean, var, bn_weight, bn_bias, training, 0.3, 1e-3, **settings)
+
+    return call
+
+
+@KINDS
+@TRAINING
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_values_and_both_derivatives_are_as_exact_as_eager(dtype, training, transposed, poisoned):
+    errors = Errors()
+    for groups, bias, affine in itertools.product((1, 2), (True, False), (True, False)):
+        inputs = [None if t is None else t.to(dtype) for t in inputs_of(transposed, groups, bias, affine)]
+        ours = layer(FUNCTIONS[transposed], training, groups=groups)
+        stock = layer(reference, training, groups=groups, transposed=transposed)
+        results = [
+            two_orders(ours, leaves(inputs, dtype), dtype),
+            two_orders(stock, leaves(inputs, dtype), dtype),
+            two_orders(stock, leaves(inputs, torch.float64), dtype),
+        ]
+        named = ["x", "weight", *["bias"] * bias, *["bn_weight", "bn_bias"] * affine]
+        names = ["y", *named, *(f"g_{name}" for name in named), "g_grad_y"]
+        if bias and training:  # The bias cancels: what eager torch gives it is rounding alone.
+            for i in (names.index("bias"), names.index("g_bias")):
+                assert not results[0][i].any()
+            kept = [i for i, name in enumerate(names) if name not in ("bias", "g_bias")]
+            names, results = [names[i] for i in kept], [[r[i] for i in kept] for r in results]
+        errors.add(names, *results)
+    errors.check()
+
+
+@KINDS
+@TRAINING
+def test_gradcheck_and_gradgradcheck(training, transposed):
+    inputs = leaves(inputs_of(transposed), torch.float64)
+    function = layer(FUNCTIONS[transposed], training)
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+
+
+@KINDS
+@TRAINING
+@pytest.mark.parametrize("last", [True, False], ids=["last layer", "parameters after it"])
+def test_a_gradient_penalty_through_the_layer(last, training, transposed):
+    def gradients(call):
+        torch.manual_seed(0)
+        x, *parameters = leaves(inputs_of(transposed), torch.float64)
+        head = torch.linspace(-1, 1, 8, dtype=torch.float64).requires_grad_()
+        y = call(x, *parameters).pow(2).mean((2, 3))
+        score = y if last else (y @ head).tanh()
+        (grad_x,) = torch.autograd.grad(score.sum(), x, create_graph=True)
+        wanted = parameters if last else [*parameters, head]
+        return torch.autograd.grad(grad_x.pow(2).sum(), wanted, allow_unused=True, materialize_grads=True)
+
+    ours = gradients(layer(FUNCTIONS[transposed], training))
+    torch.testing.assert_close(ours, gradients(layer(reference, training, transposed=transposed)))
+
+
+@KINDS
+def test_running_mean_counts_the_bias(transposed):
+    inputs = inputs_of(transposed)
+    ours, stock = ([torch.zeros(8), torch.ones(8)] for _ in range(2))
+    layer(FUNCTIONS[transposed], True, ours)(*inputs)
+    layer(reference, True, stock, transposed=transposed)(*inputs)
+    torch.testing.assert_close(ours, stock)
+
+
+@KINDS
+def test_without_a_gradient_evaluation_gives_the_same_numbers(transposed):
+    inputs = inputs_of(transposed)
+    with torch.no_grad():
+        ours = layer(FUNCTIONS[transposed], False)(*inputs)
+        torch.testing.assert_close(ours, layer(reference, False, transposed=transposed)(*inputs), rtol=1e-4, atol=1e-4)
+
+
+@KINDS
+@TRAINING
+def test_autocast_keeps_statistics_and_parameters_in_float32(training, transposed):
+    inputs = leaves(inputs_of(transposed), torch.float32)
+    running = [torch.zeros(8), torch.ones(8)]
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(FUNCTIONS[transposed], training, running)(*inputs)
+        stock = layer(reference, training, transposed=transposed, running=[torch.zeros(8), torch.ones(8)])(*inputs)
+    assert y.dtype == stock.dtype == torch.bfloat16
+    assert {t.dtype for t in running} == {torch.float32}
+    torch.testing.assert_close(y, stock, rtol=5e-2, atol=5e-2)
+    assert all(g.dtype == torch.float32 for g in torch.autograd.grad(y.float().sum(), inputs))
+
+
+@KINDS
+@TRAINING
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
+def test_the_layout_is_the_one_stock_torch_returns(layout, training, transposed):
+    x, *parameters = inputs_of(transposed)
+    x = x.contiguous(memory_format=layout)
+    stock = layer(reference, training, transposed=transposed)(x, *parameters)
+    assert layer(FUNCTIONS[transposed], training)(x, *parameters).stride() == stock.stride()
+    fast = layer(FUNCTIONS[transposed], training, keep_layout=False)(x, *parameters)
+    assert fast.is_contiguous(memory_format=torch.channels_last)
+
+
+@KINDS
+def test_compiled_whole(transposed):
+    inputs = leaves(inputs_of(transposed), torch.float32)
+    step = layer(FUNCTIONS[transposed], True, [torch.zeros(8), torch.ones(8)])
+    compiled = torch.compile(lambda *t: step(*t).square().mean(), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled(*inputs), inputs), torch.autograd.grad(step(*inputs).square().mean(), inputs)
+    )
+
+
+x4 = torch.randn(3, 6, 6, 6)
+BAD = {
+    "integers": (dict(x=x4.long()), TypeError, "x must be float32"),
+    "channels of x": (dict(x=torch.randn(3, 5, 6, 6)), ValueError, "x must have 6 channels"),
+    "channels of the norm": (dict(bn_weight=torch.ones(6)), ValueError, r"bn_weight must have shape \(8,\)"),
+    "no statistics": (dict(running_mean=None, running_var=None, training=False), ValueError, "needed outside training"),
+    "one value": (dict(x=torch.randn(1, 6, 4, 4), padding=0), ValueError, "more than 1 value per channel"),
+    "another device": (dict(bn_bias=torch.ones(8, device="meta")), ValueError, "bn_bias is on meta"),
+    "unknown act": (dict(act="tanh"), ValueError, "act must be one of"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_names_the_argument_and_changes_nothing(case):
+    changes, error, message = BAD[case]
+    mean, var = torch.zeros(8), torch.ones(8)
+    arguments = dict(
+        x=x4, weight=torch.randn(8, 6, 4, 4), bias=None, running_mean=mean, running_var=var,
+        bn_weight=torch.ones(8), bn_bias=torch.zeros(8), training=True, stride=2, padding=1,
+    ) | changes  # fmt: skip
+    with pytest.raises(error, match=message):
+        conv2d_batch_norm_act(**arguments)
+    assert not mean.any() and var.eq(1).all()

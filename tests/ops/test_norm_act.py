@@ -1,0 +1,348 @@
+"""batch_norm_act against its definition, to the third derivative."""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import Errors, arange_like, two_orders
+
+from fastgan.ops import batch_norm_act
+from fastgan.ops.norm_act import reference
+
+ACTS = ("none", "relu", "leaky_relu")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+# Ragged tails in channels and planes, one-element planes, several blocks, a plane cut into pieces, few and many channels.
+SHAPES = ((4, 3, 5, 7), (2, 19, 8, 8), (64, 16, 1, 1), (2, 3, 130, 130), (3, 70, 9, 9), (9, 1, 33, 31), (1, 130, 20, 21))
+
+RESULTS = [
+    "y", "grad_x", "grad_weight", "grad_bias", "grad_residual",
+    "g_x", "g_weight", "g_bias", "g_residual", "g_grad_y",
+]  # fmt: skip
+
+needs_cpp = pytest.mark.skipif(os.environ.get("FASTGAN_BACKEND", "auto") not in ("auto", "cpp"), reason="another backend")
+
+
+def inputs_of(shape, dtype=torch.float64, layout=torch.contiguous_format, residual=False, affine=True):
+    """[x, weight, bias, residual]; rounded to dtype, so that an upcast copy is the same input."""
+    x = (2 * torch.randn(shape, dtype=torch.float64) + 3).to(dtype).contiguous(memory_format=layout)
+    channels = (torch.randn(shape[1], dtype=torch.float64).to(dtype) for _ in range(2))
+    weight, bias = channels if affine else (None, None)
+    return [x, weight, bias, torch.randn_like(x) if residual else None]
+
+
+def leaves(inputs, dtype=None):
+    return [None if t is None else t.detach().to(dtype or t.dtype).requires_grad_() for t in inputs]
+
+
+def with_statistics(function, training, act, momentum=0.3):
+    def call(x, weight, bias, residual):
+        running_mean, running_var = (torch.full((x.shape[1],), value, dtype=x.dtype) for value in (2.0, 3.0))
+        return function(
+            x, running_mean, running_var, weight, bias, training, momentum, 1e-3,
+            act=act, negative_slope=0.2, residual=residual,
+        )  # fmt: skip
+
+    return call
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_and_both_derivatives_are_as_exact_as_eager(shape, dtype, layout, poisoned):
+    errors = Errors()
+    for act, training, residual in itertools.product(ACTS, (True, False), (False, True)):
+        inputs = inputs_of(shape, dtype, LAYOUTS[layout], residual)
+        ours, stock = (with_statistics(f, training, act) for f in (batch_norm_act, reference))
+        # Eager torch overflows in float16 sums of gradients where it need not: there bfloat16 is the peer.
+        peer = torch.bfloat16 if dtype == torch.float16 else dtype
+        names = RESULTS if residual else [name for name in RESULTS if "residual" not in name]
+        errors.add(
+            names,
+            two_orders(ours, leaves(inputs), dtype),
+            two_orders(stock, leaves(inputs, peer), dtype),
+            two_orders(stock, leaves(inputs, torch.float64), dtype),
+        )
+    errors.check()
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (3, 4, 7), (2, 3, 2, 3, 4)], ids=str)
+def test_any_number_of_spatial_dimensions(shape):
+    inputs = inputs_of(shape)
+    ours, stock = (with_statistics(f, True, "relu") for f in (batch_norm_act, reference))
+    torch.testing.assert_close(two_orders(ours, leaves(inputs))[:-1], two_orders(stock, leaves(inputs))[:-1])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("act", ACTS)
+def test_gradcheck_and_gradgradcheck(act, training, layout):
+    inputs = leaves(inputs_of((3, 4, 3, 2), layout=LAYOUTS[layout], residual=True))
+    function = with_statistics(batch_norm_act, training, act)
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+def test_gradgradcheck_without_affine_parameters():
+    x = leaves(inputs_of((3, 4, 3, 2), affine=False))[0]
+    assert torch.autograd.gradgradcheck(lambda x: batch_norm_act(x, None, None, training=True, act="leaky_relu"), (x,))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_third_derivative_is_that_of_the_definition(training):
+    def third(function):
+        torch.manual_seed(0)
+        x, weight, bias, residual = leaves(inputs_of((3, 4, 3, 2), residual=True))
+        y = with_statistics(function, training, "leaky_relu")(x, weight, bias, residual).pow(3).sum()
+        (first,) = torch.autograd.grad(y, x, create_graph=True)
+        second = torch.autograd.grad(first.pow(2).sum(), (x, weight), create_graph=True)
+        return torch.autograd.grad(sum((g * arange_like(g)).sum() for g in second), (x, weight, bias, residual))
+
+    for ours, stock in zip(third(batch_norm_act), third(reference), strict=True):
+        torch.testing.assert_close(ours, stock)
+
+
+def r1(critic, x, parameters):
+    """The gradients that a zero-centred penalty gives the parameters."""
+    (grad_x,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
+    return torch.autograd.grad(grad_x.pow(2).sum(), parameters, allow_unused=True)
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["last layer", "parameters after it"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_gradient_penalty_through_the_operator(training, last):
+    def gradients(function):
+        torch.manual_seed(0)
+        x, weight, bias, _ = leaves(inputs_of((4, 3, 6, 6)))
+        head = torch.linspace(-1, 1, 36 * 3, dtype=torch.float64).requires_grad_()
+
+        def critic(x):
+            y = with_statistics(function, training, "leaky_relu")(x, weight, bias, None).pow(2)
+            return y if last else (y.flatten(1) @ head).tanh()
+
+        return r1(critic, x, (weight, bias) if last else (weight, bias, head))
+
+    for ours, stock in zip(gradients(batch_norm_act), gradients(reference), strict=True):
+        torch.testing.assert_close(ours, stock)
+
+
+def test_bias_has_a_zero_second_gradient_not_none():
+    x, weight, bias, _ = leaves(inputs_of((4, 3, 6, 6)))
+    grads = r1(lambda x: batch_norm_act(x, None, None, weight, bias, training=True), x, (weight, bias))
+    assert grads[1] is not None and not grads[1].any()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(dtype, training):
+    x, weight, bias, residual = leaves(inputs_of((3, 5, 4, 4), dtype, residual=True))
+    mean, var = (None, None) if training else (torch.zeros(5), torch.ones(5))
+    settings = (1e-5, "leaky_relu", 0.2)
+    ops = torch.ops.fastgan
+    torch.library.opcheck(ops.batch_norm_act, (x, weight, bias, residual, mean, var, *settings))
+    mean, var = torch.zeros(5), torch.ones(5)
+    grads = (torch.randn_like(x).requires_grad_(), x, weight, bias, residual, mean, var, training)
+    torch.library.opcheck(ops.batch_norm_act_backward, (*grads, *settings, True, True, True))
+    torch.library.opcheck(ops.batch_norm_act_double_backward, (torch.randn_like(x), None, None, None, *grads, *settings))
+
+
+@pytest.mark.parametrize("act", ["relu", "leaky_relu"])
+def test_the_switching_point_belongs_to_the_negative_side(act):
+    """x equal to its mean, in every vector lane and in the tail."""
+    x = torch.tensor([-1.0, 0.0, 1.0]).repeat(37).view(1, 1, 1, -1).requires_grad_()
+    mean, var = torch.zeros(1), torch.ones(1)
+
+    def gradients(function):
+        y = function(x, mean, var, eps=0.0, act=act, negative_slope=0.2)
+        return torch.autograd.grad(y, x, torch.ones_like(y))[0]
+
+    assert torch.equal(gradients(batch_norm_act), gradients(reference))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_huge_means_do_not_cancel(layout):
+    signs = torch.randint(0, 2, (8, 20, 30, 30)) * 2.0 - 1
+    x = (1e4 + signs).contiguous(memory_format=LAYOUTS[layout])
+    mean, var = torch.zeros(20), torch.ones(20)
+    y = batch_norm_act(x, mean, var, training=True, momentum=1.0, act="none")
+    truth = reference(x.double(), None, None, training=True, act="none")
+    assert (y - truth).abs().max() <= 2 * (reference(x, None, None, training=True, act="none") - truth).abs().max() + 1e-3
+    # float32 sums of up to 512 terms to a lane, of squares that are near 1
+    torch.testing.assert_close(var.double(), x.double().var((0, 2, 3)), rtol=1e-5, atol=0)
+    torch.testing.assert_close(mean.double(), x.double().mean((0, 2, 3)), rtol=1e-7, atol=0)
+
+
+def test_one_outlier_does_not_spoil_the_variance():
+    x = torch.randn(8, 4, 16, 16)
+    x[0, :, 0, 0] = 1e4
+    var = torch.ones(4)
+    batch_norm_act(x, torch.zeros(4), var, training=True, momentum=1.0)
+    torch.testing.assert_close(var.double(), x.double().var((0, 2, 3)), rtol=1e-6, atol=0)
+
+
+def test_zero_variance_gives_bias_and_finite_gradients():
+    x = torch.full((4, 3, 5, 5), 7.0, requires_grad=True)
+    bias = torch.tensor([1.0, 0.0, -1.0])
+    y = batch_norm_act(x, None, None, torch.ones(3), bias, training=True, act="none")
+    assert torch.equal(y, bias.view(1, 3, 1, 1).expand_as(y))
+    (grad,) = torch.autograd.grad(y, x, torch.randn_like(y))
+    assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e-42], ids=["nan", "inf", "denormal"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("act", ACTS)
+def test_special_values_go_where_eager_sends_them(act, training, value):
+    x = torch.randn(4, 3, 5, 5)
+    x[1, 1, 2, 3] = value
+
+    def results(function):
+        leaf = x.clone().requires_grad_()
+        y = function(leaf, torch.zeros(3), torch.ones(3), training=training, act=act, negative_slope=0.2)
+        return y, torch.autograd.grad(y, leaf, torch.ones_like(y))[0]
+
+    for ours, stock in zip(results(batch_norm_act), results(reference), strict=True):
+        torch.testing.assert_close(ours, stock, equal_nan=True, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("momentum", [0.1, 1.0, torch.tensor(0.25)], ids=str)
+def test_running_statistics_move_as_in_stock_torch(momentum):
+    x = torch.randn(6, 5, 4, 4) * 3 + 1
+    ours, stock = ([torch.full((5,), 2.0), torch.full((5,), 3.0)] for _ in range(2))
+    batch_norm_act(x, *ours, training=True, momentum=momentum)
+    F.batch_norm(x, *stock, training=True, momentum=float(momentum))
+    torch.testing.assert_close(ours, stock)
+
+
+def test_running_statistics_of_another_dtype_than_x():
+    x = torch.randn(6, 5, 4, 4)
+    mean, var = torch.zeros(5), torch.ones(5)
+    batch_norm_act(x.bfloat16(), mean, var, training=True, momentum=1.0)
+    assert mean.dtype == torch.float32
+    torch.testing.assert_close(mean, x.bfloat16().float().mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
+    half = torch.zeros(5, dtype=torch.bfloat16), torch.ones(5, dtype=torch.bfloat16)
+    batch_norm_act(x.bfloat16(), *half, training=True, momentum=1.0)
+    assert torch.equal(half[0], mean.bfloat16())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_output_keeps_the_layout(training):
+    x = torch.randn(2, 6, 4, 4)
+    for given in (x, x.contiguous(memory_format=torch.channels_last), torch.randn(2, 6, 3, 4, 4)):
+        y = batch_norm_act(given, torch.zeros(6), torch.ones(6), training=training)
+        assert y.stride() == given.stride()
+
+
+def test_any_strides_give_the_same_numbers():
+    base = torch.randn(8, 6, 5, 7)
+    views = (base.transpose(2, 3), base[::2], base[:, :, 1:4, ::2], base[:, :1].expand(8, 6, 5, 7), base.permute(0, 2, 1, 3))
+    for view in views:
+        y = batch_norm_act(view, None, None, training=True)
+        torch.testing.assert_close(y, reference(view, None, None, training=True))
+
+
+def test_an_empty_batch_gives_an_empty_result():
+    mean = torch.zeros(3)
+    y = batch_norm_act(torch.randn(0, 3, 4, 4), mean, torch.ones(3), training=True)
+    assert y.shape == (0, 3, 4, 4) and not mean.any()
+
+
+@needs_cpp
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_bits_do_not_depend_on_the_number_of_threads(layout):
+    inputs = inputs_of((16, 24, 40, 40), torch.float32, LAYOUTS[layout], residual=True)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, 2, 3, 7):
+            torch.set_num_threads(n)
+            results.append(two_orders(with_statistics(batch_norm_act, True, "relu"), leaves(inputs)))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert a is b is None or torch.equal(a, b)
+
+
+@needs_cpp
+def test_torch_set_num_threads_holds_for_the_kernels():
+    from fastgan import _C
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert _C.max_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_cpp
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_every_instruction_set_passes_the_same_checks(capability):
+    """torch's own variable chooses the kernels of a lesser CPU."""
+    command = [sys.executable, "-m", "pytest", __file__, "-q", "-k", "eager and float32 or eager and float16 or huge"]
+    run = subprocess.run(
+        command, env={**os.environ, "ATEN_CPU_CAPABILITY": capability}, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout[-3000:]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_triton_kernels_serve_the_operator(layout, use_backend):
+    """Through the interpreter where there is no GPU."""
+    use_backend("triton")
+    inputs = leaves(inputs_of((2, 3, 2, 3), layout=LAYOUTS[layout], residual=True))
+    function = with_statistics(batch_norm_act, True, "leaky_relu")
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+
+
+def test_compiled_whole():
+    def step(x, mean, var, weight, bias):
+        return batch_norm_act(x, mean, var, weight, bias, training=True, act="leaky_relu").square().mean()
+
+    x, weight, bias, _ = leaves(inputs_of((4, 6, 5, 5), torch.float32))
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        mean, var = torch.zeros(6), torch.ones(6)
+        loss = function(x, mean, var, weight, bias)
+        results.append([loss, mean, var, *torch.autograd.grad(loss, (x, weight, bias))])
+    torch.testing.assert_close(*results)
+
+
+def test_only_vectors_are_saved_beside_the_input():
+    saved = []
+    x, weight, bias, _ = leaves(inputs_of((4, 6, 5, 5), torch.float32))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        batch_norm_act(x, None, None, weight, bias, training=True)
+    assert [t.data_ptr() for t in saved if t.numel() > 6] == [x.data_ptr()]
+
+
+x4 = torch.randn(2, 3, 4, 4)
+BAD = {
+    "integers": (dict(x=torch.ones(2, 3, 4, 4, dtype=torch.int64)), TypeError, "x must be float32"),
+    "one dimension": (dict(x=torch.randn(3)), ValueError, "x must have 2 to 5 dimensions"),
+    "weight too long": (dict(weight=torch.ones(4)), ValueError, r"weight must have shape \(3,\)"),
+    "weight of two dimensions": (dict(weight=torch.ones(3, 1)), ValueError, "weight must have shape"),
+    "bias of another dtype": (dict(bias=torch.ones(3).double()), TypeError, "bias must be torch.float32"),
+    "weight on another device": (dict(weight=torch.ones(3, device="meta")), ValueError, "weight is on meta"),
+    "half of the statistics": (dict(running_var=None), ValueError, "must be given together"),
+    "no statistics": (dict(running_mean=None, running_var=None, training=False), ValueError, "needed outside training"),
+    "one value": (dict(x=torch.randn(1, 3, 1, 1)), ValueError, "more than 1 value per channel"),
+    "unknown act": (dict(act="gelu"), ValueError, "act must be one of none, relu, leaky_relu, not 'gelu'"),
+    "negative eps": (dict(eps=-1.0), ValueError, "eps must not be negative"),
+    "residual of another shape": (dict(residual=torch.randn(2, 3, 4, 5)), ValueError, "residual must have x's shape"),
+    "residual of another dtype": (dict(residual=x4.double()), TypeError, "residual must be torch.float32"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_names_the_argument(case):
+    changes, error, message = BAD[case]
+    arguments = dict(x=x4, running_mean=torch.zeros(3), running_var=torch.ones(3), training=True) | changes
+    with pytest.raises(error, match=message):
+        batch_norm_act(**arguments)

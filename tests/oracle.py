@@ -1,0 +1,61 @@
+"""How close a fused operator has to be: the tolerance follows a rule, it is not chosen."""
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+
+class Errors:
+    """The errors of ours and of eager torch in the same dtype, pooled over cases so that luck evens out.
+
+    The truth is eager torch on inputs upcast to float64; a gradient that is absent counts as zero.
+    """
+
+    def __init__(self) -> None:
+        self._results: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = defaultdict(list)
+        self._dtypes: dict[str, torch.dtype] = {}
+
+    def add(self, names: list[str], ours: list, eager: list, truth: list) -> None:
+        for name, *results in zip(names, ours, eager, truth, strict=True):
+            present = next((t for t in results if t is not None), None)
+            if present is None:
+                continue
+            found, stock, exact = (torch.zeros_like(present) if t is None else t.detach() for t in results)
+            # What overflows the dtype in truth has no right answer in it.
+            if exact.numel() and exact.abs().max() < torch.finfo(found.dtype).max:
+                self._results[name].append(tuple(t.double().flatten() for t in (found, stock, exact)))
+                self._dtypes[name] = found.dtype
+
+    def check(self) -> None:
+        """Root-mean-square error at most twice eager's, plus one rounding step; the largest likewise, where many
+        elements make it meaningful. In float64 there is no truer answer: sums of thousands may differ by 64 steps."""
+        assert self._results
+        for name, parts in self._results.items():
+            ours, eager, truth = (torch.cat(column) for column in zip(*parts, strict=True))
+            dtype = self._dtypes[name]
+            step = torch.finfo(dtype).eps * (64 if dtype == torch.float64 else 1)
+            error, peer, scale = (ours - truth).norm(), (eager - truth).norm(), truth.norm()
+            summary = f"{name}: RMS ratio {error / scale:.3g}, eager's {peer / scale:.3g}, rounding step {step:.3g}"
+            assert error <= 2 * peer + step * scale, summary
+            if truth.numel() >= 1000:
+                worst, peer_worst = (ours - truth).abs().max(), (eager - truth).abs().max()
+                summary = f"{name}: largest error {worst:.3g}, eager's {peer_worst:.3g}; {summary}"
+                assert worst <= 2 * peer_worst + step * truth.abs().max(), summary
+
+
+def arange_like(tensor: Tensor, rounding: torch.dtype = torch.float64) -> Tensor:
+    """Weights from -1 to 1, different for every element; rounded, so that they are the same numbers in every dtype."""
+    ramp = torch.linspace(-1, 1, tensor.numel(), dtype=torch.float64, device=tensor.device)
+    return ramp.to(rounding).to(tensor.dtype).view(tensor.shape)
+
+
+def two_orders(function, inputs: list[Tensor | None], rounding: torch.dtype = torch.float64) -> list[Tensor | None]:
+    """[output, gradients of inputs, and of those a second gradient for each input]; inputs are leaves, or None."""
+    leaves = [t for t in inputs if t is not None]
+    y = function(*inputs)
+    grad_y = arange_like(y, rounding).requires_grad_()
+    first = torch.autograd.grad(y, leaves, grad_y, create_graph=True)
+    total = sum((g * arange_like(g, rounding)).sum() for g in first)
+    second = torch.autograd.grad(total, [*leaves, grad_y], allow_unused=True)
+    return [y, *first, *second]

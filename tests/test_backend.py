@@ -1,0 +1,70 @@
+"""Which implementation serves a device, and what `fastgan doctor` says of it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from rich.console import Console
+
+from fastgan import backend, doctor
+from fastgan.ops import batch_norm_act, conv2d
+
+
+def printed_report() -> str:
+    console = Console(width=200, record=True, file=open(os.devnull, "w"))
+    console.print(doctor.report())
+    return console.export_text()
+
+
+def test_the_reference_backend_is_stock_torch(use_backend):
+    use_backend("reference")
+    x = torch.randn(4, 3, 5, 5)
+    stock = torch.relu(torch.nn.functional.batch_norm(x, None, None, training=True))
+    assert torch.equal(batch_norm_act(x, None, None, training=True), stock)
+    assert "FASTGAN_BACKEND=reference" in printed_report()
+
+
+def test_an_unknown_backend_is_an_error(use_backend):
+    use_backend("cuda")
+    with pytest.raises(RuntimeError, match="FASTGAN_BACKEND=cuda: it must be auto, cpp, triton or reference"):
+        batch_norm_act(torch.randn(4, 3, 5, 5), None, None, training=True)
+
+
+def test_a_backend_asked_for_by_name_says_why_it_cannot_serve(use_backend, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    use_backend("triton")
+    with pytest.raises(RuntimeError, match="FASTGAN_BACKEND=triton: the Triton kernels serve CUDA tensors, not cpu"):
+        batch_norm_act(torch.randn(4, 3, 5, 5), None, None, training=True)
+
+
+def test_without_the_built_module_everything_still_works(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastgan._C", None)
+    backend.reset()
+    try:
+        x, weight = torch.randn(4, 3, 5, 5), torch.randn(6, 3, 3, 3)
+        assert torch.equal(conv2d(x, weight), torch.nn.functional.conv2d(x, weight))
+        report = printed_report()
+        assert "plain torch" in report and "install a C++ compiler" in report
+        monkeypatch.setenv("FASTGAN_BACKEND", "cpp")
+        backend.reset()
+        with pytest.raises(RuntimeError, match="FASTGAN_BACKEND=cpp: fastgan._C is not there"):
+            conv2d(x, weight)
+    finally:
+        monkeypatch.undo()
+        backend.reset()
+
+
+def test_the_report_names_versions_devices_and_the_instruction_set():
+    report = printed_report()
+    assert torch.__version__ in report
+    if backend.serving("cpu") == "cpp":
+        from fastgan import _C
+
+        assert f"fastgan's C++ kernels use {_C.cpu_capability()}" in report
+
+
+def test_importing_the_operators_imports_neither_triton_nor_training():
+    code = "import sys, fastgan; assert not {'triton', 'fastgan.training', 'accelerate', 'datasets'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

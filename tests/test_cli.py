@@ -1,0 +1,194 @@
+"""The command line: one line and status 2 for bad input, nothing left behind, and Ctrl-C."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from typer.testing import CliRunner
+
+from fastgan.cli import app
+from fastgan.training import checkpoint, run
+
+TINY = ["--image-size", "8", "--batch-size", "256", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "COMPARE_SECONDS", {False: 0.01, True: 0.1})
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def fastgan(*args):
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+def dcgan(*args):
+    return fastgan("train", "dcgan", *args)
+
+
+def images(path, count=3, size=(8, 8)):
+    Path(path).mkdir()
+    for number in range(count):
+        Image.new("L", size, number).save(f"{path}/{number}.png")
+
+
+def assert_refused(result, *parts):
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert result.stderr.startswith("fastgan: ") and result.stderr.count("\n") == 1, result.stderr
+    for part in parts:
+        assert part in result.stderr
+
+
+def test_a_run_prints_where_things_are_and_how_fast_it_was():
+    result = dcgan(*TINY, "--steps", 2)
+    assert result.exit_code == 0, result.output
+    for part in ("images/s", "against unfused", "ms a step", "final.png", "curves.csv", "tensorboard", "checkpoint.pt"):
+        assert part in result.stdout
+    assert sorted(os.listdir("runs/dcgan")) == ["checkpoint.pt", "curves.csv", "samples", "tensorboard"]
+
+
+def test_an_unfused_run_has_nothing_to_compare():
+    result = dcgan(*TINY, "--steps", 1, "--no-fuse")
+    assert result.exit_code == 0 and "unfused" not in result.stdout
+
+
+def test_options_reach_the_run():
+    options = ["--lr", 0.001, "--seed", 5, "--d-steps", 2, "--label-smoothing", 0.1, "--precision", "bf16", "--no-fuse"]
+    assert dcgan(*TINY, *options, "--epochs", 1, "--out", "here").exit_code == 0
+    state = checkpoint.load(Path("here/checkpoint.pt"))
+    expected = {"data": "digits", "image_size": 8, "batch_size": 256, "lr": 0.001, "seed": 5, "d_steps": 2}
+    assert expected.items() <= state["settings"].items() and state["settings"]["label_smoothing"] == 0.1
+    assert state["step"] == 1797 // 256 // 2
+    assert state["drawn"] == 2 * state["step"]
+
+
+def test_resume_alone_continues_and_says_when_there_is_nothing_left():
+    dcgan(*TINY, "--steps", 2, "--no-fuse")
+    assert dcgan("--resume", "--steps", 3, "--no-fuse").exit_code == 0
+    assert checkpoint.load(Path("runs/dcgan/checkpoint.pt"))["step"] == 3
+    result = dcgan("--resume", "--no-fuse")
+    assert result.exit_code == 0 and "trained to its end already" in result.stdout
+
+
+def test_a_new_run_says_where_the_old_one_went():
+    dcgan(*TINY, "--dry-run", "--no-fuse")
+    assert "moved to runs/dcgan/previous-1" in dcgan(*TINY, "--dry-run", "--no-fuse").stdout
+
+
+def test_doctor_prints_its_report():
+    result = fastgan("doctor")
+    assert result.exit_code == 0 and torch.__version__ in result.stdout
+
+
+def test_generate_prints_what_it_wrote():
+    dcgan(*TINY, "--dry-run", "--no-fuse")
+    result = fastgan("generate", "runs/dcgan/checkpoint.pt", "--num", 4, "--out", "images")
+    assert result.exit_code == 0
+    assert result.stdout.split() == ["images/samples.png", "images/interpolation.png"]
+    assert all(Path(path).is_file() for path in result.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("args", "parts"),
+    [
+        (["--lr", -1], ["--lr", "above 0"]),
+        (["--lr", "nan"], ["--lr", "above 0"]),
+        (["--steps", 0], ["--steps", "1 or more"]),
+        (["--steps", "many"], ["--steps", "integer"]),
+        (["--epochs", -2], ["--epochs", "1 or more"]),
+        (["--steps", 1, "--epochs", 1], ["--steps", "--epochs", "one of the two"]),
+        (["--batch-size", 1], ["--batch-size", "2 or more"]),
+        (["--batch-size", 1798], ["--batch-size", "1797"]),
+        (["--image-size", 12], ["--image-size", "power of two"]),
+        (["--d-steps", 0], ["--d-steps", "1 or more"]),
+        (["--label-smoothing", 1], ["--label-smoothing", "below 1"]),
+        (["--seed", -1], ["--seed"]),
+        (["--checkpoint-every", 0], ["--checkpoint-every", "1 or more"]),
+        (["--precision", "fp8"], ["--precision", "fp32 or bf16"]),
+        (["--device", "toaster"], ["--device", "cpu"]),
+        (["--compare", "--no-fuse"], ["--compare", "--no-fuse"]),
+        (["--resume"], ["runs/dcgan/checkpoint.pt", "no checkpoint there"]),
+        (["--data", "nowhere"], ["--data", "nowhere", "hf:NAME"]),
+        (["--depth", 3], ["--depth"]),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else None,
+)
+def test_bad_options_are_refused_before_anything_is_written(args, parts):
+    assert_refused(dcgan(*args), *parts)
+    assert os.listdir() == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_missing_cuda_is_named():
+    assert_refused(dcgan("--device", "cuda"), "--device: cuda", "cpu")
+
+
+def test_bad_folders_are_refused_before_anything_is_written():
+    Path("empty").mkdir()
+    images("few", 3)
+    images("broken", 3)
+    Path("broken/1.png").write_bytes(Path("broken/1.png").read_bytes()[:40])
+    before = sorted(map(str, Path().rglob("*")))
+    assert_refused(dcgan("--data", "empty"), "--data", "empty")
+    assert_refused(dcgan("--data", "few", "--batch-size", 4), "--batch-size", "3 images")
+    assert_refused(dcgan("--data", "broken", "--batch-size", 2), "--data", "broken/1.png")
+    assert sorted(map(str, Path().rglob("*"))) == before
+
+
+def test_outputs_that_cannot_be_written_are_refused():
+    Path("file").write_text("mine")
+    assert_refused(dcgan(*TINY, "--out", "file"), "--out", "file")
+    assert_refused(dcgan(*TINY, "--out", "file/below/it"), "--out", "file/below/it")
+    assert Path("file").read_text() == "mine" and os.listdir() == ["file"]
+
+
+@pytest.mark.parametrize("args", [["generate", "it.pt"], ["train", "dcgan", "--resume", "--out", "."]])
+def test_what_is_no_checkpoint_is_refused(args):
+    name = "it.pt" if args[0] == "generate" else "checkpoint.pt"
+    Path(name).write_text("no checkpoint")
+    assert_refused(fastgan(*args), name, "not a fastgan checkpoint")
+    assert os.listdir() == [name]
+
+
+def test_divergence_is_one_line_and_status_1():
+    result = dcgan(*TINY, "--lr", 1e30, "--steps", 9, "--no-fuse")
+    assert result.exit_code == 1
+    assert result.stderr == "fastgan: step 1: loss_g is nan; the last good checkpoint: none, it came too early\n"
+
+
+def start(*args, **environment):
+    command = [sys.executable, "-m", "fastgan.cli", *map(str, args)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment})
+
+
+def test_a_hub_set_that_cannot_be_reached_is_named(tmp_path):
+    process = start("train", "dcgan", "--data", "hf:nobody/nothing", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hf"))
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert error.startswith("fastgan: --data: cannot load hf:nobody/nothing (") and error.count("\n") == 1, error
+    assert not Path("runs").exists()
+
+
+def test_ctrl_c_saves_and_says_so_in_one_line():
+    process = start("train", "dcgan", *TINY, "--steps", 100_000, "--no-fuse")
+    curves = Path("runs/dcgan/curves.csv")
+    deadline = time.monotonic() + 120
+    while not (curves.exists() and curves.stat().st_size):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    step = checkpoint.load(Path("runs/dcgan/checkpoint.pt"))["step"]
+    assert process.returncode == 130
+    assert error == f"fastgan: stopped after step {step}; --resume continues runs/dcgan/checkpoint.pt\n"
+    assert int(curves.read_text().splitlines()[-1].partition(",")[0]) == step

@@ -1,0 +1,92 @@
+"""The shape of the house: which way imports point, one name at every level, and what the wheel holds."""
+
+import ast
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# A package may import those further down only, and itself.
+LAYERS = ["cli", "doctor", "training", "fuse", "models", "nn", "ops", "backend", "_C"]
+BESIDE = {("training", "models"), ("fuse", "models")}
+
+
+def modules():
+    return sorted((ROOT / "fastgan").rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """Every dotted name that a file imports, also inside its functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", [p for p in modules() if p.parent != ROOT / "fastgan" or p.stem != "__init__"], ids=str)
+def test_imports_point_one_way(path):
+    own = path.relative_to(ROOT / "fastgan").parts[0].removesuffix(".py")
+    for name in imports(path):
+        package, *rest = name.split(".")
+        if package == "fastgan" and rest and rest[0] in LAYERS:
+            assert LAYERS.index(rest[0]) >= LAYERS.index(own), f"{path.name} in {own} imports {name}"
+
+
+def test_models_know_nothing_of_the_library():
+    for path in (ROOT / "fastgan" / "models").glob("*.py"):
+        assert all(name.startswith(("torch", "fastgan.models")) for name in imports(path) if "." in name)
+
+
+def test_kernels_import_torch_and_triton_only():
+    for path in (ROOT / "kernels").rglob("*.py"):
+        outside = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names)
+        assert outside <= {"torch", "triton", "fastgan_kernels"}, path
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_no_torch_header_in_csrc():
+    for path in (ROOT / "csrc").rglob("*.*"):
+        assert not re.search(r'#include\s*[<"](torch|ATen|c10)', path.read_text()), path
+
+
+def test_an_operator_has_one_name_at_every_level():
+    for name in ("norm_act",):
+        for place in (
+            f"fastgan/ops/{name}.py",
+            f"fastgan/nn/{name}.py",
+            f"kernels/fastgan_kernels/{name}.py",
+            f"csrc/cpu/{name}.h",
+            f"tests/ops/test_{name}.py",
+            f"benchmarks/bench_{name}.py",
+        ):
+            assert (ROOT / place).is_file(), place
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> zipfile.ZipFile:
+    """Built as pip builds it, in an isolated environment without torch."""
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(out), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return zipfile.ZipFile(next(out.glob("*.whl")))
+
+
+def test_the_wheel_holds_two_packages_and_the_built_module(wheel):
+    names = wheel.namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"fastgan", "fastgan_kernels"}
+    assert any(re.fullmatch(r"fastgan/_C\..*(so|pyd)", name) for name in names)
+    assert {"fastgan/py.typed", "fastgan/ops/norm_act.py", "fastgan_kernels/norm_act.py"} <= set(names)
+
+
+def test_the_wheel_asks_for_no_particular_torch(wheel):
+    metadata = wheel.read(next(name for name in wheel.namelist() if name.endswith("METADATA"))).decode()
+    assert re.findall(r"Requires-Dist: torch(.*)", metadata) == [">=2.10"]

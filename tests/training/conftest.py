@@ -1,0 +1,63 @@
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from fastgan.training import run
+from fastgan.training.dcgan import DCGAN, DCGANSettings
+
+TINY = {"image_size": 8, "batch_size": 128, "features": 4, "latent_dim": 5}
+"""14 steps an epoch on the digits."""
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """accelerate keeps one state per process; each test is a run of its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Networks this small gain nothing from more, and on a busy machine lose much."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def quick_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "COMPARE_SECONDS", {False: 0.01, True: 0.1})
+
+
+@pytest.fixture
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
+
+
+@pytest.fixture
+def make_system(accelerator: Accelerator) -> Callable[..., DCGAN]:
+    """Builds a small DCGAN; the same seed gives the same weights."""
+
+    def make(seed: int = 0, **settings: Any) -> DCGAN:
+        torch.manual_seed(seed)
+        return DCGAN(DCGANSettings(**TINY | settings), channels=1, accelerator=accelerator)
+
+    return make
+
+
+@pytest.fixture
+def train() -> Callable[..., run.Result | None]:
+    """`run.train` on the digits, small and stock unless told otherwise."""
+
+    def train(out: Path, settings: dict[str, Any] | None = None, **options: Any) -> run.Result | None:
+        given = settings or {} if options.get("resume") else TINY | (settings or {})
+        return run.train("dcgan", given, **{"out": out, "device": "cpu", "fused": False} | options)
+
+    return train

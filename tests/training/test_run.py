@@ -1,0 +1,242 @@
+"""Whole runs: what they leave behind, that they continue exactly, and how they stop."""
+
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from fastgan.training import checkpoint, dcgan, run
+from fastgan.training.dcgan import DCGAN
+from fastgan.training.errors import Diverged, InputError, Interrupted
+
+
+def rows(out: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((out / "curves.csv").read_text().splitlines()))
+
+
+def losses(out: Path) -> list[dict[str, str]]:
+    return [{name: value for name, value in row.items() if name != "images_per_s"} for row in rows(out)]
+
+
+def assert_same(a, b, where="checkpoint"):
+    """Bit for bit, whatever the nesting."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert list(a) == list(b), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}[{key!r}]")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for index, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}[{index}]")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert_same(checkpoint.load(a / "checkpoint.pt"), checkpoint.load(b / "checkpoint.pt"))
+    assert losses(a) == losses(b)
+    grids = sorted(path.name for path in (a / "samples").iterdir())
+    assert grids == sorted(path.name for path in (b / "samples").iterdir())
+    for name in grids:
+        assert (a / "samples" / name).read_bytes() == (b / "samples" / name).read_bytes(), name
+
+
+def stop_at(step, monkeypatch, action):
+    """Has `action` happen in the middle of training step `step`, counted from now."""
+    original, calls = DCGAN.generator_step, []
+
+    def generator_step(self, fake):
+        calls.append(None)
+        if len(calls) == step:
+            action()
+        return original(self, fake)
+
+    monkeypatch.setattr(DCGAN, "generator_step", generator_step)
+
+
+def test_a_run_leaves_a_grid_per_epoch_a_row_per_step_and_a_checkpoint(train, tmp_path):
+    result = train(tmp_path / "new" / "out", epochs=2)
+    out = result.folder.root
+    assert {path.name for path in out.iterdir()} == {"checkpoint.pt", "curves.csv", "samples", "tensorboard"}
+    assert {path.name for path in (out / "samples").iterdir()} == {"epoch_0001.png", "epoch_0002.png", "final.png"}
+    assert (out / "samples" / "final.png").read_bytes() == (out / "samples" / "epoch_0002.png").read_bytes()
+    assert (out / "samples" / "final.png").read_bytes() != (out / "samples" / "epoch_0001.png").read_bytes()
+    assert Image.open(out / "samples" / "final.png").size == (82, 82)
+    assert [row["step"] for row in rows(out)] == [str(step) for step in range(1, 29)]
+    names = ["step", "loss_d", "d_real", "d_fake", "grad_norm_d", "loss_g", "grad_norm_g", "images_per_s"]
+    assert list(rows(out)[0]) == names
+    assert checkpoint.load(out / "checkpoint.pt")["step"] == result.steps == 28
+    assert result.images_per_s * result.seconds == pytest.approx(28 * 128)
+
+
+def test_the_seed_decides_the_run(train, tmp_path):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        train(tmp_path / name, {"seed": seed}, steps=4)
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    assert losses(tmp_path / "a")[0] != losses(tmp_path / "c")[0]
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["stock", "fused"])
+@pytest.mark.parametrize("settings", [{}, {"d_steps": 3, "label_smoothing": 0.1}], ids=["plain", "three d steps"])
+def test_a_resumed_run_continues_exactly(train, tmp_path, settings, fused):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(whole, settings, steps=18, fused=fused)
+    train(parts, settings, steps=7, fused=fused)
+    (parts / "samples" / "final.png").unlink()
+    train(parts, resume=True, steps=18, fused=fused)
+    assert_same_run(whole, parts)
+
+
+@pytest.mark.parametrize("step", [1, 5, 14])
+def test_ctrl_c_finishes_the_step_saves_and_the_run_continues_exactly(train, tmp_path, monkeypatch, step):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(whole, steps=16)
+    with monkeypatch.context() as patch:
+        stop_at(step, patch, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(Interrupted, match=rf"^stopped after step {step}; --resume continues .*checkpoint\.pt$"):
+            train(parts, steps=16)
+    assert checkpoint.load(parts / "checkpoint.pt")["step"] == step
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert train(parts, resume=True).steps == 16, "the goal is part of the checkpoint"
+    assert_same_run(whole, parts)
+
+
+def test_after_a_crash_the_run_continues_exactly_from_the_last_checkpoint(train, tmp_path, monkeypatch):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(whole, steps=16, checkpoint_every=4)
+
+    def crash():
+        raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patch:
+        stop_at(12, patch, crash)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train(parts, steps=16, checkpoint_every=4)
+    assert checkpoint.load(parts / "checkpoint.pt")["step"] == 8
+    assert int(rows(parts)[-1]["step"]) > 8
+    train(parts, resume=True, checkpoint_every=4)
+    assert_same_run(whole, parts)
+
+
+def test_resuming_a_finished_run_changes_nothing(train, tmp_path):
+    train(tmp_path, steps=3)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert train(tmp_path, resume=True) is None
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+
+def test_a_new_run_moves_the_one_before_aside(train, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert train(tmp_path, steps=2).previous is None
+    kept = (tmp_path / "checkpoint.pt").read_bytes()
+    assert train(tmp_path, {"seed": 1}, steps=2).previous == tmp_path / "previous-1"
+    assert train(tmp_path, {"seed": 2}, steps=2).previous == tmp_path / "previous-2"
+    assert (tmp_path / "previous-1" / "checkpoint.pt").read_bytes() == kept
+    assert (tmp_path / "previous-1" / "samples" / "final.png").exists()
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert len(rows(tmp_path)) == 2
+
+
+def test_a_dry_run_is_two_steps_and_one_grid(train, tmp_path):
+    train(tmp_path, dry_run=True, epochs=100)
+    assert len(rows(tmp_path)) == 2
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["final.png"]
+    assert checkpoint.load(tmp_path / "checkpoint.pt")["step"] == 2
+
+
+@pytest.mark.parametrize(("every", "good"), [(2, r".*checkpoint\.pt \(step 4\)"), (9, "none, it came too early")])
+def test_divergence_names_the_step_and_the_last_good_checkpoint(train, tmp_path, monkeypatch, every, good):
+    def break_down():
+        monkeypatch.setattr(dcgan, "cross_entropy", lambda logits, _: logits.mean() * torch.nan)
+
+    stop_at(6, monkeypatch, break_down)
+    with pytest.raises(Diverged, match=rf"^step 6: loss_g is nan; the last good checkpoint: {good}$"):
+        train(tmp_path, steps=12, checkpoint_every=every)
+    assert (tmp_path / "checkpoint.pt").exists() == (every == 2)
+    if every == 2:
+        assert checkpoint.load(tmp_path / "checkpoint.pt")["step"] == 4
+
+
+def test_fused_and_stock_checkpoints_continue_each_other(train, tmp_path):
+    stock, fused = tmp_path / "stock", tmp_path / "fused"
+    result = train(stock, steps=4)
+    assert result.comparison is None
+    result = train(fused, steps=4, fused=True)
+    assert result.comparison.pairs >= 3
+    assert result.comparison.speedup == result.comparison.stock / result.comparison.fused > 0
+    states = [checkpoint.load(out / "checkpoint.pt") for out in (stock, fused)]
+    for name in ("generator", "discriminator"):
+        torch.testing.assert_close(states[0]["networks"][name], states[1]["networks"][name], rtol=1e-2, atol=1e-3)
+    train(stock, resume=True, steps=6, fused=True)
+    train(fused, resume=True, steps=6, fused=False)
+    for a, b in zip(losses(stock), losses(fused), strict=True):
+        assert {k: float(v) for k, v in a.items()} == pytest.approx({k: float(v) for k, v in b.items()}, rel=1e-2)
+
+
+def test_bf16_trains(train, tmp_path):
+    train(tmp_path, steps=2, precision="bf16")
+    state = checkpoint.load(tmp_path / "checkpoint.pt")
+    assert {value.dtype for value in state["networks"]["generator"].values()} == {torch.float32, torch.int64}
+
+
+def test_a_folder_that_has_moved_can_be_resumed_and_another_cannot(train, tmp_path):
+    for name, count in (("a", 4), ("other", 5)):
+        (tmp_path / name).mkdir()
+        for number in range(count):
+            Image.new("L", (8, 8), number).save(tmp_path / name / f"{number}.png")
+    train(tmp_path / "out", {"data": str(tmp_path / "a"), "batch_size": 2}, steps=2)
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    train(tmp_path / "out", {"data": str(tmp_path / "b")}, resume=True, steps=3)
+    with pytest.raises(InputError, match=r"^--data: 5 images with 1 channels, but .* was trained on 4 with 1"):
+        train(tmp_path / "out", {"data": str(tmp_path / "other")}, resume=True, steps=4)
+
+
+@pytest.mark.parametrize(("name", "value"), [("image_size", 16), ("batch_size", 64), ("seed", 9), ("lr", 0.1)])
+def test_a_resumed_run_keeps_its_settings(train, tmp_path, name, value):
+    train(tmp_path, steps=1)
+    option = "--" + name.replace("_", "-")
+    with pytest.raises(InputError, match=rf"^{option}: {value} does not fit .*checkpoint\.pt, trained with "):
+        train(tmp_path, {name: value}, resume=True, steps=2)
+
+
+def test_a_checkpoint_of_another_system_is_refused(train, tmp_path):
+    checkpoint.save(tmp_path / "checkpoint.pt", {"system": "stylegan"})
+    with pytest.raises(InputError, match=r"checkpoint\.pt: a checkpoint of stylegan, expected one of dcgan$"):
+        train(tmp_path, resume=True)
+    with pytest.raises(InputError, match=r"checkpoint\.pt: a checkpoint of stylegan, expected one of dcgan$"):
+        run.read_checkpoint(tmp_path / "checkpoint.pt")
+
+
+TWO_PROCESSES = """
+import sys
+from pathlib import Path
+from fastgan.training import run
+settings = {"image_size": 8, "batch_size": 128, "features": 4}
+run.train("dcgan", settings, out=Path(sys.argv[1]), steps=11, device="cpu", fused=False)
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
+def test_two_processes_make_one_run(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(TWO_PROCESSES)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run(
+        [*launch, script, tmp_path / "out"], check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert [row["step"] for row in rows(tmp_path / "out")] == [str(step) for step in range(1, 12)]
+    assert {path.name for path in (tmp_path / "out" / "samples").iterdir()} == {"epoch_0001.png", "final.png"}
+    state = checkpoint.load(tmp_path / "out" / "checkpoint.pt")
+    first, second = (rng["cpu"] for rng in state["rng"])
+    assert not torch.equal(first, second), "each process has noise of its own"
+    assert state["drawn"] == 11
