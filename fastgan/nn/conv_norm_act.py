@@ -28,9 +28,6 @@ def _pad(x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Size2]:
 def _prepare(x: Tensor, conv: Conv, output_size: list[int] | None) -> tuple[Tensor, dict[str, Any]]:
     """(x, settings) with which an operator does what `conv` does."""
     settings: dict[str, Any] = {"stride": conv.stride, "dilation": conv.dilation, "groups": conv.groups}
-    if x.requires_grad and x.is_contiguous():
-        # The identity. Its gradient is contiguous too, as in stock, whatever layout the operator's gradient has.
-        x = x.flatten().view(x.shape)
     if isinstance(conv, nn.Conv2d):
         x, settings["padding"] = _pad(x, conv)
         return x, settings

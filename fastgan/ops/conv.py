@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgan import backend
+from fastgan.ops._autograd import register_gradient
 from fastgan.ops._tensors import DTYPES, dense, is_channels_last, remember_edges, will_use
 
 Size2 = int | Sequence[int]
@@ -112,7 +113,7 @@ def _backward(ctx, grad_y):
     return grad_x, grad_weight, grad_bias, *[None] * len(ctx.settings)
 
 
-torch.library.register_autograd("fastgan::convolution", _backward, setup_context=_save_convolution)
+register_gradient("convolution", _backward, _save_convolution)
 
 
 def _save_weight_grad(ctx, inputs, output) -> None:
@@ -131,9 +132,7 @@ def _weight_grad_backward(ctx, ggw):
     return g_grad_y, grad_x, None, *[None] * len(ctx.settings)
 
 
-torch.library.register_autograd(
-    "fastgan::convolution_weight_grad", _weight_grad_backward, setup_context=_save_weight_grad
-)
+register_gradient("convolution_weight_grad", _weight_grad_backward, _save_weight_grad)
 
 
 # ── Kernels ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -341,7 +340,7 @@ def conv_transpose2d(
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple, keep_layout: bool) -> Tensor:
     """Both functions; `settings` are those of the operator, each size one number or two."""
-    x, weight, bias = _cast_for_autocast(x, weight, bias)
+    x, weight, bias = cast_for_autocast(x, weight, bias)
     check_convolution(x, weight, bias, *settings[3::2])
     settings = _in_pairs(settings)
     if min(output_shape(x, weight, *settings)[2:]) < 1:
@@ -352,7 +351,11 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple, ke
     if overhangs or x.numel() == 0 or backend.serving(x.device.type) == "reference":
         return reference(x, weight, bias, *settings)
     stock_is_channels_last = is_channels_last(x) or is_channels_last(weight)
-    y = torch.ops.fastgan.convolution(dense(x, channels_last=True) if _prefers_rows(x) else x, weight, bias, *settings)
+    if _prefers_rows(x):
+        if x.requires_grad and x.is_contiguous():
+            x = x.flatten().view(x.shape)  # whose gradient is contiguous, as stock's is: penalties call .view on it
+        x = dense(x, channels_last=True)
+    y = torch.ops.fastgan.convolution(x, weight, bias, *settings)
     return dense(y, stock_is_channels_last) if keep_layout else y
 
 
@@ -361,7 +364,7 @@ def _prefers_rows(x: Tensor) -> bool:
     return x.device.type == "cpu" or x.dtype in (torch.float16, torch.bfloat16)
 
 
-def _cast_for_autocast(*tensors: Tensor | None) -> tuple:
+def cast_for_autocast(*tensors: Tensor | None) -> tuple:
     x = tensors[0]
     if x is None or not torch.is_autocast_enabled(x.device.type):
         return tensors

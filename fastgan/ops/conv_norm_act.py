@@ -125,7 +125,7 @@ def _conv_norm_act(
     settings, act: Act, negative_slope: float, keep_layout: bool,
 ) -> Tensor:  # fmt: skip
     stride, padding, dilation, transposed, output_padding, groups = settings
-    conv.check_convolution(x, weight, bias, transposed, groups)
+    conv.check_convolution(*conv.cast_for_autocast(x, weight, bias), transposed, groups)
     channels = weight.shape[1] * groups if transposed else weight.shape[0]
     norm_act.check_parameters(x, channels, running_mean, running_var, bn_weight, bn_bias, training, eps, act, prefix="bn_")
     if backend.serving(x.device.type) == "reference":

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgan import backend
+from fastgan.ops._autograd import register_gradient
 from fastgan.ops._tensors import DTYPES, accumulation_dtype, address, dense, is_channels_last, planes
 from fastgan.ops._types import Act
 
@@ -140,7 +141,7 @@ def _backward(ctx, grad_y, _mean, _var):
     return tuple(grads)
 
 
-torch.library.register_autograd("fastgan::batch_norm_act", _backward, setup_context=_save_forward)
+register_gradient("batch_norm_act", _backward, _save_forward)
 
 
 def _save_backward(ctx, inputs, output) -> None:
@@ -166,7 +167,7 @@ def _double_backward(ctx, ggx, ggw, ggb, ggr):
     return tuple(grads)
 
 
-torch.library.register_autograd("fastgan::batch_norm_act_backward", _double_backward, setup_context=_save_backward)
+register_gradient("batch_norm_act_backward", _double_backward, _save_backward)
 
 
 def _save_double_backward(ctx, inputs, output) -> None:
@@ -220,9 +221,7 @@ def _triple_backward(ctx, *cotangents):
     return tuple(grads)
 
 
-torch.library.register_autograd(
-    "fastgan::batch_norm_act_double_backward", _triple_backward, setup_context=_save_double_backward
-)
+register_gradient("batch_norm_act_double_backward", _triple_backward, _save_double_backward)
 
 
 # ── Kernels ──────────────────────────────────────────────────────────────────────────────────────────────────────────
