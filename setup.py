@@ -9,7 +9,13 @@ class BuildKernels(build_ext):
         if self.compiler.compiler_type == "unix":
             for extension in self.extensions:
                 # -fno-trapping-math lets a ternary become a select; OpenMP binds to the runtime that torch has loaded.
-                extension.extra_compile_args += ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+                extension.extra_compile_args += [
+                    "-O3",
+                    "-fopenmp",
+                    "-fno-math-errno",
+                    "-fno-trapping-math",
+                    "-Wno-psabi",
+                ]
                 extension.extra_link_args += ["-fopenmp"]
         super().build_extensions()
 

@@ -27,7 +27,9 @@ def obstacle(backend: Backend, device_type: str) -> str | None:
         return None
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device_type != "cuda" and not (device_type == "cpu" and interpreted):
-        return f"the Triton kernels serve CUDA tensors, not {device_type} (TRITON_INTERPRET=1 runs them slowly on the CPU)"
+        return (
+            f"the Triton kernels serve CUDA tensors, not {device_type} (TRITON_INTERPRET=1 runs them slowly on the CPU)"
+        )
     try:
         importlib.import_module("fastgan_kernels")
     except ImportError as error:

@@ -88,8 +88,8 @@ def _advice() -> list[str]:
     advice = []
     if backend.obstacle("cpp", "cpu") is not None:
         advice.append(
-            "To build the C++ kernels: install a C++ compiler (Debian, Ubuntu: apt install g++; macOS: xcode-select --install), "
-            "then pip install --force-reinstall --no-deps fastgan"
+            "To build the C++ kernels: install a C++ compiler (Debian, Ubuntu: apt install g++; macOS: "
+            "xcode-select --install), then pip install --force-reinstall --no-deps from the checkout"
         )
     if torch.cuda.is_available() and backend.obstacle("triton", "cuda") is not None:
         advice.append("To run the kernels on the GPU: pip install triton")

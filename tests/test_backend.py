@@ -1,6 +1,6 @@
 """Which implementation serves a device, and what `fastgan doctor` says of it."""
 
-import os
+import io
 import subprocess
 import sys
 
@@ -13,7 +13,7 @@ from fastgan.ops import batch_norm_act, conv2d
 
 
 def printed_report() -> str:
-    console = Console(width=200, record=True, file=open(os.devnull, "w"))
+    console = Console(width=200, record=True, file=io.StringIO())
     console.print(doctor.report())
     return console.export_text()
 
@@ -49,7 +49,7 @@ def test_without_the_built_module_everything_still_works(monkeypatch):
         assert "plain torch" in report and "install a C++ compiler" in report
         monkeypatch.setenv("FASTGAN_BACKEND", "cpp")
         backend.reset()
-        with pytest.raises(RuntimeError, match="FASTGAN_BACKEND=cpp: fastgan._C is not there"):
+        with pytest.raises(RuntimeError, match=r"FASTGAN_BACKEND=cpp: fastgan\._C is not there"):
             conv2d(x, weight)
     finally:
         monkeypatch.undo()

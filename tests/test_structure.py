@@ -32,7 +32,9 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", [p for p in modules() if p.parent != ROOT / "fastgan" or p.stem != "__init__"], ids=str)
+@pytest.mark.parametrize(
+    "path", [p for p in modules() if p.parent != ROOT / "fastgan" or p.stem != "__init__"], ids=str
+)
 def test_imports_point_one_way(path):
     own = path.relative_to(ROOT / "fastgan").parts[0].removesuffix(".py")
     for name in imports(path):

@@ -344,7 +344,9 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple, ke
     check_convolution(x, weight, bias, *settings[3::2])
     settings = _in_pairs(settings)
     if min(output_shape(x, weight, *settings)[2:]) < 1:
-        raise ValueError(f"x of shape {tuple(x.shape)} is too small for weight {tuple(weight.shape)}: no output is left")
+        raise ValueError(
+            f"x of shape {tuple(x.shape)} is too small for weight {tuple(weight.shape)}: no output is left"
+        )
     stride, _, _, transposed, output_padding, _ = settings
     # An output_padding of stride or more is legal below the dilation; the gradient is then no plain convolution.
     overhangs = transposed and any(o >= s for o, s in zip(output_padding, stride, strict=True))

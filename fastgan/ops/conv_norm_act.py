@@ -125,9 +125,12 @@ def _conv_norm_act(
     settings, act: Act, negative_slope: float, keep_layout: bool,
 ) -> Tensor:  # fmt: skip
     stride, padding, dilation, transposed, output_padding, groups = settings
-    conv.check_convolution(*conv.cast_for_autocast(x, weight, bias), transposed, groups)
+    cast_x, cast_weight, cast_bias = conv.cast_for_autocast(x, weight, bias)
+    conv.check_convolution(cast_x, cast_weight, cast_bias, transposed, groups)
     channels = weight.shape[1] * groups if transposed else weight.shape[0]
-    norm_act.check_parameters(x, channels, running_mean, running_var, bn_weight, bn_bias, training, eps, act, prefix="bn_")
+    norm_act.check_parameters(
+        x, channels, running_mean, running_var, bn_weight, bn_bias, training, eps, act, prefix="bn_"
+    )
     if backend.serving(x.device.type) == "reference":
         return reference(
             x, weight, bias, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps,

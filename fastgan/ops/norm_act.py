@@ -1,7 +1,7 @@
 """Batch normalisation, residual addition and activation in one operator, exact to the second derivative."""
 
 import importlib
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -178,45 +178,36 @@ def _save_double_backward(ctx, inputs, output) -> None:
 
 def _triple_backward(ctx, *cotangents):
     """The third derivative, by differentiating the definition."""
-    names = ("ggx", "ggw", "ggb", "ggr", "grad_y", "x", "weight", "bias", "residual")
     *tensors, mean, var = ctx.saved_tensors
     keeps_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views, so that the derivatives inside stop at the arguments and do not run on into what these were made of.
-        given = {
-            name: tensor if tensor is None else tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
-            for name, tensor in zip(names, tensors, strict=True)
-        }
-        x, weight, bias, residual = (given[name] for name in ("x", "weight", "bias", "residual"))
+        given: list[Any] = [
+            t if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in tensors
+        ]
+        ggs, (grad_y, x, weight, bias, residual) = given[:4], given[4:]
         acc = accumulation_dtype(x.dtype)
-        y = reference(
-            x.to(acc),
-            None if ctx.training else mean.to(acc),
-            None if ctx.training else var.to(acc),
-            None if weight is None else weight.to(acc),
-            None if bias is None else bias.to(acc),
-            ctx.training,
-            eps=ctx.eps,
-            act=ctx.act,
-            negative_slope=ctx.negative_slope,
-            residual=residual,
-        )
-        pairs = [(given[gg], given[of]) for gg, of in zip(names[:4], names[5:], strict=True)]
-        pairs = [(gg, of) for gg, of in pairs if gg is not None and of is not None]
+        statistics = (None, None) if ctx.training else (mean, var)
+        arguments: list[Any] = [t if t is None else t.to(acc) for t in (x, *statistics, weight, bias)]
+        settings: dict[str, Any] = {"training": ctx.training, "eps": ctx.eps, "act": ctx.act}
+        y = reference(*arguments, negative_slope=ctx.negative_slope, residual=residual, **settings)
+        pairs = [
+            (gg, t) for gg, t in zip(ggs, (x, weight, bias, residual), strict=True) if gg is not None and t is not None
+        ]
         first = torch.autograd.grad(
-            y, [of for _, of in pairs], given["grad_y"].to(y.dtype), create_graph=True, materialize_grads=True
+            y, [t for _, t in pairs], grad_y.to(y.dtype), create_graph=True, materialize_grads=True
         )
-        total = sum((grad * gg).sum() for grad, (gg, _) in zip(first, pairs, strict=True))
-        targets = [given[name] for name in ("grad_y", "x", "weight") if given[name] is not None]
+        total = torch.stack([(grad * gg).sum() for grad, (gg, _) in zip(first, pairs, strict=True)]).sum()
+        targets = [t for t in (grad_y, x, weight) if t is not None]
         second = torch.autograd.grad(total, targets, create_graph=True, materialize_grads=True)
-        wanted = [(i, given[name]) for i, name in enumerate(names) if ctx.needs_input_grad[i]]
-        chosen = [(grad, gg) for grad, gg in zip(second, cotangents, strict=False) if gg is not None and grad.requires_grad]
+        chosen = [(g, c) for g, c in zip(second, cotangents, strict=False) if c is not None and g.requires_grad]
+        wanted = [i for i in range(len(given)) if ctx.needs_input_grad[i]]
         third = torch.autograd.grad(
-            [grad for grad, _ in chosen], [tensor for _, tensor in wanted], [gg for _, gg in chosen],
+            [g for g, _ in chosen], [given[i] for i in wanted], [c for _, c in chosen],
             create_graph=keeps_graph, materialize_grads=True,
         )  # fmt: skip
     grads: list[Tensor | None] = [None] * 15
-    for (i, _), grad in zip(wanted, third, strict=True):
+    for i, grad in zip(wanted, third, strict=True):
         grads[i] = grad
     return tuple(grads)
 
@@ -254,8 +245,8 @@ class _Cpp:
         call.C.batch_norm_act_backward(
             call.arguments, *map(address, (grad_y, grad_x, grad_residual, grad_weight, grad_bias))
         )
-        if needs_params and weight is not None:
-            grad_weight, grad_bias = grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
+        if weight is not None:
+            grad_weight, grad_bias = (None if g is None else g.to(weight.dtype) for g in (grad_weight, grad_bias))
         grads = (grad_x, grad_weight, grad_bias, grad_residual)
         return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
 
@@ -289,10 +280,10 @@ class _Call:
         self.mean, self.var = (
             _empty_statistics(x, self.shape[1]) if t is None else t.to(torch.float64).contiguous() for t in (mean, var)
         )
-        pointers = map(address, (self.x, self.residual, self.weight, self.bias))
         self.arguments = _C.NormAct(
-            DTYPES[x.dtype], self.channels_last or self.shape[2] == 1, self.shape, *pointers,
-            batch_stats, self.mean.data_ptr(), self.var.data_ptr(), eps, _ACT_CODES[act], negative_slope,
+            DTYPES[x.dtype], self.channels_last or self.shape[2] == 1, self.shape, self.x.data_ptr(),
+            address(self.residual), address(self.weight), address(self.bias), batch_stats,
+            self.mean.data_ptr(), self.var.data_ptr(), eps, _ACT_CODES[act], negative_slope,
         )  # fmt: skip
 
     def like_x(self, tensor: Tensor | None) -> Tensor | None:

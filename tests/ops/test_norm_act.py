@@ -17,14 +17,24 @@ ACTS = ("none", "relu", "leaky_relu")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 # Ragged tails in channels and planes, one-element planes, several blocks, a plane cut into pieces, few and many channels.
-SHAPES = ((4, 3, 5, 7), (2, 19, 8, 8), (64, 16, 1, 1), (2, 3, 130, 130), (3, 70, 9, 9), (9, 1, 33, 31), (1, 130, 20, 21))
+SHAPES = (
+    (4, 3, 5, 7),
+    (2, 19, 8, 8),
+    (64, 16, 1, 1),
+    (2, 3, 130, 130),
+    (3, 70, 9, 9),
+    (9, 1, 33, 31),
+    (1, 130, 20, 21),
+)
 
 RESULTS = [
     "y", "grad_x", "grad_weight", "grad_bias", "grad_residual",
     "g_x", "g_weight", "g_bias", "g_residual", "g_grad_y",
 ]  # fmt: skip
 
-needs_cpp = pytest.mark.skipif(os.environ.get("FASTGAN_BACKEND", "auto") not in ("auto", "cpp"), reason="another backend")
+needs_cpp = pytest.mark.skipif(
+    os.environ.get("FASTGAN_BACKEND", "auto") not in ("auto", "cpp"), reason="another backend"
+)
 
 
 def inputs_of(shape, dtype=torch.float64, layout=torch.contiguous_format, residual=False, affine=True):
@@ -147,7 +157,9 @@ def test_opcheck(dtype, training):
     mean, var = torch.zeros(5), torch.ones(5)
     grads = (torch.randn_like(x).requires_grad_(), x, weight, bias, residual, mean, var, training)
     torch.library.opcheck(ops.batch_norm_act_backward, (*grads, *settings, True, True, True))
-    torch.library.opcheck(ops.batch_norm_act_double_backward, (torch.randn_like(x), None, None, None, *grads, *settings))
+    torch.library.opcheck(
+        ops.batch_norm_act_double_backward, (torch.randn_like(x), None, None, None, *grads, *settings)
+    )
 
 
 @pytest.mark.parametrize("act", ["relu", "leaky_relu"])
@@ -170,7 +182,9 @@ def test_huge_means_do_not_cancel(layout):
     mean, var = torch.zeros(20), torch.ones(20)
     y = batch_norm_act(x, mean, var, training=True, momentum=1.0, act="none")
     truth = reference(x.double(), None, None, training=True, act="none")
-    assert (y - truth).abs().max() <= 2 * (reference(x, None, None, training=True, act="none") - truth).abs().max() + 1e-3
+    assert (y - truth).abs().max() <= 2 * (
+        reference(x, None, None, training=True, act="none") - truth
+    ).abs().max() + 1e-3
     # float32 sums of up to 512 terms to a lane, of squares that are near 1
     torch.testing.assert_close(var.double(), x.double().var((0, 2, 3)), rtol=1e-5, atol=0)
     torch.testing.assert_close(mean.double(), x.double().mean((0, 2, 3)), rtol=1e-7, atol=0)
@@ -239,7 +253,13 @@ def test_the_output_keeps_the_layout(training):
 
 def test_any_strides_give_the_same_numbers():
     base = torch.randn(8, 6, 5, 7)
-    views = (base.transpose(2, 3), base[::2], base[:, :, 1:4, ::2], base[:, :1].expand(8, 6, 5, 7), base.permute(0, 2, 1, 3))
+    views = (
+        base.transpose(2, 3),
+        base[::2],
+        base[:, :, 1:4, ::2],
+        base[:, :1].expand(8, 6, 5, 7),
+        base.permute(0, 2, 1, 3),
+    )
     for view in views:
         y = batch_norm_act(view, None, None, training=True)
         torch.testing.assert_close(y, reference(view, None, None, training=True))
