@@ -1,5 +1,7 @@
 # Thin: each target is the commands that the README shows, in a virtual environment of its own.
 TORCH ?= torch==2.13.0
+# A CPU build of torch brings no Triton; the tests need one to interpret and compile the CUDA kernels.
+TRITON ?= triton==3.6.0
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -17,6 +19,7 @@ $(VENV)/installed: $(BIN)/python pyproject.toml setup.py $(shell find csrc fastg
 
 # The tests and benchmarks run from the checkout, so it is installed in place, with its kernels built there.
 $(VENV)/editable: $(BIN)/python pyproject.toml setup.py $(shell find csrc -type f)
+	$(BIN)/pip install --quiet "$(TRITON)"
 	$(BIN)/pip install --quiet --editable ".[test,check,bench]"
 	touch $@
 

@@ -8,7 +8,7 @@
 //                     g_x      = c1·v + c2·g + c3·t + c4
 
 constexpr int unroll = 4; // independent accumulators, to cover the latency of an addition
-constexpr int run = 16;   // additions to one accumulator before a double takes over: long float32 sums lose digits
+constexpr int run = 64;   // additions to one accumulator before a double takes over: long float32 sums lose digits
 
 template <class T> struct Activation {
   using vec = vec_t<T>;
@@ -58,33 +58,27 @@ struct Planes {
     constexpr int W = lanes<acc_t<T>>;
     Channel<T, P> channel;
     for (int i = 0; i < P; ++i) channel.p[i] = broadcast<acc_t<T>>(table[i * stride]);
-    vec_t<T> sums[unroll][K ? K : 1] = {};
     doubles<acc_t<T>> totals[K ? K : 1] = {};
-    int64_t since_emptied = 0;
-    auto empty = [&]() __attribute__((always_inline)) {
-      for (int k = 0; k < K; ++k) {
-        const vec_t<T> all = (sums[0][k] + sums[1][k]) + (sums[2][k] + sums[3][k]);
-        totals[k] += __builtin_convertvector(all, doubles<acc_t<T>>);
-        for (int u = 0; u < unroll; ++u) sums[u][k] = vec_t<T>{};
-      }
-      since_emptied = 0;
-    };
     const int64_t n0 = b / pieces * images, n1 = smaller(n0 + images, N), s = b % pieces * piece;
-    const int64_t length = smaller(s + piece, S) - s;
-    for (int64_t image = n0; image < n1; ++image) {
-      const int64_t offset = (image * C + c) * S + s;
-      for (int64_t first = 0; first < length; first += run * unroll * W) {
-        const int64_t last = smaller(first + run * unroll * W, length);
-        int64_t i = first;
-        for (; i + unroll * W <= last; i += unroll * W)
-          for (int u = 0; u < unroll; ++u) f(sums[u], channel, offset + i + u * W, W);
-        for (; i + W <= last; i += W) f(sums[0], channel, offset + i, W);
-        if (i < last) f(sums[0], channel, offset + i, static_cast<int>(last - i));
-        since_emptied += last - first;
-        if (K && since_emptied >= run * W) empty();
+    const int64_t length = smaller(s + piece, S) - s, segment = run * unroll * W;
+    const int64_t together = larger(1, run / (length / (unroll * W) + unroll)); // small planes that share accumulators
+    for (int64_t image = n0; image < n1; image += together)
+      for (int64_t first = 0; first < length; first += segment) {
+        vec_t<T> sums[unroll][K ? K : 1] = {};
+        const int64_t last = smaller(first + segment, length);
+        for (int64_t n = image; n < smaller(image + together, n1); ++n) {
+          const int64_t offset = (n * C + c) * S + s;
+          int64_t i = first;
+          for (; i + unroll * W <= last; i += unroll * W)
+            for (int u = 0; u < unroll; ++u) f(sums[u], channel, offset + i + u * W, W);
+          for (; i + W <= last; i += W) f(sums[0], channel, offset + i, W);
+          if (i < last) f(sums[0], channel, offset + i, static_cast<int>(last - i));
+        }
+        for (int k = 0; k < K; ++k) {
+          const vec_t<T> all = (sums[0][k] + sums[1][k]) + (sums[2][k] + sums[3][k]);
+          totals[k] += __builtin_convertvector(all, doubles<acc_t<T>>);
+        }
       }
-    }
-    if (K) empty();
     for (int k = 0; k < K; ++k) flush(k, sum<acc_t<T>>(totals[k]));
   }
 };

@@ -257,9 +257,9 @@ def _backward_kernel(grad_y, x, weight, bias, residual, mean, var, sums, grad_x,
         g_sum = _load(sums, c, c_ok, 0.0, ACC)
         gx_sum = _load(sums, c + shape[1], c_ok, 0.0, ACC)
     if grad_weight is not None:
-        first = c_ok & (tl.program_id(1) == 0)
-        tl.store(grad_weight + c, gx_sum, first)
-        tl.store(grad_bias + c, g_sum, first)
+        if tl.program_id(1) == 0:
+            tl.store(grad_weight + c, gx_sum, c_ok)
+            tl.store(grad_bias + c, g_sum, c_ok)
     if grad_x is not None or grad_residual is not None:
         _, r, w, _ = affine
         m = tl.full(c.shape, count, ACC)
@@ -316,7 +316,8 @@ def _double_backward_kernel(ggx, ggw, ggb, ggr, grad_y, x, weight, bias, residua
         k = vg_sum / m - v_mean * g_mean - vx_mean * gx_mean
         gw = r * m * k
         curvature = gx_mean * (dw - 2 * scale * vx_mean) + scale * k
-    tl.store(g_weight + c, gw, c_ok & (tl.program_id(1) == 0))
+    if tl.program_id(1) == 0:
+        tl.store(g_weight + c, gw, c_ok)
 
     slant = dw - scale * vx_mean
     t = tl.program_id(1)

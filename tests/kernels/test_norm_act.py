@@ -520,7 +520,8 @@ def compilations(tmp_path_factory) -> Iterator[dict[int, subprocess.Popen]]:
     yield started
     for process in started.values():
         process.kill()
-        process.communicate()
+        process.wait()
+        process.stdout.close()
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
