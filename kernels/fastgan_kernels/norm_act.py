@@ -256,7 +256,7 @@ def _backward_kernel(grad_y, x, weight, bias, residual, mean, var, sums, grad_x,
     else:
         g_sum = _load(sums, c, c_ok, 0.0, ACC)
         gx_sum = _load(sums, c + shape[1], c_ok, 0.0, ACC)
-    if grad_weight is not None:
+    if grad_weight is not None:  # noqa: SIM102, decided when compiling; the next line when running
         if tl.program_id(1) == 0:
             tl.store(grad_weight + c, gx_sum, c_ok)
             tl.store(grad_bias + c, g_sum, c_ok)
