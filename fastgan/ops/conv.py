@@ -199,8 +199,8 @@ class _Patches(NamedTuple):
 
 
 # Patches pay where the matrix of them has at most this many times the elements of the weight. Above, writing it costs more
-# than oneDNN's reordering of the weight. Measured on two cores with AVX-512 and AMX: float32 products run at 0.8 of the
-# speed of oneDNN's convolution, bfloat16 ones at the same speed, and its bfloat16 weight gradient is slow.
+# than oneDNN's reordering of the weight. The limits hold for AVX-512 and AMX, where oneDNN's float32 convolution is faster
+# than the vendor's float32 product, and its bfloat16 weight gradient is slow.
 _PATCHES_PER_WEIGHT = {torch.float32: 3.0, torch.bfloat16: 6.0}
 _PATCHES_PER_WEIGHT_GRAD = {torch.float32: 3.0, torch.bfloat16: 32.0}
 _FEW_CHANNELS = 4  # images for which the transposed convolution of oneDNN leaves most vector lanes empty

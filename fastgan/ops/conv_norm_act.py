@@ -139,7 +139,7 @@ def _conv_norm_act(
         )  # fmt: skip
     stock_is_channels_last = is_channels_last(x) or is_channels_last(weight)
     if training:
-        y = conv.convolve(x, weight, None, settings, keep_layout=False)
+        y = conv.convolve(cast_x, cast_weight, None, settings, keep_layout=False)
         norm_act.check_batch_size(y)
         y = norm_act.normalise(
             y, running_mean, running_var, bn_weight, _with_zero_gradient(bn_bias, bias), True, momentum, eps, act,
@@ -147,13 +147,13 @@ def _conv_norm_act(
         )  # fmt: skip
     elif weight.dtype.itemsize == 2 or weight.numel() > conv.output_numel(x, weight, settings):
         # A folded 16-bit weight is rounded once more; a weight larger than the output costs more to fold than it saves.
-        y = conv.convolve(x, weight, bias, settings, keep_layout=False)
+        y = conv.convolve(cast_x, cast_weight, cast_bias, settings, keep_layout=False)
         y = norm_act.normalise(
             y, running_mean, running_var, bn_weight, bn_bias, False, momentum, eps, act, negative_slope
         )  # fmt: skip
     else:
         folded = _fold(weight, bias, running_mean, running_var, bn_weight, bn_bias, eps, transposed, groups)
-        y = conv.convolve(x, *folded, settings, keep_layout=False)
+        y = conv.convolve(cast_x, *folded, settings, keep_layout=False)
         y = norm_act.activate_(y, act, negative_slope)
     return dense(y, stock_is_channels_last) if keep_layout else y
 
