@@ -79,6 +79,23 @@ def test_gradcheck_and_gradgradcheck(case, transposed):
     assert torch.autograd.gradgradcheck(lambda *t: function(*t, **settings), inputs, fast_mode=True)
 
 
+@pytest.mark.parametrize("last", [True, False], ids=["last layer", "parameters after it"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["conv2d", "conv_transpose2d"])
+def test_a_gradient_penalty_through_the_operator(transposed, last, forms):
+    def gradients(function):
+        torch.manual_seed(0)
+        inputs, settings = inputs_of("k4 s2 p1", transposed, torch.float64)
+        x, weight, bias = leaves(inputs, torch.float64)
+        head = torch.linspace(-1, 1, 10, dtype=torch.float64).requires_grad_()
+        y = function(x, weight, bias, **settings).pow(2).mean((2, 3))
+        score = y if last else (y @ head).tanh()
+        (grad_x,) = torch.autograd.grad(score.sum(), x, create_graph=True)
+        return torch.autograd.grad(grad_x.pow(2).sum(), [weight, bias] if last else [weight, bias, head])
+
+    ours, stock = (conv_transpose2d, F.conv_transpose2d) if transposed else (conv2d, F.conv2d)
+    torch.testing.assert_close(gradients(ours), gradients(stock))
+
+
 def test_the_third_derivative_is_exact_too():
     def third(function):
         torch.manual_seed(0)
