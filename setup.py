@@ -1,5 +1,7 @@
 """Builds fastgan._C: C++ kernels on raw pointers behind pybind11. torch is not needed to build."""
 
+from pathlib import Path
+
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 
@@ -22,8 +24,8 @@ class BuildKernels(build_ext):
 
 kernels = Pybind11Extension(
     "fastgan._C",
-    ["csrc/bindings.cpp", "csrc/cpu/baseline.cpp", "csrc/cpu/avx2.cpp", "csrc/cpu/avx512.cpp"],
-    depends=["csrc/cpu/kernels.h", "csrc/cpu/kernels.inc", "csrc/cpu/simd.h", "csrc/cpu/norm_act.h", "csrc/cpu/conv.h"],
+    ["csrc/bindings.cpp", *(f"csrc/cpu/{isa}.cpp" for isa in ("baseline", "avx2", "avx512", "amx"))],
+    depends=[str(path) for pattern in ("*.h", "*.inc") for path in Path("csrc").rglob(pattern)],
     cxx_std=17,
     # Without a working compiler the package still installs; `fastgan doctor` then says what is missing.
     optional=True,

@@ -36,6 +36,8 @@ const Kernels& choose_kernels() {
   return baseline_kernels;
 }
 const Kernels& kernels = choose_kernels();
+// Below AVX-512 torch's variable rules out the matrix unit as well.
+const MatrixKernels* const matrix_kernels = std::string(kernels.name) == "avx512" ? amx_kernels() : nullptr;
 
 NormAct norm_act(int dtype, bool rows, std::array<int64_t, 3> shape, Address x, Address residual, Address weight,
                  Address bias, bool batch_stats, Address mean, Address var, double eps, int act, double negative_slope) {
@@ -48,6 +50,10 @@ Patches patches_of(int dtype, std::array<int64_t, 4> image, std::array<int64_t, 
                    std::array<int64_t, 2> dilation) {
   return {static_cast<DType>(dtype), image[0],  image[1],   image[2],   image[3],    positions[0], positions[1], kernel[0],
           kernel[1],                 stride[0], stride[1],  padding[0], padding[1],  dilation[0],  dilation[1]};
+}
+
+Convolution convolution_of(const Patches& patches, int64_t channels, std::array<int64_t, 3> weight_strides) {
+  return {patches, channels, weight_strides[0], weight_strides[1], weight_strides[2]};
 }
 
 } // namespace
@@ -83,5 +89,19 @@ PYBIND11_MODULE(_C, m) {
   }, release());
   m.def("patches_to_image", [](const Patches& p, Address patches, Address image) {
     kernels.patches_to_image(p, at(patches), at(image));
+  }, release());
+
+  m.def("has_matrix_unit", [] { return matrix_kernels != nullptr; }, "Whether the functions of a Convolution can be called.");
+  py::class_<Convolution>(m, "Convolution")
+      .def(py::init(&convolution_of))
+      .def("fill", [](const Convolution& g, bool image, bool weight) { return matrix_kernels->fill(g, image, weight); });
+  m.def("image_to_positions", [](const Convolution& g, Address image, Address weight, Address bias, Address positions) {
+    return matrix_kernels->image_to_positions(g, at(image), at(weight), at(bias), at(positions));
+  }, release());
+  m.def("positions_to_image", [](const Convolution& g, Address positions, Address weight, Address bias, Address image) {
+    return matrix_kernels->positions_to_image(g, at(positions), at(weight), at(bias), at(image));
+  }, release());
+  m.def("weight_grad", [](const Convolution& g, Address positions, Address image, Address grad_weight) {
+    return matrix_kernels->weight_grad(g, at(positions), at(image), at(grad_weight));
   }, release());
 }

@@ -58,6 +58,22 @@ struct Patches {
   int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
 };
 
+// A convolution on the matrix unit, between a channels_last image and a channels_last tensor (N, OH, OW, O) of the kernel's
+// positions. float32 or bfloat16, without groups.
+struct Convolution : Patches {
+  int64_t O;
+  int64_t weight_o, weight_c, weight_tap; // strides of the weight (O, C, kh·kw), in elements
+};
+
+struct MatrixKernels {
+  // Each returns false, and leaves its result undefined, where float32 numbers are not sums of three bfloat16.
+  bool (*image_to_positions)(const Convolution&, const void* image, const void* weight, const void* bias, void* positions);
+  bool (*positions_to_image)(const Convolution&, const void* positions, const void* weight, const void* bias, void* image);
+  bool (*weight_grad)(const Convolution&, const void* positions, const void* image, void* grad_weight);
+  // The part of the matrix unit's work that is not on padding, when it computes the image, or the weight's gradient.
+  double (*fill)(const Convolution&, bool image, bool weight);
+};
+
 struct Kernels {
   const char* name;
   void (*batch_norm_act_forward)(const NormActForward&);
@@ -68,5 +84,8 @@ struct Kernels {
 };
 
 extern const Kernels baseline_kernels, avx2_kernels, avx512_kernels;
+
+// The matrix kernels, or null where the compiler, the CPU or the system has no matrix unit.
+const MatrixKernels* amx_kernels();
 
 } // namespace fastgan

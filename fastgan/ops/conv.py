@@ -1,19 +1,18 @@
 """2-d convolution and transposed convolution whose derivatives are convolutions again, to every order.
 
-The arithmetic is the vendor's, called in the layout and the form that is fast: oneDNN or cuDNN on channels_last tensors, or
-one matrix product over patches where the weight is large beside the image (oneDNN reorders all of it at every call) or the
-image has few channels.
+The arithmetic is cuDNN's on CUDA. On the CPU it is oneDNN's, or one matrix product over patches, or C++ on the CPU's matrix
+unit, whichever is fastest for the shape: `_conv_cpu` has the three forms and the choice.
 """
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastgan import backend
+from fastgan.ops import _conv_cpu
 from fastgan.ops._autograd import register_gradient
 from fastgan.ops._tensors import DTYPES, dense, is_channels_last, remember_edges, will_use
 
@@ -148,138 +147,12 @@ def _vendor_weight_grad(grad_y, x, weight_shape, *settings):
     return torch.ops.aten.convolution_backward(grad_y, x, weight, None, *settings, mask)[1]
 
 
-class _Patches(NamedTuple):
-    """A convolution as a matrix product: a row for each position of the kernel, a column for each element under it."""
-
-    image: tuple[int, int, int, int]  # (N, C, H, W)
-    positions: tuple[int, int]
-    kernel: tuple[int, int]
-    stride: Sequence[int]
-    padding: Sequence[int]
-    dilation: Sequence[int]
-
-    @property
-    def rows(self) -> int:
-        return self.image[0] * self.positions[0] * self.positions[1]
-
-    @property
-    def columns(self) -> int:
-        return self.kernel[0] * self.kernel[1] * self.image[1]
-
-    @property
-    def is_image(self) -> bool:
-        """Whether each image is one patch: a convolution to or from 1×1."""
-        return self.positions == (1, 1) and self.kernel == self.image[2:] and not any(self.padding)
-
-    def of(self, image: Tensor) -> Tensor:
-        """(N, C, H, W), channels_last -> (rows, columns)."""
-        if self.is_image:
-            return image.permute(0, 2, 3, 1).reshape(self.rows, self.columns)
-        patches = image.new_empty(self.rows, self.columns)
-        self._call("image_to_patches", image, patches)
-        return patches
-
-    def image_of(self, left: Tensor, right: Tensor) -> Tensor:
-        """The image whose patches are left @ right; where they overlap they add up."""
-        image = _new_image(left, self.image)
-        if self.is_image:
-            torch.mm(left, right, out=image.permute(0, 2, 3, 1).view(self.rows, self.columns))
-        else:
-            self._call("patches_to_image", left @ right, image)
-        return image
-
-    def _call(self, kernel: str, source: Tensor, target: Tensor) -> None:
-        from fastgan import _C
-
-        n, c, h, w = self.image
-        geometry = _C.Patches(
-            DTYPES[source.dtype], (n, h, w, c), self.positions, self.kernel, self.stride, self.padding, self.dilation
-        )
-        getattr(_C, kernel)(geometry, source.data_ptr(), target.data_ptr())
-
-
-# Patches pay where the matrix of them has at most this many times the elements of the weight. Above, writing it costs more
-# than oneDNN's reordering of the weight. The limits hold for AVX-512 and AMX, where oneDNN's float32 convolution is faster
-# than the vendor's float32 product, and its bfloat16 weight gradient is slow.
-_PATCHES_PER_WEIGHT = {torch.float32: 3.0, torch.bfloat16: 6.0}
-_PATCHES_PER_WEIGHT_GRAD = {torch.float32: 3.0, torch.bfloat16: 32.0}
-_FEW_CHANNELS = 4  # images for which the transposed convolution of oneDNN leaves most vector lanes empty
-
-
-def _patches(
-    image_shape, small_shape, kernel, settings, most: dict[torch.dtype, float], dtype: torch.dtype, scatters: bool
-) -> _Patches | None:
-    """The patches to use, or None where the vendor's convolution is faster (`settings`: of the operator).
-
-    `small_shape` (N, C', OH, OW) is the other end of the convolution; `scatters`: the image is what is computed.
-    """
-    stride, padding, dilation, _, _, groups = settings
-    patches = _Patches(tuple(image_shape), tuple(small_shape[2:]), tuple(kernel), stride, padding, dilation)
-    if groups != 1 or patches.rows == 0 or patches.columns == 0:
-        return None
-    if patches.is_image:
-        return patches
-    if backend.serving("cpu") != "cpp":
-        return None
-    if scatters and image_shape[1] <= _FEW_CHANNELS:
-        return patches
-    return patches if patches.rows <= most.get(dtype, most[torch.float32]) * small_shape[1] else None
-
-
-def _every_tap_meets(image_shape, small_shape, kernel, settings) -> bool:
-    """Whether every element of the kernel lies on the image at some position."""
-    stride, padding, dilation, *_ = settings
-    return all(
-        any(0 <= o * stride[i] - padding[i] + tap * dilation[i] < image_shape[2 + i] for o in range(small_shape[2 + i]))
-        for i in range(2)
-        for tap in range(kernel[i])
-    )
-
-
-def _new_image(like: Tensor, shape: Sequence[int]) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
-
-
-def _matrix(x: Tensor) -> Tensor:
-    """(N, C, H, W), channels_last -> (N·H·W, C)."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-
-
 def _cpu_convolution(x, weight, bias, *settings):
-    x = dense(x, channels_last=True)
-    kernel, size = weight.shape[2:], output_shape(x, weight, *settings)
-    if settings[3]:  # transposed
-        patches = _patches(size, x.shape, kernel, settings, _PATCHES_PER_WEIGHT, x.dtype, scatters=True)
-        if patches is not None:
-            y = patches.image_of(_matrix(x), _matrix_of_weight(weight))
-            return y if bias is None else y.add_(bias.view(-1, 1, 1))
-    else:
-        patches = _patches(x.shape, size, kernel, settings, _PATCHES_PER_WEIGHT, x.dtype, scatters=False)
-        if patches is not None:
-            y = _new_image(x, size)
-            torch.mm(patches.of(x), _matrix_of_weight(weight).t(), out=_matrix(y))
-            return y if bias is None else y.add_(bias.view(-1, 1, 1))
-    return dense(_vendor_convolution(x, weight, bias, *settings), channels_last=True)
-
-
-def _matrix_of_weight(weight: Tensor) -> Tensor:
-    """(C', C, kh, kw) -> (C', kh·kw·C), the order of the columns of patches."""
-    return dense(weight, channels_last=True).permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
+    return _conv_cpu.convolution(x, weight, bias, output_shape(x, weight, *settings), settings)
 
 
 def _cpu_weight_grad(grad_y, x, weight_shape, *settings):
-    grad_y, x = dense(grad_y, channels_last=True), dense(x, channels_last=True)
-    image, small = (grad_y, x) if settings[3] else (x, grad_y)
-    kernel = weight_shape[2:]
-    patches = _patches(image.shape, small.shape, kernel, settings, _PATCHES_PER_WEIGHT_GRAD, x.dtype, scatters=False)
-    if patches is None:
-        # oneDNN leaves the 16-bit gradient of a tap that only ever meets padding unwritten; the float32 one it zeroes.
-        wide = x.dtype.itemsize == 2 and not _every_tap_meets(image.shape, small.shape, kernel, settings)
-        dtype = torch.float32 if wide else x.dtype
-        grad = _vendor_weight_grad(grad_y.to(dtype), x.to(dtype), weight_shape, *settings)
-        return grad.to(x.dtype).contiguous()
-    grad = _matrix(small).t() @ patches.of(image)
-    return grad.view(weight_shape[0], *kernel, weight_shape[1]).permute(0, 3, 1, 2).contiguous()
+    return _conv_cpu.weight_grad(grad_y, x, weight_shape, settings)
 
 
 torch.library.impl("fastgan::convolution", "CompositeExplicitAutograd", _vendor_convolution)

@@ -1,5 +1,6 @@
-"""conv2d and conv_transpose2d against stock torch, to the second derivative, by patches and by the vendor."""
+"""conv2d and conv_transpose2d against stock torch, to the second derivative, in every form that the CPU has."""
 
+import importlib
 import itertools
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from oracle import Errors, two_orders
 
-from fastgan.ops import conv, conv2d, conv_transpose2d
+from fastgan import backend
+from fastgan.ops import _conv_cpu, conv2d, conv_transpose2d
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 # (N, C, H, W), C', kernel, settings. DCGAN's layers, CycleGAN's, and odd ones.
@@ -38,20 +40,29 @@ def leaves(inputs, dtype):
     return [None if t is None else t.detach().to(dtype).requires_grad_() for t in inputs]
 
 
-@pytest.fixture(params=["by its own choice", "always patches", "always the vendor"])
-def forms(request, monkeypatch):
-    """Both ways to compute a convolution have to be right wherever they are taken."""
-    most = {"always patches": float("inf"), "always the vendor": 0.0}.get(request.param)
-    if most is not None:
-        for table in ("_PATCHES_PER_WEIGHT", "_PATCHES_PER_WEIGHT_GRAD"):
-            monkeypatch.setattr(conv, table, {torch.float32: most, torch.bfloat16: most})
-        monkeypatch.setattr(conv, "_FEW_CHANNELS", 0)
+HAS_MATRIX_UNIT = backend.obstacle("cpp", "cpu") is None and importlib.import_module("fastgan._C").has_matrix_unit()
+
+
+@pytest.fixture(params=["its own choice", "vendor", "patches", "tiles"])
+def form(request, monkeypatch):
+    """Every way to compute a convolution has to be right wherever it can be taken."""
+    if request.param == "its own choice":
+        return
+    if request.param == "tiles" and not HAS_MATRIX_UNIT:
+        pytest.skip("this CPU has no matrix unit")
+    choose = _conv_cpu.choose_form
+
+    def choose_form(geometry, result):
+        takes = geometry.groups == 1 and (request.param != "tiles" or geometry.dtype != torch.float64)
+        return request.param if takes else choose(geometry, result)
+
+    monkeypatch.setattr(_conv_cpu, "choose_form", choose_form)
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["conv2d", "conv_transpose2d"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_values_and_both_derivatives_are_as_exact_as_eager(case, dtype, transposed, forms, poisoned):
+def test_values_and_both_derivatives_are_as_exact_as_eager(case, dtype, transposed, form, poisoned):
     errors = Errors()
     ours, stock = (conv_transpose2d, F.conv_transpose2d) if transposed else (conv2d, F.conv2d)
     for bias, channels_last in itertools.product((True, False), repeat=2):
@@ -81,7 +92,7 @@ def test_gradcheck_and_gradgradcheck(case, transposed):
 
 @pytest.mark.parametrize("last", [True, False], ids=["last layer", "parameters after it"])
 @pytest.mark.parametrize("transposed", [False, True], ids=["conv2d", "conv_transpose2d"])
-def test_a_gradient_penalty_through_the_operator(transposed, last, forms):
+def test_a_gradient_penalty_through_the_operator(transposed, last, form):
     def gradients(function):
         torch.manual_seed(0)
         inputs, settings = inputs_of("k4 s2 p1", transposed, torch.float64)
@@ -182,17 +193,98 @@ def test_an_empty_batch_gives_an_empty_result():
 
 
 def test_the_bits_do_not_depend_on_the_number_of_threads():
-    patches = conv._Patches((40, 3, 24, 24), (12, 12), (4, 4), (2, 2), (1, 1), (1, 1))
-    columns = torch.randn(patches.rows, patches.columns)
-    identity = torch.eye(patches.columns)
-    threads, images = torch.get_num_threads(), []
+    """Of our own kernels; of its sums the vendor promises nothing."""
+    geometry = geometry_of((40, 3, 24, 24), outputs=20)
+    image = torch.randn(geometry.image).contiguous(memory_format=torch.channels_last)
+    positions = torch.randn(geometry.positions).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(20, 3, 4, 4)
+
+    def results():
+        identity = torch.eye(geometry.patch).view(geometry.patch, 4, 4, 3).permute(0, 3, 1, 2)
+        columns = torch.ones(*geometry.positions[::2], geometry.positions[3], geometry.patch).permute(0, 3, 1, 2)
+        yield _conv_cpu._image_of(geometry, columns * positions.mean(1, keepdim=True), identity)
+        if HAS_MATRIX_UNIT:
+            yield _conv_cpu._convolution_by_tiles(geometry, image, weight, None, transposed=False)
+            yield _conv_cpu._convolution_by_tiles(geometry, positions, weight, None, transposed=True)
+            grad_weight = torch.empty_like(weight)
+            assert _conv_cpu._weight_grad_by_tiles(geometry, positions, image, grad_weight)
+            yield grad_weight
+
+    threads, found = torch.get_num_threads(), []
     try:
         for n in (1, 2, 5):
             torch.set_num_threads(n)
-            images.append(patches.image_of(columns, identity))
+            found.append(list(results()))
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(images[0], image) for image in images[1:])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def geometry_of(image, outputs, dtype=torch.float32):
+    """k4 s2 p1."""
+    n, _, h, w = image
+    positions = (n, outputs, h // 2, w // 2)
+    return _conv_cpu.Geometry(dtype, image, positions, (4, 4), (2, 2), (1, 1), (1, 1), 1)
+
+
+def add_two_orders(errors, inputs, transposed, **settings):
+    ours, stock = (conv_transpose2d, F.conv_transpose2d) if transposed else (conv2d, F.conv2d)
+    results = [
+        two_orders(lambda *t, f=function: f(*t, **settings), leaves(inputs, dtype), torch.float32)
+        for function, dtype in ((ours, torch.float32), (stock, torch.float32), (stock, torch.float64))
+    ]
+    errors.add(["y", "x", "weight", "g_x", "g_weight", "g_grad_y"], *results)
+
+
+needs_matrix_unit = pytest.mark.skipif(not HAS_MATRIX_UNIT, reason="this CPU has no matrix unit")
+
+
+@needs_matrix_unit
+@pytest.mark.parametrize("special", [float("inf"), float("nan"), 3.4e38, 1e-36, 1e-44], ids=str)
+@pytest.mark.parametrize("where", ["x", "weight"])
+def test_numbers_that_do_not_split_into_tiles_are_as_stock(special, where, monkeypatch):
+    """Infinite, not a number, rounded to infinity, or all tiny."""
+    monkeypatch.setattr(_conv_cpu, "choose_form", lambda geometry, result: "tiles")
+    tensors = {"x": torch.randn(2, 3, 8, 8), "weight": torch.randn(4, 3, 4, 4)}
+    if abs(special) < 1:
+        tensors[where].mul_(special)
+    else:
+        tensors[where][0, 1, 2, 3] = special
+    results = []
+    for function in (conv2d, F.conv2d):
+        x, weight = (t.clone().requires_grad_() for t in tensors.values())
+        y = function(x, weight, stride=2, padding=1)
+        results.append([y, *torch.autograd.grad(y, (x, weight), torch.ones_like(y))])
+    for ours, stock in zip(*results, strict=True):
+        scale = stock.detach().abs().nan_to_num(0, 0, 0).max().item()
+        torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-5 * min(scale, 1), equal_nan=True)
+
+
+@needs_matrix_unit
+@pytest.mark.parametrize("weight_layout", ["contiguous", "channels_last", "other strides"])
+@pytest.mark.parametrize("outputs", [3, 16, 20, 33, 64])
+@pytest.mark.parametrize("n", [1, 7, 16, 40])
+def test_tiles_take_any_batch_channels_and_layout_of_the_weight(n, outputs, weight_layout, monkeypatch, poisoned):
+    monkeypatch.setattr(_conv_cpu, "choose_form", lambda geometry, result: "tiles")
+    errors = Errors()
+    for transposed in (False, True):
+        inputs = [torch.randn(n, 40, 9, 7), torch.randn(*((40, outputs) if transposed else (outputs, 40)), 3, 5)]
+        if weight_layout == "channels_last":
+            inputs[1] = inputs[1].contiguous(memory_format=torch.channels_last)
+        elif weight_layout == "other strides":
+            inputs[1] = inputs[1].permute(2, 0, 3, 1).contiguous().permute(1, 3, 0, 2)
+        add_two_orders(errors, inputs, transposed, stride=(2, 1), padding=(1, 3), dilation=(1, 2))
+    errors.check()
+
+
+@needs_matrix_unit
+def test_a_batch_larger_than_the_workspace_is_packed_piece_by_piece(monkeypatch):
+    """Packed float32 takes 6 bytes an element, 24 MiB at a time."""
+    monkeypatch.setattr(_conv_cpu, "choose_form", lambda geometry, result: "tiles")
+    errors = Errors()
+    add_two_orders(errors, [torch.randn(200, 32, 32, 32), torch.randn(16, 32, 4, 4)], False, stride=2, padding=1)
+    errors.check()
 
 
 def test_compiled_whole():

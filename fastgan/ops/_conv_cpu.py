@@ -1,0 +1,243 @@
+"""The forms that a convolution takes on the CPU, and which is fast where. All read and write channels_last.
+
+- The vendor's: oneDNN, which is hard to beat where images are large.
+- Patches: one matrix product over a matrix of patches, where the weight is large beside the image (oneDNN reorders all of
+  it at every call) or the image has few channels.
+- Tiles: C++ on the CPU's matrix unit (AMX). For float32 it is faster than float32 lanes can be, at the same precision.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgan import backend
+from fastgan.ops._tensors import DTYPES, address, dense
+
+Form = Literal["vendor", "patches", "tiles"]
+Result = Literal["positions", "image", "weight"]
+
+
+class Geometry(NamedTuple):
+    """Where a kernel meets an image. `conv2d` goes from the image to the positions, `conv_transpose2d` the other way."""
+
+    dtype: torch.dtype
+    image: tuple[int, int, int, int]  # (N, C, H, W)
+    positions: tuple[int, int, int, int]  # (N, O, OH, OW)
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    @property
+    def patches(self) -> int:
+        return self.positions[0] * self.positions[2] * self.positions[3]
+
+    @property
+    def patch(self) -> int:
+        """Elements of one patch."""
+        return self.kernel[0] * self.kernel[1] * self.image[1]
+
+    @property
+    def image_is_patch(self) -> bool:
+        """Whether each image is one patch: a convolution to or from 1×1."""
+        return self.positions[2:] == (1, 1) and self.kernel == self.image[2:] and not any(self.padding)
+
+    def every_tap_meets(self) -> bool:
+        """Whether every element of the kernel lies on the image at some position."""
+        return all(
+            any(
+                0 <= position * self.stride[i] - self.padding[i] + tap * self.dilation[i] < self.image[2 + i]
+                for position in range(self.positions[2 + i])
+            )
+            for i in range(2)
+            for tap in range(self.kernel[i])
+        )
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, size: Sequence[int], settings: tuple) -> Tensor:
+    """`fastgan::convolution`; `size`: of the result."""
+    x = dense(x, channels_last=True)
+    transposed = settings[3]
+    geometry = _geometry(x.dtype, size if transposed else x.shape, x.shape if transposed else size, weight, settings)
+    form = choose_form(geometry, "image" if transposed else "positions")
+    if form == "tiles":
+        y = _convolution_by_tiles(geometry, x, weight, bias, transposed)
+        if y is not None:
+            return y
+    if form == "patches":
+        y = _image_of(geometry, x, weight) if transposed else _positions_of(geometry, x, weight)
+        return y if bias is None else y.add_(bias.view(-1, 1, 1))
+    return dense(torch.ops.aten.convolution(x, weight, bias, *settings), channels_last=True)
+
+
+def weight_grad(grad_y: Tensor, x: Tensor, weight_shape: Sequence[int], settings: tuple) -> Tensor:
+    """`fastgan::convolution_weight_grad`."""
+    grad_y, x = dense(grad_y, channels_last=True), dense(x, channels_last=True)
+    image, positions = (grad_y, x) if settings[3] else (x, grad_y)
+    weight = x.new_empty(weight_shape)
+    geometry = _geometry(x.dtype, image.shape, positions.shape, weight, settings)
+    form = choose_form(geometry, "weight")
+    if form == "tiles" and _weight_grad_by_tiles(geometry, positions, image, weight):
+        return weight
+    if form == "patches":
+        grad = _rows(positions).t() @ _patches_of(geometry, image)
+        return grad.view(weight_shape[0], *geometry.kernel, weight_shape[1]).permute(0, 3, 1, 2).contiguous()
+    # oneDNN leaves the 16-bit gradient of a tap that only ever meets padding unwritten; the float32 one it zeroes.
+    wide = x.dtype.itemsize == 2 and not geometry.every_tap_meets()
+    dtype = torch.float32 if wide else x.dtype
+    mask = [False, True, False]
+    grad = torch.ops.aten.convolution_backward(grad_y.to(dtype), x.to(dtype), weight, None, *settings, mask)[1]
+    return grad.to(x.dtype).contiguous()
+
+
+def _geometry(dtype: torch.dtype, image, positions, weight: Tensor, settings: tuple) -> Geometry:
+    stride, padding, dilation, _, _, groups = settings
+    sizes = (image, positions, weight.shape[2:], stride, padding, dilation)
+    return Geometry._make([dtype, *map(tuple, sizes), groups])
+
+
+# ── Choice ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# The limits were found on CPUs with AMX, where oneDNN's float32 convolution runs at 430 of the 430 GFLOP/s of two cores.
+
+# Patches pay where the matrix of them has at most this many times the elements of the weight. Above, writing it costs more
+# than oneDNN's reordering of the weight.
+PATCHES_PER_WEIGHT = {torch.float32: 3.0, torch.bfloat16: 6.0}
+PATCHES_PER_WEIGHT_GRAD = {torch.float32: 3.0, torch.bfloat16: 32.0}
+_PRODUCTS_PER_PACKED = 200  # multiplications with one element that pay for its packing into tiles
+_FILL = 0.6  # part of the tiles that has to be real
+FEW_CHANNELS = 4  # images for which the transposed convolution of oneDNN leaves most vector lanes empty
+
+
+def choose_form(geometry: Geometry, result: Result) -> Form:
+    """The fastest form for what is computed: the positions, the image, or the gradient of the weight."""
+    if geometry.groups != 1 or 0 in (*geometry.image, *geometry.positions, *geometry.kernel):
+        return "vendor"
+    if geometry.image_is_patch:
+        return "patches"
+    return _fastest(geometry, result) if backend.serving("cpu") == "cpp" else "vendor"
+
+
+@functools.lru_cache(maxsize=4096)
+def _fastest(geometry: Geometry, result: Result) -> Form:
+    if _tiles_pay(geometry, result):
+        return "tiles"
+    if result == "image" and geometry.image[1] <= FEW_CHANNELS:
+        return "patches"
+    limits = PATCHES_PER_WEIGHT_GRAD if result == "weight" else PATCHES_PER_WEIGHT
+    limit = limits.get(geometry.dtype, limits[torch.float32])
+    return "patches" if geometry.patches <= limit * geometry.positions[1] else "vendor"
+
+
+def _tiles_pay(geometry: Geometry, result: Result) -> bool:
+    from fastgan import _C
+
+    if not _C.has_matrix_unit() or geometry.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    # Packing touches every element once, and must be little beside the multiplications with it.
+    image, positions = math.prod(geometry.image), math.prod(geometry.positions)
+    packed = {"positions": image, "image": positions, "weight": image + positions}[result]
+    if positions * geometry.patch < _PRODUCTS_PER_PACKED * packed:
+        return False
+    if _tiles(geometry).fill(result == "image", result == "weight") < _FILL:
+        return False
+    if geometry.dtype == torch.float32:
+        return True
+    weight = geometry.positions[1] * geometry.patch
+    if result == "weight":
+        return geometry.image[0] >= 16 and weight >= 1 << 17
+    # oneDNN fills its own tiles with the positions of one line of an image: short lines leave them half empty.
+    return weight >= 1 << 18 and geometry.patches <= 64 * geometry.image[0]
+
+
+# ── Tiles ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _patches(geometry: Geometry):
+    from fastgan import _C
+
+    (n, c, h, w), (_, _, *positions) = geometry.image, geometry.positions
+    spacing = (geometry.stride, geometry.padding, geometry.dilation)
+    return _C.Patches(DTYPES[geometry.dtype], (n, h, w, c), positions, geometry.kernel, *spacing)
+
+
+def _tiles(geometry: Geometry, contiguous: bool = True):
+    """The convolution with a weight (O, C, kh, kw) that is contiguous, or else channels_last."""
+    from fastgan import _C
+
+    taps, c = math.prod(geometry.kernel), geometry.image[1]
+    strides = (c * taps, taps, 1) if contiguous else (taps * c, 1, c)
+    return _C.Convolution(_patches(geometry), geometry.positions[1], strides)
+
+
+def _convolution_by_tiles(
+    geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool
+) -> Tensor | None:
+    """None where x or the weight holds float32 numbers that are no sums of bfloat16: infinities, NaN, only tiny ones."""
+    from fastgan import _C
+
+    if not weight.is_contiguous(memory_format=torch.channels_last):
+        weight = weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    y = _new_image(x, geometry.image if transposed else geometry.positions)
+    kernel = _C.positions_to_image if transposed else _C.image_to_positions
+    addresses = (x.data_ptr(), weight.data_ptr(), address(bias), y.data_ptr())
+    return y if kernel(_tiles(geometry, weight.is_contiguous()), *addresses) else None
+
+
+def _weight_grad_by_tiles(geometry: Geometry, positions: Tensor, image: Tensor, grad_weight: Tensor) -> bool:
+    from fastgan import _C
+
+    return _C.weight_grad(_tiles(geometry), positions.data_ptr(), image.data_ptr(), grad_weight.data_ptr())
+
+
+# ── Patches ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# A row for each position of the kernel, a column for each element under it: (N·OH·OW, kh·kw·C).
+
+
+def _positions_of(geometry: Geometry, image: Tensor, weight: Tensor) -> Tensor:
+    y = _new_image(image, geometry.positions)
+    torch.mm(_patches_of(geometry, image), _matrix_of_weight(weight).t(), out=_rows(y))
+    return y
+
+
+def _image_of(geometry: Geometry, positions: Tensor, weight: Tensor) -> Tensor:
+    """The image whose patches are positions · weight; where they overlap they add up."""
+    from fastgan import _C
+
+    image = _new_image(positions, geometry.image)
+    left, right = _rows(positions), _matrix_of_weight(weight)
+    if geometry.image_is_patch:
+        torch.mm(left, right, out=image.permute(0, 2, 3, 1).view(geometry.patches, geometry.patch))
+    else:
+        patches = left @ right
+        _C.patches_to_image(_patches(geometry), patches.data_ptr(), image.data_ptr())
+    return image
+
+
+def _patches_of(geometry: Geometry, image: Tensor) -> Tensor:
+    if geometry.image_is_patch:
+        return image.permute(0, 2, 3, 1).reshape(geometry.patches, geometry.patch)
+    from fastgan import _C
+
+    patches = image.new_empty(geometry.patches, geometry.patch)
+    _C.image_to_patches(_patches(geometry), image.data_ptr(), patches.data_ptr())
+    return patches
+
+
+def _new_image(like: Tensor, shape: Sequence[int]) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(N, C, H, W), channels_last -> (N·H·W, C)."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def _matrix_of_weight(weight: Tensor) -> Tensor:
+    """(O, C, kh, kw) -> (O, kh·kw·C), the order of the columns of patches."""
+    return dense(weight, channels_last=True).permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
