@@ -1,7 +1,8 @@
 """Which implementation serves a device: C++ on the CPU, Triton on CUDA, the definition in plain torch everywhere else.
 
 `FASTGAN_BACKEND` names one instead: ``auto`` (the default), ``cpp``, ``triton`` or ``reference``. An automatic choice
-falls back to the definition; one asked for by name that cannot serve raises `RuntimeError` with the reason.
+falls back to the definition, and leaves to it the tensors that are too small to gain; a backend asked for by name serves
+all, and one that cannot raises `RuntimeError` with the reason.
 """
 
 import functools
@@ -31,6 +32,7 @@ def obstacle(backend: Backend, device_type: str) -> str | None:
             f"the Triton kernels serve CUDA tensors, not {device_type} (TRITON_INTERPRET=1 runs them slowly on the CPU)"
         )
     try:
+        importlib.import_module("triton")
         importlib.import_module("fastgan_kernels")
     except ImportError as error:
         return f"Triton is not there ({error}): pip install triton"
@@ -40,6 +42,12 @@ def obstacle(backend: Backend, device_type: str) -> str | None:
 def requested() -> str:
     """What FASTGAN_BACKEND says."""
     return os.environ.get("FASTGAN_BACKEND", "auto")
+
+
+@functools.cache
+def is_automatic() -> bool:
+    """Whether nobody named a backend: then stock torch serves what it is faster at. Decided once."""
+    return requested() == "auto"
 
 
 def native(device_type: str) -> Backend:
@@ -68,9 +76,11 @@ def serving(device_type: str) -> Backend:
 
 # What torch.compiler.assume_constant_result sets; that would import all of torch._dynamo, which takes seconds.
 serving._dynamo_marked_constant = True  # type: ignore[attr-defined]
+is_automatic._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def reset() -> None:
     """Decide again: the environment has changed."""
     _serving.cache_clear()
+    is_automatic.cache_clear()
     obstacle.cache_clear()

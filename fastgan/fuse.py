@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
@@ -19,7 +18,9 @@ from torch.nn.utils import parametrize
 
 from fastgan.nn.conv_norm_act import ConvBnAct2d, ConvTransposeBnAct2d, conv2d, conv_batch_norm_act
 from fastgan.nn.norm_act import Activation, BatchNormAct2d, attachment, batch_norm_act
+from fastgan.ops._autograd import is_transformed
 from fastgan.ops._tensors import DTYPES, is_channels_last
+from fastgan.ops.conv import is_autocast
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -80,16 +81,14 @@ def _matches(classes: Classes) -> Iterator[tuple[int, Callable[..., Tensor]]]:
 
 # ── Running ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-_has_global_hooks = getattr(torch_module, "_has_any_global_hook", bool)  # private to torch, like the next
-_has_transforms = getattr(torch._C, "_are_functorch_transforms_active", bool)
+_has_global_hooks = getattr(torch_module, "_has_any_global_hook", bool)  # private to torch
 
 
 def _is_observed() -> bool:
     """Whether someone follows or transforms each layer: hooks on all modules, a tracer, `torch.func`, forward AD."""
     if torch.compiler.is_compiling():
         return False
-    observers = (_has_global_hooks(), torch.jit.is_tracing(), _has_transforms(), forward_ad._current_level >= 0)
-    return any(observers)
+    return _has_global_hooks() or torch.jit.is_tracing() or is_transformed()
 
 
 def _fits(x: Any, layers: list[nn.Module]) -> bool:
@@ -104,7 +103,7 @@ def _fits(x: Any, layers: list[nn.Module]) -> bool:
             if channels != layer.in_channels:
                 return False
             channels, params = layer.out_channels, layer.weight
-            if params.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            if params.dtype != x.dtype and not is_autocast(x):
                 return False
         elif isinstance(layer, NORM):
             if channels != layer.num_features:

@@ -1,3 +1,4 @@
+import functools
 import os
 
 import pytest
@@ -13,6 +14,12 @@ from fastgan import backend
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _kernels_serve_small_tensors_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small tensors are quick to test, but stock torch is faster at them: an automatic choice would test only that."""
+    monkeypatch.setattr(backend, "is_automatic", functools.cache(lambda: False))
 
 
 @pytest.fixture

@@ -37,10 +37,15 @@ class Activation(NamedTuple):
         return f"act={self.act}{slope}"
 
 
+# What a layer's forward is made of; code in use replaces them on an instance, to pad in circles, say.
+_METHODS = ("forward", "_conv_forward", "_check_input_dim", "_output_padding")
+
+
 def attachment(module: nn.Module) -> str | None:
     """What would also run when `module` is called, besides its class's forward: such a module must be called."""
-    if "forward" in module.__dict__:
-        return "a forward of its own"
+    own = [name for name in _METHODS if name in module.__dict__]
+    if own:
+        return f"a {own[0]} of its own"
     if module._forward_pre_hooks:
         return "a forward pre-hook"
     if module._forward_hooks:

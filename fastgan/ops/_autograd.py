@@ -5,6 +5,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+_has_transforms = getattr(torch._C, "_are_functorch_transforms_active", bool)  # private to torch
+
+
+def is_transformed() -> bool:
+    """Whether `torch.func` or forward-mode AD looks into the operators: they know the stock ones only."""
+    return not torch.compiler.is_compiling() and (_has_transforms() or forward_ad._current_level >= 0)
 
 
 def register_gradient(operator: str, backward: Callable, save: Callable) -> None:
@@ -30,8 +38,10 @@ def register_gradient(operator: str, backward: Callable, save: Callable) -> None
     function: Any = type(operator, (torch.autograd.Function,), methods)
 
     def autograd(*inputs):
-        if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in inputs):
-            return function.apply(*inputs)
+        if torch.is_grad_enabled():
+            for value in inputs:
+                if isinstance(value, Tensor) and value.requires_grad:
+                    return function.apply(*inputs)
         return call_below(*inputs)
 
     torch.library.impl(f"fastgan::{operator}", "Autograd", autograd)

@@ -63,7 +63,7 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, size: Sequence[i
     """`fastgan::convolution`; `size`: of the result."""
     x = dense(x, channels_last=True)
     transposed = settings[3]
-    geometry = _geometry(x.dtype, size if transposed else x.shape, x.shape if transposed else size, weight, settings)
+    geometry = _geometry(x, weight, size, settings)
     form = choose_form(geometry, "image" if transposed else "positions")
     if form == "tiles":
         y = _convolution_by_tiles(geometry, x, weight, bias, transposed)
@@ -80,7 +80,7 @@ def weight_grad(grad_y: Tensor, x: Tensor, weight_shape: Sequence[int], settings
     grad_y, x = dense(grad_y, channels_last=True), dense(x, channels_last=True)
     image, positions = (grad_y, x) if settings[3] else (x, grad_y)
     weight = x.new_empty(weight_shape)
-    geometry = _geometry(x.dtype, image.shape, positions.shape, weight, settings)
+    geometry = _geometry(x, weight, grad_y.shape, settings)
     form = choose_form(geometry, "weight")
     if form == "tiles" and _weight_grad_by_tiles(geometry, positions, image, weight):
         return weight
@@ -95,14 +95,31 @@ def weight_grad(grad_y: Tensor, x: Tensor, weight_shape: Sequence[int], settings
     return grad.to(x.dtype).contiguous()
 
 
-def _geometry(dtype: torch.dtype, image, positions, weight: Tensor, settings: tuple) -> Geometry:
-    stride, padding, dilation, _, _, groups = settings
-    sizes = (image, positions, weight.shape[2:], stride, padding, dilation)
-    return Geometry._make([dtype, *map(tuple, sizes), groups])
+def _geometry(x: Tensor, weight: Tensor, size: Sequence[int], settings: tuple) -> Geometry:
+    stride, padding, dilation, transposed, _, groups = settings
+    ends = (size, x.shape) if transposed else (x.shape, size)
+    sizes = map(tuple, (*ends, weight.shape[2:], stride, padding, dilation))
+    return Geometry._make([x.dtype, *sizes, groups])
 
 
 # ── Choice ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 # The limits were found on CPUs with AMX, where oneDNN's float32 convolution runs at 430 of the 430 GFLOP/s of two cores.
+
+# Multiplications of a thread: in fewer of them an operator's call in Python is felt, or is all that is.
+_SMALL, _TINY = 1 << 25, 1 << 20
+
+
+def stock_is_faster(x: Tensor, weight: Tensor, size: Sequence[int], settings: tuple) -> bool:
+    """Whether the work is so little that nothing should stand before the vendor's form, where that is the fastest."""
+    if torch.compiler.is_compiling() or not backend.is_automatic():
+        return False
+    c, h, w = weight.shape[1:]
+    products = (x.numel() if settings[3] else math.prod(size)) * c * h * w
+    threads = torch.get_num_threads()
+    if products >= _SMALL * threads or products < _TINY * threads:
+        return products < _TINY * threads
+    return choose_form(_geometry(x, weight, size, settings), "image" if settings[3] else "positions") == "vendor"
+
 
 # Patches pay where the matrix of them has at most this many times the elements of the weight. Above, writing it costs more
 # than oneDNN's reordering of the weight.
@@ -126,7 +143,7 @@ def choose_form(geometry: Geometry, result: Result) -> Form:
 def _fastest(geometry: Geometry, result: Result) -> Form:
     if _tiles_pay(geometry, result):
         return "tiles"
-    if result == "image" and geometry.image[1] <= FEW_CHANNELS:
+    if result == "image" and geometry.image[1] <= FEW_CHANNELS and geometry.patch <= 2 * geometry.positions[1]:
         return "patches"
     limits = PATCHES_PER_WEIGHT_GRAD if result == "weight" else PATCHES_PER_WEIGHT
     limit = limits.get(geometry.dtype, limits[torch.float32])

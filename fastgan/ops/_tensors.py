@@ -28,6 +28,18 @@ def dense(x: Tensor, channels_last: bool) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
 
 
+def check_is_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
+
+
+def check_input(x: Tensor) -> None:
+    """Raise what every operator raises of an x that is no floating-point tensor."""
+    check_is_tensor("x", x)
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x must be float32, float64, bfloat16 or float16, not {x.dtype}")
+
+
 def planes(x: Tensor) -> tuple[int, int, int]:
     """(batch, channels, elements of one plane)."""
     return x.shape[0], x.shape[1], math.prod(x.shape[2:])
@@ -51,6 +63,8 @@ def will_use(ctx, index: int) -> bool:
     """
     if not ctx.needs_input_grad[index]:
         return False
+    if torch.compiler.is_compiling():  # compiled autograd, which no engine runs
+        return True
     will_execute = getattr(torch._C, "_will_engine_execute_node", None)
     if will_execute is None:
         return True

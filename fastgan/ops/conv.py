@@ -4,8 +4,8 @@ The arithmetic is cuDNN's on CUDA. On the CPU it is oneDNN's, or one matrix prod
 unit, whichever is fastest for the shape: `_conv_cpu` has the three forms and the choice.
 """
 
-import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fastgan import backend
 from fastgan.ops import _conv_cpu
-from fastgan.ops._autograd import register_gradient
-from fastgan.ops._tensors import DTYPES, dense, is_channels_last, remember_edges, will_use
+from fastgan.ops._autograd import is_transformed, register_gradient
+from fastgan.ops._tensors import check_input, check_is_tensor, dense, is_channels_last, remember_edges, will_use
 
 Size2 = int | Sequence[int]
 
@@ -188,7 +188,7 @@ def conv2d(
     Raises:
         TypeError, ValueError: dtypes, shapes, devices or settings that do not fit; the message names the argument.
     """
-    return convolve(x, weight, bias, (stride, padding, dilation, False, 0, groups), keep_layout)
+    return convolve(prepare(x, weight, bias, (stride, padding, dilation, False, 0, groups)), keep_layout)
 
 
 def conv_transpose2d(
@@ -208,27 +208,53 @@ def conv_transpose2d(
     weight is (C, C' / groups, kh, kw); the output has (H − 1)·stride − 2·padding + dilation·(kh − 1) + output_padding + 1
     rows. All else is as in `conv2d`.
     """
-    return convolve(x, weight, bias, (stride, padding, dilation, True, output_padding, groups), keep_layout)
+    return convolve(prepare(x, weight, bias, (stride, padding, dilation, True, output_padding, groups)), keep_layout)
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple, keep_layout: bool) -> Tensor:
-    """Both functions; `settings` are those of the operator, each size one number or two."""
-    x, weight, bias = cast_for_autocast(x, weight, bias)
-    check_convolution(x, weight, bias, *settings[3::2])
+class Prepared(NamedTuple):
+    """A convolution that is checked and cast for autocast."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    settings: tuple  # of the operator, two numbers for each size
+    size: tuple[int, int, int, int]  # of the output
+    runs_as_stock: bool
+
+
+def prepare(x: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple) -> Prepared:
+    """`settings` are those of the operator, each size one number or two."""
     settings = _in_pairs(settings)
-    if min(output_shape(x, weight, *settings)[2:]) < 1:
+    stride, _, _, transposed, output_padding, groups = settings
+    check_is_tensor("x", x)
+    x, weight, bias = _cast_for_autocast(x, weight, bias)
+    _check_tensors(x, weight, bias, transposed, groups)
+    size = output_shape(x, weight, *settings)
+    if min(size[2:]) < 1:
         raise ValueError(
             f"x of shape {tuple(x.shape)} is too small for weight {tuple(weight.shape)}: no output is left"
         )
-    stride, _, _, transposed, output_padding, _ = settings
-    # An output_padding of stride or more is legal below the dilation; the gradient is then no plain convolution.
-    overhangs = transposed and any(o >= s for o, s in zip(output_padding, stride, strict=True))
-    if overhangs or x.numel() == 0 or backend.serving(x.device.type) == "reference":
+    device = x.device.type
+    runs_as_stock = (
+        x.numel() == 0
+        or is_transformed()
+        or backend.serving(device) == "reference"
+        # Legal below the dilation, but the gradient is then no plain convolution.
+        or (transposed and (output_padding[0] >= stride[0] or output_padding[1] >= stride[1]))
+        or (device == "cpu" and _conv_cpu.stock_is_faster(x, weight, size, settings))
+    )
+    return Prepared(x, weight, bias, settings, size, runs_as_stock)
+
+
+def convolve(prepared: Prepared, keep_layout: bool) -> Tensor:
+    """Both functions. Without `keep_layout` the output is in the layout that is fast."""
+    x, weight, bias, settings, _, runs_as_stock = prepared
+    if runs_as_stock:
         return reference(x, weight, bias, *settings)
     stock_is_channels_last = is_channels_last(x) or is_channels_last(weight)
     if _prefers_rows(x):
-        if x.requires_grad and x.is_contiguous():
-            x = x.flatten().view(x.shape)  # whose gradient is contiguous, as stock's is: penalties call .view on it
+        if x.requires_grad and not is_channels_last(x):
+            x = x.reshape(-1).view(x.shape)  # whose gradient is contiguous, as stock's is: penalties call .view on it
         x = dense(x, channels_last=True)
     y = torch.ops.fastgan.convolution(x, weight, bias, *settings)
     return dense(y, stock_is_channels_last) if keep_layout else y
@@ -239,38 +265,53 @@ def _prefers_rows(x: Tensor) -> bool:
     return x.device.type == "cpu" or x.dtype in (torch.float16, torch.bfloat16)
 
 
-def cast_for_autocast(*tensors: Tensor | None) -> tuple:
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for x's device: there is none for meta tensors, say."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _cast_for_autocast(*tensors: Tensor | None) -> tuple:
     x = tensors[0]
-    if x is None or not torch.is_autocast_enabled(x.device.type):
+    if x is None or not is_autocast(x):
         return tensors
     dtype = torch.get_autocast_dtype(x.device.type)
     eligible = (torch.float32, torch.float16, torch.bfloat16)
     return tuple(t.to(dtype) if t is not None and t.dtype in eligible else t for t in tensors)
 
 
-def output_numel(x: Tensor, weight: Tensor, settings: tuple) -> int:
-    return math.prod(output_shape(x, weight, *_in_pairs(settings)))
-
-
 def _in_pairs(settings: tuple) -> tuple:
-    """The operator's settings with two numbers for each size."""
+    """The operator's settings, checked, with two numbers for each size."""
     stride, padding, dilation, transposed, output_padding, groups = settings
-    return _pair(stride), _pair(padding), _pair(dilation), transposed, _pair(output_padding), groups
+    stride, dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
+    padding, output_padding = _pair("padding", padding, 0), _pair("output_padding", output_padding, 0)
+    if any(o >= max(s, d) for o, s, d in zip(output_padding, stride, dilation, strict=True)):
+        raise ValueError(
+            f"output_padding must be below stride {stride} or dilation {dilation}, not {tuple(output_padding)}"
+        )
+    return stride, padding, dilation, transposed, output_padding, groups
 
 
-def _pair(value: Size2) -> tuple[int, int]:
-    if isinstance(value, int):
-        return value, value
-    first, *rest = value
-    return first, rest[0] if rest else first
+def _pair(name: str, value: Size2, least: int) -> tuple[int, int]:
+    if isinstance(value, (int, torch.SymInt)):
+        pair = (value, value)
+    else:
+        pair = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else ()  # type: ignore[assignment]
+        if len(pair) == 1:
+            pair *= 2
+        if len(pair) != 2 or not all(isinstance(size, (int, torch.SymInt)) for size in pair):
+            raise TypeError(f"{name} must be one integer or two, not {value!r}")
+    if pair[0] < least or pair[1] < least:
+        raise ValueError(f"{name} must be {least} or more, not {value!r}")
+    return pair
 
 
-def check_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, groups: int) -> None:
+def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, groups: int) -> None:
     """Raise what the functions say they raise of their tensors."""
-    if x.dtype not in DTYPES:
-        raise TypeError(f"x must be float32, float64, bfloat16 or float16, not {x.dtype}")
+    check_input(x)
     if x.dim() != 4:
         raise ValueError(f"x must have shape (N, C, H, W), not {tuple(x.shape)}")
+    check_is_tensor("weight", weight)
     if weight.dim() != 4:
         raise ValueError(f"weight must have 4 dimensions, not shape {tuple(weight.shape)}")
     if groups < 1 or weight.shape[0] % groups:
@@ -279,6 +320,8 @@ def check_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, transposed
     if x.shape[1] != channels:
         raise ValueError(f"x must have {channels} channels to fit weight {tuple(weight.shape)}, not {x.shape[1]}")
     outputs = weight.shape[1] * groups if transposed else weight.shape[0]
+    if bias is not None:
+        check_is_tensor("bias", bias)
     if bias is not None and bias.shape != (outputs,):
         raise ValueError(f"bias must have shape ({outputs},) to fit weight, not {tuple(bias.shape)}")
     for name, tensor in (("weight", weight), ("bias", bias)):

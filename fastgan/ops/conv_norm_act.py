@@ -1,9 +1,10 @@
 """(Transposed) convolution, batch normalisation and activation in one call: the unit that DCGAN is made of."""
 
+import math
+
 import torch
 from torch import Tensor
 
-from fastgan import backend
 from fastgan.ops import conv, norm_act
 from fastgan.ops._tensors import accumulation_dtype, dense, is_channels_last
 from fastgan.ops._types import Act
@@ -124,38 +125,40 @@ def _conv_norm_act(
     x, weight, bias, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps,
     settings, act: Act, negative_slope: float, keep_layout: bool,
 ) -> Tensor:  # fmt: skip
-    stride, padding, dilation, transposed, output_padding, groups = settings
-    cast_x, cast_weight, cast_bias = conv.cast_for_autocast(x, weight, bias)
-    conv.check_convolution(cast_x, cast_weight, cast_bias, transposed, groups)
-    channels = weight.shape[1] * groups if transposed else weight.shape[0]
+    convolution = conv.prepare(x, weight, bias, settings)
     norm_act.check_parameters(
-        x, channels, running_mean, running_var, bn_weight, bn_bias, training, eps, act, prefix="bn_"
+        x, convolution.size[1], running_mean, running_var, bn_weight, bn_bias, training, eps, act, prefix="bn_"
     )
-    if backend.serving(x.device.type) == "reference":
-        return reference(
-            x, weight, bias, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps,
-            transposed=transposed, stride=stride, padding=padding, output_padding=output_padding, groups=groups,
-            dilation=dilation, act=act, negative_slope=negative_slope,
-        )  # fmt: skip
+    if training:
+        norm_act.check_batch_size(convolution.size)
+    if convolution.runs_as_stock:
+        y = conv.convolve(convolution, keep_layout)
+        return norm_act.normalise(
+            y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps, act, negative_slope
+        )
     stock_is_channels_last = is_channels_last(x) or is_channels_last(weight)
     if training:
-        y = conv.convolve(cast_x, cast_weight, None, settings, keep_layout=False)
-        norm_act.check_batch_size(y)
+        y = conv.convolve(convolution._replace(bias=None), keep_layout=False)
         y = norm_act.normalise(
             y, running_mean, running_var, bn_weight, _with_zero_gradient(bn_bias, bias), True, momentum, eps, act,
             negative_slope, mean_offset=bias,
         )  # fmt: skip
-    elif weight.dtype.itemsize == 2 or weight.numel() > conv.output_numel(x, weight, settings):
-        # A folded 16-bit weight is rounded once more; a weight larger than the output costs more to fold than it saves.
-        y = conv.convolve(cast_x, cast_weight, cast_bias, settings, keep_layout=False)
+    elif weight.dtype.itemsize == 2 or _costs_more_to_fold(convolution):
+        # A folded 16-bit weight would be rounded once more.
+        y = conv.convolve(convolution, keep_layout=False)
         y = norm_act.normalise(
             y, running_mean, running_var, bn_weight, bn_bias, False, momentum, eps, act, negative_slope
-        )  # fmt: skip
+        )
     else:
-        folded = _fold(weight, bias, running_mean, running_var, bn_weight, bn_bias, eps, transposed, groups)
-        y = conv.convolve(cast_x, *folded, settings, keep_layout=False)
+        folded = _fold(weight, bias, running_mean, running_var, bn_weight, bn_bias, eps, convolution.settings)
+        y = conv.convolve(conv.prepare(convolution.x, *folded, convolution.settings), keep_layout=False)
         y = norm_act.activate_(y, act, negative_slope)
     return dense(y, stock_is_channels_last) if keep_layout else y
+
+
+def _costs_more_to_fold(convolution: conv.Prepared) -> bool:
+    """Whether the weight is larger than the output. Unless compiled: for whatever size of batch is to come."""
+    return not torch.compiler.is_compiling() and convolution.weight.numel() > math.prod(convolution.size)
 
 
 def _with_zero_gradient(bn_bias: Tensor | None, bias: Tensor | None) -> Tensor | None:
@@ -174,10 +177,10 @@ def _fold(
     bn_weight: Tensor | None,
     bn_bias: Tensor | None,
     eps: float,
-    transposed: bool,
-    groups: int,
+    settings: tuple,
 ) -> tuple[Tensor, Tensor]:
     """Weight and bias of the convolution that convolves and normalises."""
+    _, _, _, transposed, _, groups = settings
     acc = accumulation_dtype(weight.dtype)
     scale = (running_var.to(acc) + eps).rsqrt()
     if bn_weight is not None:

@@ -1,6 +1,8 @@
 """Batch normalisation, residual addition and activation in one operator, exact to the second derivative."""
 
 import importlib
+import math
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import torch
@@ -8,8 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgan import backend
-from fastgan.ops._autograd import register_gradient
-from fastgan.ops._tensors import DTYPES, accumulation_dtype, address, dense, is_channels_last, planes
+from fastgan.ops._autograd import is_transformed, register_gradient
+from fastgan.ops._tensors import (
+    DTYPES,
+    accumulation_dtype,
+    address,
+    check_input,
+    check_is_tensor,
+    dense,
+    is_channels_last,
+    planes,
+)
 from fastgan.ops._types import Act
 
 # ── Definition ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -25,7 +36,9 @@ def activate_(x: Tensor, act: Act, negative_slope: float) -> Tensor:
     """`activate` on a tensor that nobody else holds."""
     if act == "none":
         return x
-    return F.relu(x, inplace=True) if act == "relu" else F.leaky_relu(x, negative_slope, inplace=True)
+    if act == "relu":
+        return F.relu(x, inplace=True)
+    return F.leaky_relu(x, negative_slope, inplace=negative_slope >= 0)  # else the output does not tell the side
 
 
 def reference(
@@ -46,7 +59,7 @@ def reference(
     y = F.batch_norm(x, running_mean, running_var, weight, bias, training, float(momentum), eps)
     if residual is not None:
         y = y + residual
-    return activate(y, act, negative_slope)
+    return activate_(y, act, negative_slope)
 
 
 # ── Schema ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -176,6 +189,24 @@ def _save_double_backward(ctx, inputs, output) -> None:
     ctx.save_for_backward(*tensors)
 
 
+def _composed(tensors: list[Any], eps: float, act: Act, negative_slope: float) -> Tensor:
+    """`reference` in elementary operations: the third derivative of torch's own `batch_norm` is wrong in training."""
+    x, weight, bias, residual, mean, var = tensors
+    axes = [0, *range(2, x.dim())]
+    shape = [1, -1, *[1] * (x.dim() - 2)]
+    if mean is None:
+        centred = x - x.mean(axes, keepdim=True)
+        var = centred.square().mean(axes)
+    else:
+        centred = x - mean.view(shape)
+    y = centred * (var + eps).rsqrt().view(shape)
+    if weight is not None:
+        y = y * weight.view(shape)
+    if bias is not None:
+        y = y + bias.view(shape)
+    return activate(y if residual is None else y + residual, act, negative_slope)
+
+
 def _triple_backward(ctx, *cotangents):
     """The third derivative, by differentiating the definition."""
     *tensors, mean, var = ctx.saved_tensors
@@ -188,9 +219,8 @@ def _triple_backward(ctx, *cotangents):
         ggs, (grad_y, x, weight, bias, residual) = given[:4], given[4:]
         acc = accumulation_dtype(x.dtype)
         statistics = (None, None) if ctx.training else (mean, var)
-        arguments: list[Any] = [t if t is None else t.to(acc) for t in (x, *statistics, weight, bias)]
-        settings: dict[str, Any] = {"training": ctx.training, "eps": ctx.eps, "act": ctx.act}
-        y = reference(*arguments, negative_slope=ctx.negative_slope, residual=residual, **settings)
+        arguments = [t if t is None else t.to(acc) for t in (x, weight, bias, residual, *statistics)]
+        y = _composed(arguments, ctx.eps, ctx.act, ctx.negative_slope)
         pairs = [
             (gg, t) for gg, t in zip(ggs, (x, weight, bias, residual), strict=True) if gg is not None and t is not None
         ]
@@ -357,7 +387,7 @@ def batch_norm_act(
     """
     check_batch_norm(x, residual, running_mean, running_var, weight, bias, training, eps, act)
     if training:
-        check_batch_size(x)
+        check_batch_size(x.shape)
     return normalise(x, running_mean, running_var, weight, bias, training, momentum, eps, act, negative_slope, residual)
 
 
@@ -377,7 +407,7 @@ def normalise(
 ) -> Tensor:
     """`batch_norm_act` on checked arguments. `mean_offset` (C,) is added to the mean that `running_mean` sees: the bias of
     a convolution, which cancels everywhere else."""
-    if x.numel() == 0 or backend.serving(x.device.type) == "reference":
+    if is_transformed() or backend.serving(x.device.type) == "reference" or _stock_is_faster(x, training):
         return reference(
             x, running_mean, running_var, weight, bias, training, momentum, eps,
             act=act, negative_slope=negative_slope, residual=residual,
@@ -393,9 +423,22 @@ def normalise(
     return y
 
 
+# On the CPU stock torch is faster up to so many elements a thread: an operator in Python takes longer to call than a small
+# tensor to read. Its float32 training pass is slow enough to be beaten sooner.
+_SMALL, _SMALL_TRAINING_FLOAT = 1 << 19, 1 << 17
+
+
+def _stock_is_faster(x: Tensor, training: bool) -> bool:
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or not backend.is_automatic():
+        return x.numel() == 0
+    small = _SMALL_TRAINING_FLOAT if training and x.dtype == torch.float32 else _SMALL
+    return x.numel() <= small * torch.get_num_threads()
+
+
 def _move(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:
-    with torch.no_grad():
-        running.lerp_(batch.to(running.dtype), momentum)
+    if isinstance(momentum, Tensor):
+        momentum = momentum.to(running.dtype).reshape(())
+    running.lerp_(batch.to(running.dtype), momentum)
 
 
 def check_parameters(
@@ -424,6 +467,7 @@ def check_parameters(
     for name, tensor in named.items():
         if tensor is None:
             continue
+        check_is_tensor(name, tensor)
         if tensor.dim() != 1 or tensor.shape[0] != channels:
             raise ValueError(f"{name} must have shape ({channels},), one for each channel, not {tuple(tensor.shape)}")
         if tensor.dtype != x.dtype and tensor.dtype != torch.float32:
@@ -436,20 +480,20 @@ def check_parameters(
         raise ValueError("running_mean and running_var are needed outside training")
 
 
-def check_batch_size(x: Tensor) -> None:
-    if x.numel() == x.shape[1]:
-        raise ValueError(f"training needs more than 1 value per channel, x has shape {tuple(x.shape)}")
+def check_batch_size(shape: Sequence[int]) -> None:
+    if math.prod(shape) == shape[1]:
+        raise ValueError(f"training needs more than 1 value per channel, not a batch of shape {tuple(shape)}")
 
 
 def check_batch_norm(x: Tensor, residual: Tensor | None, *parameters) -> None:
     """Raise what `batch_norm_act` says it raises; `parameters` go to `check_parameters`."""
-    if x.dtype not in DTYPES:
-        raise TypeError(f"x must be float32, float64, bfloat16 or float16, not {x.dtype}")
+    check_input(x)
     if not 2 <= x.dim() <= 5:
         raise ValueError(f"x must have 2 to 5 dimensions (N, C, *), not shape {tuple(x.shape)}")
     check_parameters(x, x.shape[1], *parameters)
     if residual is None:
         return
+    check_is_tensor("residual", residual)
     if residual.shape != x.shape:
         raise ValueError(f"residual must have x's shape {tuple(x.shape)}, not {tuple(residual.shape)}")
     if residual.dtype != x.dtype:

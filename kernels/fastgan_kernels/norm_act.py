@@ -376,15 +376,13 @@ _cached_plan = lru_cache(maxsize=4096)(_Plan)
 
 
 def _plan(x: Tensor, reduces: bool) -> _Plan:
-    return _cached_plan(x.shape, not x.is_contiguous() and x.stride(1) == 1, x.dtype, reduces)
+    return _cached_plan(x.shape, x.dim() > 3 and not x.is_contiguous() and x.stride(1) == 1, x.dtype, reduces)
 
 
 def _rows(t: Tensor) -> Tensor:
     """t, contiguous along its channels."""
-    if t.dim() == 2:
+    if t.dim() < 4:
         return t.contiguous()
-    if t.dim() == 3:
-        return t.unsqueeze(3).contiguous(memory_format=torch.channels_last).squeeze(3)
     return t.contiguous(memory_format=torch.channels_last if t.dim() == 4 else torch.channels_last_3d)
 
 

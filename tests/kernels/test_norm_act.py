@@ -378,7 +378,12 @@ VIEWS = {
     "images of": ((3, 3, 5, 5), every_second(0), False),
     "channels of": ((3, 3, 5, 5), every_second(1), False),
     "a crop of": ((3, 3, 5, 5), lambda t: F.pad(t, (1, 2, 3, 4))[:, :, 3:-4, 1:-2], False),
-    "a crop of rows of": ((3, 3, 7), lambda t: F.pad(t.mT, (0, 0, 1, 2)).mT[:, :, 1:-2], True),
+    "a crop of rows of": (
+        (3, 3, 5, 5),
+        lambda t: F.pad(t.movedim(1, -1), (0, 0, 1, 2)).movedim(-1, 1)[..., 1:-2],
+        True,
+    ),
+    "a 3-d transpose of": ((3, 3, 7), lambda t: t.mT.contiguous().mT, False),
     "a transpose of": ((3, 3, 5, 5), lambda t: t.mT.contiguous().mT, False),
 }
 
@@ -395,7 +400,7 @@ def test_any_strides_give_the_result_of_dense_memory(shape, view, rows):
 
 
 @layouts
-@pytest.mark.parametrize("shape", [(3, 3, 7), (3, 3, 5, 5), (2, 3, 2, 3, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 3, 5, 5), (2, 3, 2, 3, 2)], ids=str)
 def test_operands_of_another_layout_than_x_are_read_right_and_the_layout_of_x_is_kept(shape, rows):
     p, other = problem(*shape, rows=rows), problem(*shape, rows=not rows)
     mixed = replace(p, **{k: getattr(other, k) for k in ("residual", "grad_y", "ggx", "ggr")})
