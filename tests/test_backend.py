@@ -68,3 +68,14 @@ def test_the_report_names_versions_devices_and_the_instruction_set():
 def test_importing_the_operators_imports_neither_triton_nor_training():
     code = "import sys, fastgan; assert not {'triton', 'fastgan.training', 'accelerate', 'datasets'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_without_triton_the_definition_serves_cuda(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    backend.reset()
+    try:
+        assert backend.serving("cuda") == "reference"
+        assert "pip install triton" in backend.obstacle("triton", "cuda")
+    finally:
+        monkeypatch.undo()
+        backend.reset()

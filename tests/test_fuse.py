@@ -807,6 +807,32 @@ def test_exports(strict):
     assert ("fastgan" in str(program.graph)) == (backend.serving("cpu") != "reference")
 
 
+def test_exports_for_any_batch_in_evaluation():
+    """Whether folding the norm pays depends on the batch, which is not known yet."""
+    model = fuse(Generator().eval())
+    batch = {0: torch.export.Dim("n", min=2, max=64)}
+    exported = torch.export.export(model, (torch.randn(4, 16, 1, 1),), dynamic_shapes=(batch,)).module()
+    for n in (2, 9, 33):
+        x = torch.randn(n, 16, 1, 1)
+        torch.testing.assert_close(exported(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_runs_on_the_meta_device():
+    with torch.device("meta"):
+        assert fuse(Generator())(torch.randn(4, 16, 1, 1)).shape == (4, 3, 64, 64)
+
+
+def test_a_method_replaced_on_a_layer_is_called():
+    """Code in use pads images in circles so, without a change of the model."""
+    stock = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+    conv = stock[0]
+    conv._conv_forward = lambda x, weight, bias: F.conv2d(F.pad(x, (1, 1, 1, 1), "circular"), weight, bias)
+    x = torch.randn(2, 3, 6, 6)
+    expected = stock(x)
+    torch.testing.assert_close(fuse(stock)(x), expected)
+    assert "a _conv_forward of its own" in str(explain(stock))
+
+
 @pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated
 @pytest.mark.parametrize(
     "capture",

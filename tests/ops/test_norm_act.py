@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from oracle import Errors, two_orders
 
+from fastgan import backend
 from fastgan.ops import batch_norm_act
 from fastgan.ops.norm_act import reference
 
@@ -346,6 +347,9 @@ def test_only_vectors_are_saved_beside_the_input():
 
 x4 = torch.randn(2, 3, 4, 4)
 BAD = {
+    "no tensor": (dict(x=[1.0]), TypeError, "x must be a tensor, not list"),
+    "residual no tensor": (dict(residual=1.0), TypeError, "residual must be a tensor, not float"),
+    "weight no tensor": (dict(weight=1.0), TypeError, "weight must be a tensor, not float"),
     "integers": (dict(x=torch.ones(2, 3, 4, 4, dtype=torch.int64)), TypeError, "x must be float32"),
     "one dimension": (dict(x=torch.randn(3)), ValueError, "x must have 2 to 5 dimensions"),
     "weight too long": (dict(weight=torch.ones(4)), ValueError, r"weight must have shape \(3,\)"),
@@ -368,3 +372,43 @@ def test_bad_input_names_the_argument(case):
     arguments = dict(x=x4, running_mean=torch.zeros(3), running_var=torch.ones(3), training=True) | changes
     with pytest.raises(error, match=message):
         batch_norm_act(**arguments)
+
+
+@pytest.mark.parametrize("momentum", [torch.tensor(0.25), torch.tensor([0.25])], ids=["0-d", "one element"])
+def test_a_momentum_on_the_device_moves_statistics_of_any_dtype(momentum):
+    x = torch.randn(8, 3, 4, 4)
+    for dtype in (torch.float32, torch.float64):
+        moved, expected = ([torch.zeros(3, dtype=dtype), torch.ones(3, dtype=dtype)] for _ in range(2))
+        batch_norm_act(x.to(dtype), *moved, training=True, momentum=momentum)
+        reference(x.to(dtype), *expected, training=True, momentum=0.25)
+        torch.testing.assert_close(moved, expected)
+
+
+def test_function_transforms_see_through_the_operator():
+    x, weight, bias, _ = inputs_of((4, 3, 2, 2))
+
+    def score(function, x):
+        return with_statistics(function, True, "leaky_relu")(x, weight, bias, None).pow(2).sum()
+
+    for transform in (torch.func.grad, lambda f: lambda x: torch.func.jvp(f, (x,), (x.cos(),)), torch.func.hessian):
+        ours, stock = (transform(lambda x, f=f: score(f, x))(x) for f in (batch_norm_act, reference))
+        torch.testing.assert_close(ours, stock)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x.cos())
+        tangents = [torch.autograd.forward_ad.unpack_dual(score(f, dual)).tangent for f in (batch_norm_act, reference)]
+    torch.testing.assert_close(*tangents)
+
+
+@needs_cpp
+def test_stock_torch_serves_small_tensors_unless_a_backend_is_named(monkeypatch):
+    served = []
+    kernel = torch.ops.fastgan.batch_norm_act
+    monkeypatch.setattr(
+        torch.ops.fastgan, "batch_norm_act", lambda *args: served.append(args[0].shape) or kernel(*args)
+    )
+    small, large = torch.randn(2, 3, 4, 4), torch.randn(2, 2, 1024, 1024)
+    for automatic in (True, False):
+        monkeypatch.setattr(backend, "is_automatic", lambda: automatic)  # noqa: B023
+        for x in (small, large):
+            batch_norm_act(x, None, None, training=True)
+    assert served == [large.shape, small.shape, large.shape]
