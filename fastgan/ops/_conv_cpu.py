@@ -125,6 +125,7 @@ def stock_is_faster(x: Tensor, weight: Tensor, size: Sequence[int], settings: tu
 # than oneDNN's reordering of the weight.
 PATCHES_PER_WEIGHT = {torch.float32: 3.0, torch.bfloat16: 6.0}
 PATCHES_PER_WEIGHT_GRAD = {torch.float32: 3.0, torch.bfloat16: 32.0}
+_FEW_PRODUCTS = 1 << 27  # so little work that a product of two matrices does not outrun its patches
 _PRODUCTS_PER_PACKED = 200  # multiplications with one element that pay for its packing into tiles
 _FILL = 0.6  # part of the tiles that has to be real
 FEW_CHANNELS = 4  # images for which the transposed convolution of oneDNN leaves most vector lanes empty
@@ -145,6 +146,8 @@ def _fastest(geometry: Geometry, result: Result) -> Form:
         return "tiles"
     if result == "image" and geometry.image[1] <= FEW_CHANNELS and geometry.patch <= 2 * geometry.positions[1]:
         return "patches"
+    if result != "weight" and math.prod(geometry.positions) * geometry.patch < _FEW_PRODUCTS:
+        return "vendor"
     limits = PATCHES_PER_WEIGHT_GRAD if result == "weight" else PATCHES_PER_WEIGHT
     limit = limits.get(geometry.dtype, limits[torch.float32])
     return "patches" if geometry.patches <= limit * geometry.positions[1] else "vendor"
