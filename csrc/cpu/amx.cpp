@@ -5,6 +5,8 @@
 #include <immintrin.h>
 #include <omp.h>
 
+#include <new>
+
 #include <sys/syscall.h>
 #include <unistd.h>
 

@@ -4,7 +4,7 @@
 // patch is ever written, and any stride, dilation and direction is the same loop over pairs (tap, source position). A small
 // batch is cut into horizontal strips that count as images of their own.
 
-constexpr int64_t workspace_bytes = 24 << 20;         // of one packed operand: above 32 MiB glibc maps and faults anew
+constexpr int64_t workspace_bytes = 16 << 20;         // what of an image is packed at a time
 constexpr int64_t l2_bytes = 1300 << 10;              // what a thread may work on at a time, of an L2 of 2 MiB
 
 // ── Geometry ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -64,16 +64,22 @@ struct Axis {
 struct Batch {
   int64_t images, strips, rows, blocks; // rows that are there, blocks of 32 rows that hold them
 
-  Batch(int64_t images, int64_t length, int64_t stride) : images(images), strips(best(images, length, stride)) {
+  // `line_bytes`: of one line of a block of the packed source.
+  Batch(const Convolution& g, bool scatters, int64_t line_bytes) : images(g.N), strips(best(g, scatters, line_bytes)) {
     rows = images * strips;
     blocks = ceil_div(rows, block_rows);
   }
-  // The fewest strips with which the least work is done on rows that are not there.
-  static int64_t best(int64_t images, int64_t length, int64_t stride) {
-    int64_t chosen = 1, least = INT64_MAX;
+  // The fewest strips with which the least work is done on rows that are not there; more, where a block of whole images
+  // would be larger than the workspace.
+  static int64_t best(const Convolution& g, bool scatters, int64_t line_bytes) {
+    const int64_t length = scatters ? g.H : g.OH;
+    int64_t chosen = 1, least = INT64_MAX, smallest = INT64_MAX;
     for (int64_t strips = 1; strips <= smaller(length, block_rows); ++strips) {
-      const int64_t work = round_up(images * strips, block_rows) * Axis::strip_length(length, stride, strips);
-      if (work < least) chosen = strips, least = work;
+      const Axis axis(scatters, g.H, g.OH, g.kh, g.stride_h, g.pad_h, g.dilation_h, strips);
+      const int64_t work = round_up(g.N * strips, block_rows) * axis.targets;
+      const int64_t excess = larger(0, axis.sources * line_bytes - workspace_bytes);
+      if (excess < smallest || (excess == smallest && work < least)) chosen = strips, least = work, smallest = excess;
+      if (excess == 0 && work == g.N * length) break;
     }
     return chosen;
   }
@@ -289,10 +295,11 @@ template <class T> struct Product {
 };
 
 template <class T> bool convolve(const Convolution& g, bool scatters, const void* from, const void* weight, const void* bias, void* to) {
-  const Batch batch(g.N, scatters ? g.H : g.OH, scatters ? g.stride_h : 1);
+  const int64_t width = scatters ? g.OW : g.W, channels = scatters ? g.O : g.C;
+  const Batch batch(g, scatters, width * ceil_div(channels, depth) * Product<T>::step_bytes);
   const Axis rows(scatters, g.H, g.OH, g.kh, g.stride_h, g.pad_h, g.dilation_h, batch.strips);
   const Axis columns(scatters, g.W, g.OW, g.kw, g.stride_w, g.pad_w, g.dilation_w, 1);
-  const Source<T> source{static_cast<const T*>(from), scatters ? g.OH : g.H, columns.sources, scatters ? g.O : g.C,
+  const Source<T> source{static_cast<const T*>(from), scatters ? g.OH : g.H, width, channels,
                          rows.source_step, rows.source_offset, rows.sources};
   const Target<T> target{static_cast<T*>(to), scatters ? g.H : g.OH, columns.targets, scatters ? g.C : g.O, rows.targets};
   const int64_t taps = g.kh * g.kw;
@@ -400,12 +407,12 @@ template <class T> struct WeightGrad {
 };
 
 template <class T> bool weight_grad(const Convolution& g, const void* small, const void* image, void* grad) {
-  const Batch batch(g.N, g.OH, 1);
+  const int64_t O = ceil_div(g.O, block_rows), C = ceil_div(g.C, block_rows), step_bytes = WeightGrad<T>::step_bytes;
+  const Batch batch(g, false, g.W * C * step_bytes);
   const Axis rows(false, g.H, g.OH, g.kh, g.stride_h, g.pad_h, g.dilation_h, batch.strips);
   const Axis columns(false, g.W, g.OW, g.kw, g.stride_w, g.pad_w, g.dilation_w, 1);
   const Source<T> from_small{static_cast<const T*>(small), g.OH, g.OW, g.O, rows.targets, 0, rows.targets};
   const Source<T> from_image{static_cast<const T*>(image), g.H, g.W, g.C, rows.source_step, rows.source_offset, rows.sources};
-  const int64_t O = ceil_div(g.O, block_rows), C = ceil_div(g.C, block_rows), step_bytes = WeightGrad<T>::step_bytes;
   const int64_t small_bytes = from_small.span * g.OW * O * step_bytes, image_bytes = from_image.span * g.W * C * step_bytes;
   const int64_t blocks = smaller(batch.blocks, larger(1, workspace_bytes / larger(small_bytes, image_bytes)));
   const Packed packed_small(blocks * small_bytes), packed_image(blocks * image_bytes), sums(g.kh * g.kw * C * O * sum_bytes);
@@ -424,12 +431,12 @@ template <class T> bool weight_grad(const Convolution& g, const void* small, con
 
 // The part of the unit's work that is not on padding of rows, of channels that are summed over, or of those that come out.
 double fill(const Convolution& g, bool scatters, bool of_weight) {
-  const int64_t length = scatters ? g.H : g.OH, stride = scatters ? g.stride_h : 1;
-  const Batch batch(g.N, length, stride);
+  const Batch batch(g, scatters, 0);
+  const Axis axis(scatters, g.H, g.OH, g.kh, g.stride_h, g.pad_h, g.dilation_h, batch.strips);
   const int64_t O = scatters || of_weight ? round_up(g.O, depth) : round_up(g.O, tile_rows);
   const int64_t C = scatters || of_weight ? round_up(g.C, tile_rows) : round_up(g.C, depth);
-  const double rows = static_cast<double>(batch.blocks * block_rows * Axis::strip_length(length, stride, batch.strips));
-  return g.N * length / rows * g.O / O * g.C / C;
+  const double rows = static_cast<double>(batch.blocks * block_rows * axis.targets);
+  return g.N * (scatters ? g.H : g.OH) / rows * g.O / O * g.C / C;
 }
 
 // False where float32 does not split: then nothing, or not everything, has been written.

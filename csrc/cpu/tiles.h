@@ -216,10 +216,43 @@ template <class T> FASTGAN_INLINE void pack_paired(const T* const* rows, int64_t
     }
 }
 
-// Memory for packed tiles, at the start of a cache line.
-struct Packed {
-  const Scratch<char> memory;
+// Memory for packed tiles, at the start of a cache line. A thread keeps what it has freed for its next call: fresh memory
+// has to be mapped page by page, which takes longer than packing it.
+struct Memory {
   char* data;
-  explicit Packed(int64_t bytes)
-      : memory(bytes + 64), data(reinterpret_cast<char*>(round_up(reinterpret_cast<int64_t>(memory.data), 64))) {}
+  int64_t bytes;
+};
+struct KeptMemory {
+  static constexpr int64_t most_bytes = 32 << 20;
+  Memory list[4] = {};
+  ~KeptMemory() {
+    for (Memory& kept : list) release(kept);
+  }
+  static void release(Memory& memory) { ::operator delete(memory.data, std::align_val_t(64)); }
+};
+inline thread_local KeptMemory kept_memory;
+
+struct Packed : Memory {
+  explicit Packed(int64_t needed) : Memory{nullptr, round_up(needed, 64)} {
+    for (Memory& kept : kept_memory.list)
+      if (kept.bytes >= bytes && kept.bytes <= 4 * bytes) {
+        static_cast<Memory&>(*this) = kept;
+        kept = {};
+        return;
+      }
+    data = static_cast<char*>(::operator new(bytes, std::align_val_t(64)));
+  }
+  ~Packed() {
+    Memory* smallest = kept_memory.list;
+    for (Memory& kept : kept_memory.list)
+      if (kept.bytes < smallest->bytes) smallest = &kept;
+    if (bytes <= KeptMemory::most_bytes && bytes > smallest->bytes) {
+      const Memory exchanged = *smallest;
+      *smallest = *this;
+      static_cast<Memory&>(*this) = exchanged;
+    }
+    KeptMemory::release(*this);
+  }
+  Packed(const Packed&) = delete;
+  Packed& operator=(const Packed&) = delete;
 };
