@@ -74,14 +74,23 @@ def _served(operator: str, device: str) -> tuple[str, str]:
     except RuntimeError as error:
         return "[red]error[/red]", str(error)
     if operator == "convolution" and serving != "reference":
-        vendor = "oneDNN" if device == "cpu" else "cuDNN"
-        patches = ", patches by C++ and one matrix product where that is faster" if serving == "cpp" else ""
-        return f"{vendor}", f"the vendor's convolution in the fast layout{patches}"
+        return _convolution(device, serving)
     if serving != "reference":
         return _MEANINGS[serving], "FASTGAN_BACKEND names it" if backend.requested() == serving else "automatic"
     if backend.requested() == "reference":
         return _MEANINGS[serving], "FASTGAN_BACKEND=reference"
     return _MEANINGS[serving], backend.obstacle(backend.native(device), device) or "no kernel for this device"
+
+
+def _convolution(device: str, serving: str) -> tuple[str, str]:
+    if device != "cpu":
+        return "cuDNN", "the vendor's convolution in the fast layout"
+    if serving != "cpp":
+        return "oneDNN", "the vendor's convolution in the fast layout"
+    from fastgan import _C
+
+    unit = "the CPU's matrix unit" if _C.has_matrix_unit() else "patches (this CPU has no matrix unit, AMX)"
+    return "C++, oneDNN", f"whichever is faster for a shape: C++ for {unit}, or the vendor's in the fast layout"
 
 
 def _advice() -> list[str]:

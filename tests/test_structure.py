@@ -60,17 +60,34 @@ def test_no_torch_header_in_csrc():
         assert not re.search(r'#include\s*[<"](torch|ATen|c10)', path.read_text()), path
 
 
-def test_an_operator_has_one_name_at_every_level():
-    for name in ("norm_act",):
-        for place in (
-            f"fastgan/ops/{name}.py",
-            f"fastgan/nn/{name}.py",
-            f"kernels/fastgan_kernels/{name}.py",
-            f"csrc/cpu/{name}.h",
-            f"tests/ops/test_{name}.py",
-            f"benchmarks/bench_{name}.py",
-        ):
-            assert (ROOT / place).is_file(), place
+# Where an operator's name has to stand besides `ops/`; conv is called through conv_norm_act's modules and benchmarks, and
+# conv_norm_act is made of the kernels of the other two.
+LEVELS = {
+    "fastgan/nn/{}.py": {"conv"},
+    "kernels/fastgan_kernels/{}.py": {"conv", "conv_norm_act"},
+    "csrc/cpu/{}.h": {"conv_norm_act"},
+    "tests/ops/test_{}.py": set(),
+    "benchmarks/bench_{}.py": {"conv"},
+}
+SHARED = {"kernels", "simd", "tiles", "conv_tiles", "__init__", "training"}
+
+
+def operators() -> set[str]:
+    return {path.stem for path in (ROOT / "fastgan" / "ops").glob("[a-z]*.py")}
+
+
+@pytest.mark.parametrize("place", LEVELS)
+def test_an_operator_has_one_name_at_every_level(place):
+    for name in operators() - LEVELS[place]:
+        assert (ROOT / place.format(name)).is_file(), f"{place} lacks {name}"
+
+
+@pytest.mark.parametrize("place", LEVELS)
+def test_no_level_has_a_name_of_its_own(place):
+    before, after = place.split("{}")
+    for path in ROOT.glob(place.format("*")):
+        name = path.relative_to(ROOT).as_posix().removeprefix(before).removesuffix(after)
+        assert name in operators() | SHARED, path
 
 
 @pytest.fixture(scope="module")
