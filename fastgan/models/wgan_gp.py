@@ -25,7 +25,10 @@ def norm_layer(norm: Norm, channels: int, size: int) -> nn.Module | None:
 
 
 class Critic(nn.Module):
-    """DCGAN's discriminator with another norm, from images `(N, channels, image_size, image_size)` to scores `(N, 1, 1, 1)`."""
+    """DCGAN's discriminator with another norm.
+
+    Maps images `(N, channels, image_size, image_size)` to scores `(N, 1, 1, 1)`.
+    """
 
     def __init__(self, image_size: int = 64, channels: int = 3, features: int = 64, norm: Norm = "none"):
         super().__init__()
