@@ -126,7 +126,9 @@ def stock_is_faster(x: Tensor, weight: Tensor, size: Sequence[int], settings: tu
 PATCHES_PER_WEIGHT = {torch.float32: 3.0, torch.bfloat16: 6.0}
 PATCHES_PER_WEIGHT_GRAD = {torch.float32: 3.0, torch.bfloat16: 32.0}
 _FEW_PRODUCTS = 1 << 27  # so little work that a product of two matrices does not outrun its patches
-_PRODUCTS_PER_PACKED = 200  # multiplications with one element that pay for its packing into tiles
+# Multiplications with one element that pay for its packing into tiles. With one tap nothing is read twice from the L2.
+_PRODUCTS_PER_PACKED = {True: 128, False: 400}
+_FEW_PATCHES = 256  # for a weight's gradient: a weight as large as the work is better summed by one product
 _FILL = 0.6  # part of the tiles that has to be real
 FEW_CHANNELS = 4  # images for which the transposed convolution of oneDNN leaves most vector lanes empty
 
@@ -144,7 +146,7 @@ def choose_form(geometry: Geometry, result: Result) -> Form:
 def _fastest(geometry: Geometry, result: Result) -> Form:
     if _tiles_pay(geometry, result):
         return "tiles"
-    if result == "image" and geometry.image[1] <= FEW_CHANNELS and geometry.patch <= 2 * geometry.positions[1]:
+    if result == "image" and geometry.image[1] <= FEW_CHANNELS and geometry.patch <= 3 * geometry.positions[1]:
         return "patches"
     if result != "weight" and math.prod(geometry.positions) * geometry.patch < _FEW_PRODUCTS:
         return "vendor"
@@ -161,17 +163,19 @@ def _tiles_pay(geometry: Geometry, result: Result) -> bool:
     # Packing touches every element once, and must be little beside the multiplications with it.
     image, positions = math.prod(geometry.image), math.prod(geometry.positions)
     packed = {"positions": image, "image": positions, "weight": image + positions}[result]
-    if positions * geometry.patch < _PRODUCTS_PER_PACKED * packed:
+    several_taps = geometry.kernel != (1, 1)
+    if positions * geometry.patch < _PRODUCTS_PER_PACKED[several_taps] * packed:
         return False
     if _tiles(geometry).fill(result == "image", result == "weight") < _FILL:
         return False
-    if geometry.dtype == torch.float32:
-        return True
     weight = geometry.positions[1] * geometry.patch
+    short_lines = geometry.patches <= 64 * geometry.image[0]
     if result == "weight":
-        return geometry.image[0] >= 16 and weight >= 1 << 17
-    # oneDNN fills its own tiles with the positions of one line of an image: short lines leave them half empty.
-    return weight >= 1 << 18 and geometry.patches <= 64 * geometry.image[0]
+        if geometry.dtype == torch.bfloat16 and weight < (1 << 15 if short_lines else 1 << 17):
+            return False
+        return geometry.patches >= _FEW_PATCHES
+    # oneDNN fills its own bfloat16 tiles with the positions of one line of an image: short lines leave them half empty.
+    return geometry.dtype == torch.float32 or (short_lines and weight >= 1 << 18)
 
 
 # ── Tiles ────────────────────────────────────────────────────────────────────────────────────────────────────────────
