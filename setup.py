@@ -17,6 +17,7 @@ class BuildKernels(build_ext):
                     "-fno-math-errno",
                     "-fno-trapping-math",
                     "-Wno-psabi",
+                    "-Wno-maybe-uninitialized",  # of which GCC's own intrinsics are full
                 ]
                 extension.extra_link_args += ["-fopenmp"]
         super().build_extensions()

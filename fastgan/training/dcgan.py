@@ -8,31 +8,25 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from fastgan.models.dcgan import Discriminator, Generator, doublings, init_weights
-from fastgan.training.errors import InputError
-from fastgan.training.system import Settings, System, adam, require
+from fastgan.models.dcgan import Discriminator, Generator, init_weights
+from fastgan.training.latent import LatentSettings, LatentSystem
+from fastgan.training.system import adam, require
 
 
 @dataclass(frozen=True)
-class DCGANSettings(Settings):
-    """`Settings`, and DCGAN's own."""
+class DCGANSettings(LatentSettings):
+    """`LatentSettings`, and DCGAN's own."""
 
     d_steps: int = 1
     label_smoothing: float = 0.0
-    latent_dim: int = 100
-    features: int = 64
 
     def check(self) -> None:
         super().check()
         require(self.d_steps >= 1, "--d-steps", self.d_steps, "1 or more")
         require(0 <= self.label_smoothing < 1, "--label-smoothing", self.label_smoothing, "0 or more, below 1")
-        try:
-            doublings(self.image_size)
-        except ValueError as error:
-            raise InputError(f"--image-size: {error}") from error
 
 
-class DCGAN(System[DCGANSettings]):
+class DCGAN(LatentSystem[DCGANSettings]):
     """The generator, the discriminator, and their alternating step."""
 
     name = "dcgan"
@@ -63,10 +57,10 @@ class DCGAN(System[DCGANSettings]):
     def discriminator_step(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
         """Ascends log D(x) + log(1 - D(G(z))), with real and fake images in batches of their own."""
         self.optimizers["discriminator"].zero_grad()
-        real_logits = self.judge(real)
+        real_logits = self.judge(self.discriminator, real)
         real_loss = cross_entropy(real_logits, 1 - self.settings.label_smoothing)
         real_loss.backward()
-        fake_logits = self.judge(fake)
+        fake_logits = self.judge(self.discriminator, fake)
         fake_loss = cross_entropy(fake_logits, 0)
         fake_loss.backward()
         return {
@@ -80,28 +74,10 @@ class DCGAN(System[DCGANSettings]):
         """Ascends log D(G(z)). The discriminator is frozen meanwhile: its weight gradients would go unused."""
         self.optimizers["generator"].zero_grad()
         self.discriminator.requires_grad_(False)
-        loss = cross_entropy(self.judge(fake), 1)
+        loss = cross_entropy(self.judge(self.discriminator, fake), 1)
         loss.backward()
         self.discriminator.requires_grad_(True)
         return {"loss_g": loss.detach(), "grad_norm_g": self.update("generator")}
-
-    def judge(self, images: Tensor) -> Tensor:
-        """The discriminator's logits, in float32. Each call has its own autocast: weights change in between."""
-        with self.accelerator.autocast():
-            logits = self.discriminator(images)
-        return logits.float()
-
-    def noise(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        device = self.accelerator.device
-        shape = (count, self.settings.latent_dim, 1, 1)
-        return torch.randn(shape, generator=generator, device=generator.device if generator else device).to(device)
-
-    def sample(self, noise: Tensor) -> Tensor:
-        self.generator.eval()
-        with torch.no_grad():
-            images = self.generator(noise)
-        self.generator.train()
-        return images
 
 
 def cross_entropy(logits: Tensor, target: float) -> Tensor:

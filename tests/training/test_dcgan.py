@@ -85,7 +85,7 @@ def test_the_discriminator_step_leaves_the_generator_alone(make_system, reals):
 def test_label_smoothing_moves_only_the_target_of_real_images(make_system, reals):
     plain, smooth = make_system(), make_system(label_smoothing=0.1)
     real, fake = next(reals), plain.sample(plain.noise(6))
-    logits = plain.judge(real).mean()
+    logits = plain.judge(plain.discriminator, real).mean()
     difference = smooth.discriminator_step(real, fake)["loss_d"] - plain.discriminator_step(real, fake)["loss_d"]
     torch.testing.assert_close(difference, 0.1 * logits)  # BCE(x, 1 - s) = BCE(x, 1) + s x
     plain.load_state_dict(smooth.state_dict())

@@ -1,0 +1,53 @@
+"""What systems share whose generator turns noise into images, and whose other network scores images."""
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastgan.models.dcgan import doublings
+from fastgan.training.errors import InputError
+from fastgan.training.system import Settings, System
+
+
+@dataclass(frozen=True)
+class LatentSettings(Settings):
+    """`Settings`, and the sizes of such networks."""
+
+    latent_dim: int = 100
+    features: int = 64
+
+    def check(self) -> None:
+        super().check()
+        try:
+            doublings(self.image_size)
+        except ValueError as error:
+            raise InputError(f"--image-size: {error}") from error
+
+
+L = TypeVar("L", bound=LatentSettings)
+
+
+class LatentSystem(System[L]):
+    """A system with a `generator` of noise `(N, latent_dim, 1, 1)`."""
+
+    generator: nn.Module
+
+    def noise(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        device = self.accelerator.device
+        shape = (count, self.settings.latent_dim, 1, 1)
+        return torch.randn(shape, generator=generator, device=generator.device if generator else device).to(device)
+
+    def sample(self, noise: Tensor) -> Tensor:
+        self.generator.eval()
+        with torch.no_grad():
+            images = self.generator(noise)
+        self.generator.train()
+        return images
+
+    def judge(self, network: nn.Module, images: Tensor) -> Tensor:
+        """The network's scores, in float32. Each call has its own autocast: weights change in between."""
+        with self.accelerator.autocast():
+            scores = network(images)
+        return scores.float()
