@@ -67,11 +67,18 @@ def dcgan(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Decides weights, noise and data order.", show_default="0")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    precision: Annotated[str, typer.Option(help="fp32, or bf16 for autocast.")] = "fp32",
+    precision: Annotated[str | None, typer.Option(help="fp32, or bf16 for autocast.", show_default="fp32")] = None,
     out: Annotated[Path, typer.Option(help="Folder for checkpoint, curves and samples.")] = Path("runs/dcgan"),
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 500,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue --out's checkpoint exactly.")] = False,
-    no_fuse: Annotated[bool, typer.Option("--no-fuse", help="Leave the networks in stock PyTorch.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue --out's checkpoint exactly, with the options that it keeps.")
+    ] = False,
+    fuse: Annotated[
+        bool | None,
+        typer.Option(
+            "--fuse/--no-fuse", help="Fuse the networks, or leave them in stock PyTorch.", show_default="fuse"
+        ),
+    ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Compare with the unfused model at length.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Two steps, all else as in a real run.")] = False,
 ) -> None:
@@ -84,6 +91,8 @@ def dcgan(
         "seed": seed,
         "d_steps": d_steps,
         "label_smoothing": label_smoothing,
+        "precision": precision,
+        "fuse": fuse,
     }
     console = Console()
     result = run.train(
@@ -93,10 +102,8 @@ def dcgan(
         steps=steps,
         epochs=epochs,
         device=device,
-        precision=precision,
         checkpoint_every=checkpoint_every,
         resume=resume,
-        fused=not no_fuse,
         careful_compare=compare,
         dry_run=dry_run,
         console=console,

@@ -48,10 +48,8 @@ def train(
     steps: int | None = None,
     epochs: int | None = None,
     device: str = "auto",
-    precision: str = "fp32",
     checkpoint_every: int = 500,
     resume: bool = False,
-    fused: bool = True,
     careful_compare: bool = False,
     dry_run: bool = False,
     console: Console | None = None,
@@ -66,9 +64,10 @@ def train(
     state = read_checkpoint(folder.checkpoint, system_name) if resume else None
     settings = _settings(system_type.settings_type, given, state, folder.checkpoint)
     _check_schedule(steps, epochs, checkpoint_every)
-    require(fused or not careful_compare, "--compare", "with --no-fuse", "one of the two: it measures the fused model")
+    comparable = settings.fuse or not careful_compare
+    require(comparable, "--compare", "with --no-fuse", "one of the two: it measures the fused model")
     check_writable(out)
-    accelerator = make_accelerator(device, precision)
+    accelerator = make_accelerator(device, settings.precision)
     console.quiet |= not accelerator.is_main_process
 
     with console.status(f"Reading {settings.data}"):
@@ -80,14 +79,14 @@ def train(
         )
     batches = Batches(images, settings.batch_size, settings.seed, accelerator)
 
-    def build(fuse_it: bool) -> System:
+    def build(fused: bool) -> System:
         system = system_type(settings, images.channels, accelerator)
-        for network in system.networks.values() if fuse_it else ():
+        for network in system.networks.values() if fused else ():
             fuse(network)
         return system
 
     torch.manual_seed(settings.seed)
-    system = build(fused)
+    system = build(settings.fuse)
     if accelerator.process_index:
         torch.manual_seed(settings.seed + accelerator.process_index)
 
@@ -111,7 +110,7 @@ def train(
     curves = training.run()
 
     comparison = None
-    if fused:
+    if settings.fuse:
         with console.status("Comparing with the unfused model"):
             stock = build(False)
             stock.load_state_dict(system.state_dict())
@@ -131,7 +130,6 @@ def read_checkpoint(path: Path, system_name: str | None = None) -> dict[str, Any
 
 def make_accelerator(device: str, precision: str) -> Accelerator:
     """accelerate's view of the device, the number format and the processes."""
-    require(precision in {"fp32", "bf16"}, "--precision", precision, "fp32 or bf16")
     present = torch.accelerator.current_accelerator(check_available=True)
     known = ["cpu", *([present.type] if present else [])]
     if device != "auto":
@@ -153,11 +151,19 @@ def _settings(kind: type[Settings], given: Mapping[str, Any], state: dict[str, A
         for name, value in given.items():
             kept = getattr(settings, name)
             if name != "data" and value != kept:
-                option = "--" + name.replace("_", "-")
-                raise InputError(f"{option}: {value} does not fit {path}, trained with {kept}; a resumed run keeps it")
+                given_option, kept_option = _option(name, value), _option(name, kept)
+                raise InputError(
+                    f"{given_option} does not fit {path}, trained with {kept_option}; a resumed run keeps it"
+                )
         settings = replace(settings, data=given.get("data", settings.data))
     settings.check()
     return settings
+
+
+def _option(name: str, value: Any) -> str:
+    """Setting `name` as typed on the command line."""
+    words = name.replace("_", "-")
+    return f"--{'' if value else 'no-'}{words}" if isinstance(value, bool) else f"--{words} {value}"
 
 
 def _check_schedule(steps: int | None, epochs: int | None, checkpoint_every: int) -> None:
