@@ -80,7 +80,9 @@ def dcgan(
         ),
     ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Compare with the unfused model at length.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Two steps, all else as in a real run.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Two steps of a real run, of which nothing stays.")
+    ] = False,
 ) -> None:
     """Train a DCGAN, by default on scikit-learn's handwritten digits."""
     settings = {
@@ -115,17 +117,19 @@ def dcgan(
 
 
 def _summary(result: run.Result) -> Table:
-    folder = result.folder
     table = Table(title="dcgan", title_justify="left", show_header=False)
     table.add_row("trained", f"to step {result.steps} in {result.seconds:.0f} s")
     table.add_row("speed", f"{result.images_per_s:.0f} images/s")
     if comparison := result.comparison:
         times = f"{comparison.fused * 1e3:.1f} against {comparison.stock * 1e3:.1f} ms a step"
         table.add_row("against unfused", f"{comparison.speedup:.2f}x: {times}, medians of {comparison.pairs}")
-    table.add_row("samples", str(folder.final_grid))
-    table.add_row("curves", str(folder.curves))
-    table.add_row("", f"tensorboard --logdir {folder.tensorboard}")
-    table.add_row("checkpoint", str(folder.checkpoint))
+    if folder := result.folder:
+        table.add_row("samples", str(folder.final_grid))
+        table.add_row("curves", str(folder.curves))
+        table.add_row("", f"tensorboard --logdir {folder.tensorboard}")
+        table.add_row("checkpoint", str(folder.checkpoint))
+    else:
+        table.add_row("kept", "nothing: this was a dry run")
     if result.previous:
         table.add_row("run before", f"moved to {result.previous}")
     return table

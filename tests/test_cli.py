@@ -89,8 +89,14 @@ def test_an_option_that_disagrees_with_the_checkpoint_is_refused(option):
 
 
 def test_a_new_run_says_where_the_old_one_went():
-    dcgan(*TINY, "--dry-run", "--no-fuse")
-    assert "moved to runs/dcgan/previous-1" in dcgan(*TINY, "--dry-run", "--no-fuse").stdout
+    dcgan(*TINY, "--steps", 1, "--no-fuse")
+    assert "moved to runs/dcgan/previous-1" in dcgan(*TINY, "--steps", 1, "--no-fuse").stdout
+
+
+def test_a_dry_run_says_that_it_leaves_nothing():
+    result = dcgan(*TINY, "--dry-run", "--no-fuse")
+    assert result.exit_code == 0 and "images/s" in result.stdout and "dry run" in result.stdout
+    assert "runs/dcgan" not in result.stdout and os.listdir() == []
 
 
 def test_doctor_prints_its_report():
@@ -99,7 +105,7 @@ def test_doctor_prints_its_report():
 
 
 def test_generate_prints_what_it_wrote():
-    dcgan(*TINY, "--dry-run", "--no-fuse")
+    dcgan(*TINY, "--steps", 1, "--no-fuse")
     result = fastgan("generate", "runs/dcgan/checkpoint.pt", "--num", 4, "--out", "images")
     assert result.exit_code == 0
     assert result.stdout.split() == ["images/samples.png", "images/interpolation.png"]

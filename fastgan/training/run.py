@@ -1,6 +1,7 @@
 """A training run from its options to its result: checks, data, system, loop, comparison."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from fastgan.training import checkpoint
 from fastgan.training.compare import Comparison, compare
 from fastgan.training.data import Batches, load_images
 from fastgan.training.dcgan import DCGAN
-from fastgan.training.errors import InputError
+from fastgan.training.errors import Diverged, InputError, Interrupted
 from fastgan.training.folder import RunFolder, check_writable
 from fastgan.training.loop import Plan, Training
 from fastgan.training.system import Settings, System, require
@@ -30,9 +31,12 @@ COMPARE_SECONDS = {False: 4.0, True: 40.0}
 
 @dataclass(frozen=True)
 class Result:
-    """What a run did. `comparison` is None when the model was not fused, `previous` where an earlier run was moved."""
+    """What a run did. `comparison` is None when the model was not fused, `previous` where an earlier run was moved.
 
-    folder: RunFolder
+    `folder` is None after a dry run, which leaves nothing.
+    """
+
+    folder: RunFolder | None
     steps: int
     images_per_s: float
     seconds: float
@@ -56,7 +60,8 @@ def train(
 ) -> Result | None:
     """Trains `system_name` with the settings in `given`, the others at their defaults or as the checkpoint has them.
 
-    Returns None when the resumed run had already reached its end. Raises `InputError` before anything is written.
+    Returns None when the resumed run had already reached its end. Raises `InputError` before anything is written. A dry
+    run takes two steps from where a real one would start, in a folder of its own that is then removed.
     """
     console = console or Console(quiet=True)
     folder = RunFolder(out)
@@ -97,17 +102,22 @@ def train(
         steps = state["steps"]
     elif steps is None:
         steps = (epochs or EPOCHS) * steps_per_epoch
-    plan = Plan(steps, steps_per_epoch, checkpoint_every)
-    training = Training(system, batches, folder, plan, console)
+    if state and state["step"] >= steps:
+        return None
     previous = None
-    if state:
-        training.load_state_dict(state)
-        if training.step >= plan.steps:
-            return None
-    elif accelerator.is_main_process:
+    if accelerator.is_main_process and not state and not dry_run:
         previous = folder.set_aside()
     accelerator.wait_for_everyone()
-    curves = training.run()
+
+    with folder.scratch() if dry_run else nullcontext(folder) as used:
+        training = Training(system, batches, used, Plan(steps, steps_per_epoch, checkpoint_every), console)
+        if state:
+            training.load_state_dict(state)
+        try:
+            curves = training.run()
+        except (Diverged, Interrupted) as error:
+            error.args = (f"{error}; {'a dry run keeps nothing' if dry_run else _kept(error, training)}",)
+            raise
 
     comparison = None
     if settings.fuse:
@@ -115,7 +125,16 @@ def train(
             stock = build(False)
             stock.load_state_dict(system.state_dict())
             comparison = compare(system, stock, batches, COMPARE_SECONDS[careful_compare])
-    return Result(folder, training.step, curves.images / curves.seconds, curves.seconds, comparison, previous)
+    images_per_s = curves.images / curves.seconds
+    return Result(None if dry_run else folder, training.step, images_per_s, curves.seconds, comparison, previous)
+
+
+def _kept(error: Exception, training: Training) -> str:
+    """What is left of a run that ended in `error`."""
+    if isinstance(error, Interrupted):
+        return f"--resume continues {training.folder.checkpoint}"
+    good = f"{training.folder.checkpoint} (step {training.saved})" if training.saved else "none, it came too early"
+    return f"the last good checkpoint: {good}"
 
 
 def read_checkpoint(path: Path, system_name: str | None = None) -> dict[str, Any]:

@@ -154,11 +154,52 @@ def test_a_new_run_moves_the_one_before_aside(train, tmp_path):
     assert len(rows(tmp_path)) == 2
 
 
-def test_a_dry_run_is_two_steps_and_one_grid(train, tmp_path):
-    train(tmp_path, dry_run=True, epochs=100)
-    assert len(rows(tmp_path)) == 2
-    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["final.png"]
-    assert checkpoint.load(tmp_path / "checkpoint.pt")["step"] == 2
+def everything_in(folder):
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """The names of the files that runs write whole."""
+    names, original = [], checkpoint.os.replace
+
+    def replace(partial, path):
+        names.append(Path(path).name)
+        original(partial, path)
+
+    monkeypatch.setattr(checkpoint.os, "replace", replace)
+    return names
+
+
+def test_a_dry_run_writes_all_kinds_of_files_and_leaves_none(train, tmp_path, written):
+    result = train(tmp_path / "new" / "out", dry_run=True, epochs=100)
+    assert (result.steps, result.folder) == (2, None)
+    assert set(written) == {"curves.csv", "final.png", "checkpoint.pt"}
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("resume", [False, True], ids=["new", "resumed"])
+def test_a_dry_run_leaves_the_run_in_its_folder_as_it_was(train, tmp_path, monkeypatch, written, resume):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(whole, steps=10)
+    with monkeypatch.context() as patch:
+        stop_at(4, patch, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(Interrupted):
+            train(parts, steps=10)
+    before = everything_in(parts)
+    written.clear()
+    assert train(parts, resume=resume, dry_run=True).steps == (6 if resume else 2)
+    assert "checkpoint.pt" in written
+    assert everything_in(parts) == before
+    train(parts, resume=True)
+    assert_same_run(whole, parts)
+
+
+def test_a_dry_run_that_is_stopped_leaves_nothing_and_says_so(train, tmp_path, monkeypatch):
+    stop_at(1, monkeypatch, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(Interrupted, match=r"^stopped after step 1; a dry run keeps nothing$"):
+        train(tmp_path / "out", dry_run=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("every", "good"), [(2, r".*checkpoint\.pt \(step 4\)"), (9, "none, it came too early")])
