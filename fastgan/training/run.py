@@ -71,8 +71,9 @@ def train(
     _check_schedule(steps, epochs, checkpoint_every)
     comparable = settings.fuse or not careful_compare
     require(comparable, "--compare", "with --no-fuse", "one of the two: it measures the fused model")
-    check_writable(out)
     accelerator = make_accelerator(device, settings.precision)
+    if accelerator.is_main_process:
+        check_writable(out)
     console.quiet |= not accelerator.is_main_process
 
     with console.status(f"Reading {settings.data}"):
