@@ -67,13 +67,22 @@ def dcgan(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Decides weights, noise and data order.", show_default="0")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    precision: Annotated[str, typer.Option(help="fp32, or bf16 for autocast.")] = "fp32",
+    precision: Annotated[str | None, typer.Option(help="fp32, or bf16 for autocast.", show_default="fp32")] = None,
     out: Annotated[Path, typer.Option(help="Folder for checkpoint, curves and samples.")] = Path("runs/dcgan"),
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 500,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue --out's checkpoint exactly.")] = False,
-    no_fuse: Annotated[bool, typer.Option("--no-fuse", help="Leave the networks in stock PyTorch.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue --out's checkpoint exactly, with the options that it keeps.")
+    ] = False,
+    fuse: Annotated[
+        bool | None,
+        typer.Option(
+            "--fuse/--no-fuse", help="Fuse the networks, or leave them in stock PyTorch.", show_default="fuse"
+        ),
+    ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Compare with the unfused model at length.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Two steps, all else as in a real run.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Two steps of a real run, of which nothing stays.")
+    ] = False,
 ) -> None:
     """Train a DCGAN, by default on scikit-learn's handwritten digits."""
     settings = {
@@ -84,6 +93,8 @@ def dcgan(
         "seed": seed,
         "d_steps": d_steps,
         "label_smoothing": label_smoothing,
+        "precision": precision,
+        "fuse": fuse,
     }
     console = Console()
     result = run.train(
@@ -93,10 +104,8 @@ def dcgan(
         steps=steps,
         epochs=epochs,
         device=device,
-        precision=precision,
         checkpoint_every=checkpoint_every,
         resume=resume,
-        fused=not no_fuse,
         careful_compare=compare,
         dry_run=dry_run,
         console=console,
@@ -108,17 +117,19 @@ def dcgan(
 
 
 def _summary(result: run.Result) -> Table:
-    folder = result.folder
     table = Table(title="dcgan", title_justify="left", show_header=False)
     table.add_row("trained", f"to step {result.steps} in {result.seconds:.0f} s")
     table.add_row("speed", f"{result.images_per_s:.0f} images/s")
     if comparison := result.comparison:
         times = f"{comparison.fused * 1e3:.1f} against {comparison.stock * 1e3:.1f} ms a step"
         table.add_row("against unfused", f"{comparison.speedup:.2f}x: {times}, medians of {comparison.pairs}")
-    table.add_row("samples", str(folder.final_grid))
-    table.add_row("curves", str(folder.curves))
-    table.add_row("", f"tensorboard --logdir {folder.tensorboard}")
-    table.add_row("checkpoint", str(folder.checkpoint))
+    if folder := result.folder:
+        table.add_row("samples", str(folder.final_grid))
+        table.add_row("curves", str(folder.curves))
+        table.add_row("", f"tensorboard --logdir {folder.tensorboard}")
+        table.add_row("checkpoint", str(folder.checkpoint))
+    else:
+        table.add_row("kept", "nothing: this was a dry run")
     if result.previous:
         table.add_row("run before", f"moved to {result.previous}")
     return table

@@ -67,22 +67,36 @@ def test_options_reach_the_run():
     assert dcgan(*TINY, *options, "--epochs", 1, "--out", "here").exit_code == 0
     state = checkpoint.load(Path("here/checkpoint.pt"))
     expected = {"data": "digits", "image_size": 8, "batch_size": 256, "lr": 0.001, "seed": 5, "d_steps": 2}
-    assert expected.items() <= state["settings"].items() and state["settings"]["label_smoothing"] == 0.1
+    expected |= {"label_smoothing": 0.1, "precision": "bf16", "fuse": False}
+    assert expected.items() <= state["settings"].items()
     assert state["step"] == 1797 // 256 // 2
     assert state["drawn"] == 2 * state["step"]
 
 
 def test_resume_alone_continues_and_says_when_there_is_nothing_left():
-    dcgan(*TINY, "--steps", 2, "--no-fuse")
-    assert dcgan("--resume", "--steps", 3, "--no-fuse").exit_code == 0
-    assert checkpoint.load(Path("runs/dcgan/checkpoint.pt"))["step"] == 3
-    result = dcgan("--resume", "--no-fuse")
+    dcgan(*TINY, "--steps", 2, "--no-fuse", "--precision", "bf16")
+    assert dcgan("--resume", "--steps", 3).exit_code == 0
+    state = checkpoint.load(Path("runs/dcgan/checkpoint.pt"))
+    assert (state["step"], state["settings"]["precision"], state["settings"]["fuse"]) == (3, "bf16", False)
+    result = dcgan("--resume")
     assert result.exit_code == 0 and "trained to its end already" in result.stdout
 
 
+@pytest.mark.parametrize("option", [["--precision", "fp32"], ["--fuse"]], ids=" ".join)
+def test_an_option_that_disagrees_with_the_checkpoint_is_refused(option):
+    dcgan(*TINY, "--steps", 1, "--no-fuse", "--precision", "bf16")
+    assert_refused(dcgan("--resume", "--steps", 2, *option), " ".join(option) + " does not fit", "checkpoint.pt")
+
+
 def test_a_new_run_says_where_the_old_one_went():
-    dcgan(*TINY, "--dry-run", "--no-fuse")
-    assert "moved to runs/dcgan/previous-1" in dcgan(*TINY, "--dry-run", "--no-fuse").stdout
+    dcgan(*TINY, "--steps", 1, "--no-fuse")
+    assert "moved to runs/dcgan/previous-1" in dcgan(*TINY, "--steps", 1, "--no-fuse").stdout
+
+
+def test_a_dry_run_says_that_it_leaves_nothing():
+    result = dcgan(*TINY, "--dry-run", "--no-fuse")
+    assert result.exit_code == 0 and "images/s" in result.stdout and "dry run" in result.stdout
+    assert "runs/dcgan" not in result.stdout and os.listdir() == []
 
 
 def test_doctor_prints_its_report():
@@ -91,7 +105,7 @@ def test_doctor_prints_its_report():
 
 
 def test_generate_prints_what_it_wrote():
-    dcgan(*TINY, "--dry-run", "--no-fuse")
+    dcgan(*TINY, "--steps", 1, "--no-fuse")
     result = fastgan("generate", "runs/dcgan/checkpoint.pt", "--num", 4, "--out", "images")
     assert result.exit_code == 0
     assert result.stdout.split() == ["images/samples.png", "images/interpolation.png"]

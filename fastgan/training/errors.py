@@ -6,8 +6,8 @@ class InputError(ValueError):
 
 
 class Diverged(RuntimeError):
-    """A loss or a gradient is no longer finite. The message names the step and the last good checkpoint."""
+    """A loss or a gradient is no longer finite. The message names the step and what is kept of the run."""
 
 
 class Interrupted(Exception):
-    """Ctrl-C, after the step was finished and saved. The message names the checkpoint."""
+    """Ctrl-C, after the step was finished and saved. The message names the step and what is kept of the run."""

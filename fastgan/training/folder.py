@@ -1,6 +1,8 @@
 """Where a run's files lie."""
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fastgan.training.errors import InputError
@@ -36,17 +38,30 @@ class RunFolder:
             path.rename(previous / path.name)
         return previous
 
+    @contextmanager
+    def scratch(self) -> Iterator["RunFolder"]:
+        """A run's folder of its own below this one, for as long as it is open. Nothing of it stays."""
+        with _made(self.root), tempfile.TemporaryDirectory(prefix=".dry-run-", dir=self.root) as root:
+            yield RunFolder(Path(root))
+
 
 def check_writable(folder: Path) -> None:
     """Raises `InputError` unless files can be made in `folder`, which need not exist. Leaves nothing behind."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with _made(folder), tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise InputError(f"--out: cannot write to {folder} ({error.strerror})") from error
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Makes `folder` if it is not there; what was made for it goes again when this closes, unless something is in it."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
     finally:
         for path in missing:
-            if path.is_dir():
+            with suppress(OSError):
                 path.rmdir()

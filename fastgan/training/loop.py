@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fastgan.training import checkpoint
 from fastgan.training.data import Batches
-from fastgan.training.errors import Diverged, Interrupted
+from fastgan.training.errors import Interrupted
 from fastgan.training.folder import RunFolder
 from fastgan.training.images import save_grid
 from fastgan.training.metrics import Curves
@@ -93,7 +93,7 @@ class Training:
                 epoch, rest = divmod(self.step, self.plan.steps_per_epoch)
                 save = stop or self.step == self.plan.steps or self.step % self.plan.checkpoint_every == 0
                 if save or rest == 0 or self.step % LOOK_EVERY == 0:
-                    losses = self._look(curves)
+                    losses = self._shown(curves.flush())
                     bar.update(task, losses=losses)
                 if rest == 0:
                     self._save_grid(self.folder.epoch_grid(epoch))
@@ -104,16 +104,12 @@ class Training:
                 if save or rest == 0:
                     curves.restart_clock()
         if self.step < self.plan.steps:
-            raise Interrupted(f"stopped after step {self.step}; --resume continues {self.folder.checkpoint}")
+            raise Interrupted(f"stopped after step {self.step}")
         self._save_grid(self.folder.final_grid)
         return curves
 
-    def _look(self, curves: Curves) -> str:
-        try:
-            last = curves.flush()
-        except Diverged as error:
-            good = f"{self.folder.checkpoint} (step {self.saved})" if self.saved else "none, it came too early"
-            raise Diverged(f"{error}; the last good checkpoint: {good}") from error
+    @staticmethod
+    def _shown(last: dict[str, float]) -> str:
         shown = [f"{name} {value:.2f}" for name, value in last.items() if name.startswith("loss")]
         return "  ".join([*shown, f"{last['images_per_s']:.0f} images/s"])
 

@@ -1,6 +1,7 @@
 """A training run from its options to its result: checks, data, system, loop, comparison."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from fastgan.training import checkpoint
 from fastgan.training.compare import Comparison, compare
 from fastgan.training.data import Batches, load_images
 from fastgan.training.dcgan import DCGAN
-from fastgan.training.errors import InputError
+from fastgan.training.errors import Diverged, InputError, Interrupted
 from fastgan.training.folder import RunFolder, check_writable
 from fastgan.training.loop import Plan, Training
 from fastgan.training.system import Settings, System, require
@@ -30,9 +31,12 @@ COMPARE_SECONDS = {False: 4.0, True: 40.0}
 
 @dataclass(frozen=True)
 class Result:
-    """What a run did. `comparison` is None when the model was not fused, `previous` where an earlier run was moved."""
+    """What a run did. `comparison` is None when the model was not fused, `previous` where an earlier run was moved.
 
-    folder: RunFolder
+    `folder` is None after a dry run, which leaves nothing.
+    """
+
+    folder: RunFolder | None
     steps: int
     images_per_s: float
     seconds: float
@@ -48,17 +52,16 @@ def train(
     steps: int | None = None,
     epochs: int | None = None,
     device: str = "auto",
-    precision: str = "fp32",
     checkpoint_every: int = 500,
     resume: bool = False,
-    fused: bool = True,
     careful_compare: bool = False,
     dry_run: bool = False,
     console: Console | None = None,
 ) -> Result | None:
     """Trains `system_name` with the settings in `given`, the others at their defaults or as the checkpoint has them.
 
-    Returns None when the resumed run had already reached its end. Raises `InputError` before anything is written.
+    Returns None when the resumed run had already reached its end. Raises `InputError` before anything is written. A dry
+    run takes two steps from where a real one would start, in a folder of its own that is then removed.
     """
     console = console or Console(quiet=True)
     folder = RunFolder(out)
@@ -66,9 +69,11 @@ def train(
     state = read_checkpoint(folder.checkpoint, system_name) if resume else None
     settings = _settings(system_type.settings_type, given, state, folder.checkpoint)
     _check_schedule(steps, epochs, checkpoint_every)
-    require(fused or not careful_compare, "--compare", "with --no-fuse", "one of the two: it measures the fused model")
-    check_writable(out)
-    accelerator = make_accelerator(device, precision)
+    comparable = settings.fuse or not careful_compare
+    require(comparable, "--compare", "with --no-fuse", "one of the two: it measures the fused model")
+    accelerator = make_accelerator(device, settings.precision)
+    if accelerator.is_main_process:
+        check_writable(out)
     console.quiet |= not accelerator.is_main_process
 
     with console.status(f"Reading {settings.data}"):
@@ -80,14 +85,14 @@ def train(
         )
     batches = Batches(images, settings.batch_size, settings.seed, accelerator)
 
-    def build(fuse_it: bool) -> System:
+    def build(fused: bool) -> System:
         system = system_type(settings, images.channels, accelerator)
-        for network in system.networks.values() if fuse_it else ():
+        for network in system.networks.values() if fused else ():
             fuse(network)
         return system
 
     torch.manual_seed(settings.seed)
-    system = build(fused)
+    system = build(settings.fuse)
     if accelerator.process_index:
         torch.manual_seed(settings.seed + accelerator.process_index)
 
@@ -98,25 +103,39 @@ def train(
         steps = state["steps"]
     elif steps is None:
         steps = (epochs or EPOCHS) * steps_per_epoch
-    plan = Plan(steps, steps_per_epoch, checkpoint_every)
-    training = Training(system, batches, folder, plan, console)
+    if state and state["step"] >= steps:
+        return None
     previous = None
-    if state:
-        training.load_state_dict(state)
-        if training.step >= plan.steps:
-            return None
-    elif accelerator.is_main_process:
+    if accelerator.is_main_process and not state and not dry_run:
         previous = folder.set_aside()
     accelerator.wait_for_everyone()
-    curves = training.run()
+
+    with folder.scratch() if dry_run else nullcontext(folder) as used:
+        training = Training(system, batches, used, Plan(steps, steps_per_epoch, checkpoint_every), console)
+        if state:
+            training.load_state_dict(state)
+        try:
+            curves = training.run()
+        except (Diverged, Interrupted) as error:
+            error.args = (f"{error}; {'a dry run keeps nothing' if dry_run else _kept(error, training)}",)
+            raise
 
     comparison = None
-    if fused:
+    if settings.fuse:
         with console.status("Comparing with the unfused model"):
             stock = build(False)
             stock.load_state_dict(system.state_dict())
             comparison = compare(system, stock, batches, COMPARE_SECONDS[careful_compare])
-    return Result(folder, training.step, curves.images / curves.seconds, curves.seconds, comparison, previous)
+    images_per_s = curves.images / curves.seconds
+    return Result(None if dry_run else folder, training.step, images_per_s, curves.seconds, comparison, previous)
+
+
+def _kept(error: Exception, training: Training) -> str:
+    """What is left of a run that ended in `error`."""
+    if isinstance(error, Interrupted):
+        return f"--resume continues {training.folder.checkpoint}"
+    good = f"{training.folder.checkpoint} (step {training.saved})" if training.saved else "none, it came too early"
+    return f"the last good checkpoint: {good}"
 
 
 def read_checkpoint(path: Path, system_name: str | None = None) -> dict[str, Any]:
@@ -131,7 +150,6 @@ def read_checkpoint(path: Path, system_name: str | None = None) -> dict[str, Any
 
 def make_accelerator(device: str, precision: str) -> Accelerator:
     """accelerate's view of the device, the number format and the processes."""
-    require(precision in {"fp32", "bf16"}, "--precision", precision, "fp32 or bf16")
     present = torch.accelerator.current_accelerator(check_available=True)
     known = ["cpu", *([present.type] if present else [])]
     if device != "auto":
@@ -153,11 +171,19 @@ def _settings(kind: type[Settings], given: Mapping[str, Any], state: dict[str, A
         for name, value in given.items():
             kept = getattr(settings, name)
             if name != "data" and value != kept:
-                option = "--" + name.replace("_", "-")
-                raise InputError(f"{option}: {value} does not fit {path}, trained with {kept}; a resumed run keeps it")
+                given_option, kept_option = _option(name, value), _option(name, kept)
+                raise InputError(
+                    f"{given_option} does not fit {path}, trained with {kept_option}; a resumed run keeps it"
+                )
         settings = replace(settings, data=given.get("data", settings.data))
     settings.check()
     return settings
+
+
+def _option(name: str, value: Any) -> str:
+    """Setting `name` as typed on the command line."""
+    words = name.replace("_", "-")
+    return f"--{'' if value else 'no-'}{words}" if isinstance(value, bool) else f"--{words} {value}"
 
 
 def _check_schedule(steps: int | None, epochs: int | None, checkpoint_every: int) -> None:

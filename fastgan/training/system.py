@@ -18,7 +18,7 @@ from fastgan.training.errors import InputError
 class Settings:
     """What decides the outcome of a run, whatever the system. A checkpoint keeps it, and a resumed run must agree.
 
-    A system adds its own by inheriting. Field `image_size` is option `--image-size`.
+    A system adds its own by inheriting. Field `image_size` is option `--image-size`, `fuse` is `--fuse` or `--no-fuse`.
     """
 
     data: str = "digits"
@@ -26,12 +26,15 @@ class Settings:
     batch_size: int = 64
     lr: float = 2e-4
     seed: int = 0
+    precision: str = "fp32"
+    fuse: bool = True
 
     def check(self) -> None:
         """Raises `InputError` for the first value that does not fit."""
         require(self.batch_size >= 2, "--batch-size", self.batch_size, "2 or more, as batch norm needs")
         require(0 < self.lr < math.inf, "--lr", self.lr, "a number above 0")
         require(0 <= self.seed < 2**63, "--seed", self.seed, "from 0 to 2**63 - 1")
+        require(self.precision in {"fp32", "bf16"}, "--precision", self.precision, "fp32 or bf16")
 
 
 def require(fits: bool, option: str, value: object, expected: str) -> None:

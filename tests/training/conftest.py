@@ -57,7 +57,7 @@ def train() -> Callable[..., run.Result | None]:
     """`run.train` on the digits, small and stock unless told otherwise."""
 
     def train(out: Path, settings: dict[str, Any] | None = None, **options: Any) -> run.Result | None:
-        given = settings or {} if options.get("resume") else TINY | (settings or {})
-        return run.train("dcgan", given, **{"out": out, "device": "cpu", "fused": False} | options)
+        given = settings or {} if options.get("resume") else TINY | {"fuse": False} | (settings or {})
+        return run.train("dcgan", given, **{"out": out, "device": "cpu"} | options)
 
     return train

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 from fastgan.training import checkpoint, dcgan, run
@@ -86,14 +87,19 @@ def test_the_seed_decides_the_run(train, tmp_path):
     assert losses(tmp_path / "a")[0] != losses(tmp_path / "c")[0]
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["stock", "fused"])
-@pytest.mark.parametrize("settings", [{}, {"d_steps": 3, "label_smoothing": 0.1}], ids=["plain", "three d steps"])
-def test_a_resumed_run_continues_exactly(train, tmp_path, settings, fused):
+@pytest.mark.parametrize("fuse", [False, True], ids=["stock", "fused"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"d_steps": 3, "label_smoothing": 0.1}, {"precision": "bf16"}],
+    ids=["plain", "three d steps", "bf16"],
+)
+def test_a_resumed_run_continues_exactly(train, tmp_path, settings, fuse):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train(whole, settings, steps=18, fused=fused)
-    train(parts, settings, steps=7, fused=fused)
+    train(whole, settings | {"fuse": fuse}, steps=18)
+    train(parts, settings | {"fuse": fuse}, steps=7)
     (parts / "samples" / "final.png").unlink()
-    train(parts, resume=True, steps=18, fused=fused)
+    AcceleratorState._reset_state(reset_partial_state=True)  # as in a process of its own
+    train(parts, resume=True, steps=18)
     assert_same_run(whole, parts)
 
 
@@ -148,11 +154,52 @@ def test_a_new_run_moves_the_one_before_aside(train, tmp_path):
     assert len(rows(tmp_path)) == 2
 
 
-def test_a_dry_run_is_two_steps_and_one_grid(train, tmp_path):
-    train(tmp_path, dry_run=True, epochs=100)
-    assert len(rows(tmp_path)) == 2
-    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["final.png"]
-    assert checkpoint.load(tmp_path / "checkpoint.pt")["step"] == 2
+def everything_in(folder):
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """The names of the files that runs write whole."""
+    names, original = [], checkpoint.os.replace
+
+    def replace(partial, path):
+        names.append(Path(path).name)
+        original(partial, path)
+
+    monkeypatch.setattr(checkpoint.os, "replace", replace)
+    return names
+
+
+def test_a_dry_run_writes_all_kinds_of_files_and_leaves_none(train, tmp_path, written):
+    result = train(tmp_path / "new" / "out", dry_run=True, epochs=100)
+    assert (result.steps, result.folder) == (2, None)
+    assert set(written) == {"curves.csv", "final.png", "checkpoint.pt"}
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("resume", [False, True], ids=["new", "resumed"])
+def test_a_dry_run_leaves_the_run_in_its_folder_as_it_was(train, tmp_path, monkeypatch, written, resume):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(whole, steps=10)
+    with monkeypatch.context() as patch:
+        stop_at(4, patch, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(Interrupted):
+            train(parts, steps=10)
+    before = everything_in(parts)
+    written.clear()
+    assert train(parts, resume=resume, dry_run=True).steps == (6 if resume else 2)
+    assert "checkpoint.pt" in written
+    assert everything_in(parts) == before
+    train(parts, resume=True)
+    assert_same_run(whole, parts)
+
+
+def test_a_dry_run_that_is_stopped_leaves_nothing_and_says_so(train, tmp_path, monkeypatch):
+    stop_at(1, monkeypatch, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(Interrupted, match=r"^stopped after step 1; a dry run keeps nothing$"):
+        train(tmp_path / "out", dry_run=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("every", "good"), [(2, r".*checkpoint\.pt \(step 4\)"), (9, "none, it came too early")])
@@ -168,24 +215,22 @@ def test_divergence_names_the_step_and_the_last_good_checkpoint(train, tmp_path,
         assert checkpoint.load(tmp_path / "checkpoint.pt")["step"] == 4
 
 
-def test_fused_and_stock_checkpoints_continue_each_other(train, tmp_path):
+def test_fused_and_stock_runs_agree_and_are_compared(train, tmp_path):
     stock, fused = tmp_path / "stock", tmp_path / "fused"
     result = train(stock, steps=4)
     assert result.comparison is None
-    result = train(fused, steps=4, fused=True)
+    result = train(fused, {"fuse": True}, steps=4)
     assert result.comparison.pairs >= 3
     assert result.comparison.speedup == result.comparison.stock / result.comparison.fused > 0
     states = [checkpoint.load(out / "checkpoint.pt") for out in (stock, fused)]
     for name in ("generator", "discriminator"):
         torch.testing.assert_close(states[0]["networks"][name], states[1]["networks"][name], rtol=1e-2, atol=1e-3)
-    train(stock, resume=True, steps=6, fused=True)
-    train(fused, resume=True, steps=6, fused=False)
     for a, b in zip(losses(stock), losses(fused), strict=True):
         assert {k: float(v) for k, v in a.items()} == pytest.approx({k: float(v) for k, v in b.items()}, rel=1e-2)
 
 
 def test_bf16_trains(train, tmp_path):
-    train(tmp_path, steps=2, precision="bf16")
+    train(tmp_path, {"precision": "bf16"}, steps=2)
     state = checkpoint.load(tmp_path / "checkpoint.pt")
     assert {value.dtype for value in state["networks"]["generator"].values()} == {torch.float32, torch.int64}
 
@@ -202,11 +247,20 @@ def test_a_folder_that_has_moved_can_be_resumed_and_another_cannot(train, tmp_pa
         train(tmp_path / "out", {"data": str(tmp_path / "other")}, resume=True, steps=4)
 
 
-@pytest.mark.parametrize(("name", "value"), [("image_size", 16), ("batch_size", 64), ("seed", 9), ("lr", 0.1)])
-def test_a_resumed_run_keeps_its_settings(train, tmp_path, name, value):
+@pytest.mark.parametrize(
+    ("name", "value", "given", "kept"),
+    [
+        ("image_size", 16, "--image-size 16", "--image-size 8"),
+        ("batch_size", 64, "--batch-size 64", "--batch-size 128"),
+        ("seed", 9, "--seed 9", "--seed 0"),
+        ("lr", 0.1, "--lr 0.1", "--lr 0.0002"),
+        ("precision", "bf16", "--precision bf16", "--precision fp32"),
+        ("fuse", True, "--fuse", "--no-fuse"),
+    ],
+)
+def test_a_resumed_run_keeps_its_settings(train, tmp_path, name, value, given, kept):
     train(tmp_path, steps=1)
-    option = "--" + name.replace("_", "-")
-    with pytest.raises(InputError, match=rf"^{option}: {value} does not fit .*checkpoint\.pt, trained with "):
+    with pytest.raises(InputError, match=rf"^{given} does not fit .*checkpoint\.pt, trained with {kept}; a resumed"):
         train(tmp_path, {name: value}, resume=True, steps=2)
 
 
@@ -219,11 +273,13 @@ def test_a_checkpoint_of_another_system_is_refused(train, tmp_path):
 
 
 TWO_PROCESSES = """
-import sys
+import os, sys
 from pathlib import Path
 from fastgan.training import run
-settings = {"image_size": 8, "batch_size": 128, "features": 4}
-run.train("dcgan", settings, out=Path(sys.argv[1]), steps=11, device="cpu", fused=False)
+if os.environ["RANK"] != "0":
+    run.check_writable = None  # it makes and removes --out; two processes would take the folder from each other
+settings = {"image_size": 8, "batch_size": 128, "features": 4, "fuse": False}
+run.train("dcgan", settings, out=Path(sys.argv[1]), steps=11, device="cpu")
 """
 
 
