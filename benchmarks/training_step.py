@@ -1,0 +1,123 @@
+"""A training step of a reference system, fused, against the same step in stock PyTorch: what the systems share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.case import OURS, Case, Contest, first_line
+from benchmarks.memory import peak_bytes, saved_bytes
+from benchmarks.op import gate
+from fastgan.training.run import make_accelerator
+
+REALS = 4
+"""Different batches of real images."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all contenders are given."""
+
+    reals: list[Tensor]
+    latent_dim: int
+    lr: float
+    autocast: bool
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        return self.reals[0].device
+
+    def precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)
+
+    def noise(self) -> Tensor:
+        return torch.randn(len(self.reals[0]), self.latent_dim, 1, 1, device=self.device).to(self.dtype)
+
+    def accelerator(self) -> Accelerator:
+        """A new one: its precision is one for the whole process."""
+        AcceleratorState._reset_state(reset_partial_state=True)
+        return make_accelerator(str(self.device), "bf16" if self.autocast else "fp32")
+
+
+@dataclass(frozen=True)
+class Stock:
+    """How a step in stock PyTorch is set up. As it stands: the code as it is written in its paper's or tutorial's manner."""
+
+    channels_last: bool = False
+    compiled: bool = False
+    tuned: bool = False
+    """Fused Adam, and a discriminator that is frozen while the generator learns."""
+
+
+class Trainer:
+    """Two networks and their step."""
+
+    generator: nn.Module
+    step: Callable[[], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCase(Case):
+    """Ours against `peers`, each made from a `Setup`; the gate looks at the gradients of the generator."""
+
+    image: tuple[int, int, int, int]
+    latent_dim: int
+    lr: float
+    autocast: bool
+    ours: Callable[[Setup], Trainer]
+    stock: Callable[[Stock, Setup], Trainer]
+    peers: dict[str, Stock]
+
+    def prepare(self, device: torch.device) -> Contest:
+        torch.compiler.reset()
+        torch.manual_seed(1)
+        reals = [torch.rand(self.image, device=device) * 2 - 1 for _ in range(REALS)]
+        setup = Setup(reals, self.latent_dim, self.lr, self.autocast)
+        contest = Contest({}, gate=self._check(setup), captured=False)
+        trainers = {OURS: self.ours(setup)}
+        trainers |= {name: self.stock(stock, setup) for name, stock in self.peers.items()}
+        for name, trainer in trainers.items():
+            try:
+                trainer.step()
+            except Exception as error:
+                if name == OURS:
+                    raise
+                contest.notes.append(f"{name}: {first_line(error)}")
+                continue
+            contest.contenders[name] = trainer.step
+            if "compile" not in name:
+                contest.saved[name] = saved_by_generator(trainer.generator, setup)
+                contest.peak[name] = peak_bytes(trainer.step, device)
+        with FlopCounterMode(display=False) as counter:
+            trainers["tuned"].step()
+        contest.flops = counter.get_total_flops()
+        return contest
+
+    def _check(self, setup: Setup) -> str:
+        """The gate, for the generator's gradients: they have come through all layers of both networks.
+
+        Of a step that moves nothing: Adam's first step is ±lr, also where rounding decides on the sign.
+        """
+        still = replace(setup, lr=0.0)
+        wide = replace(still, reals=[image.double() for image in setup.reals], autocast=False, dtype=torch.float64)
+        results = []
+        for trainer in (self.ours(still), self.stock(Stock(), still), self.stock(Stock(), wide)):
+            torch.manual_seed(2)
+            trainer.step()
+            grads = [p.grad.flatten() for p in trainer.generator.parameters() if p.grad is not None]
+            results.append([torch.cat(grads)])
+        ours, eager, expected = results
+        return gate(ours, [eager], expected)
+
+
+def saved_by_generator(generator: nn.Module, setup: Setup) -> int:
+    def forward() -> Tensor:
+        with setup.precision():
+            return generator(setup.noise())
+
+    return saved_bytes(forward, generator.parameters())
