@@ -2,5 +2,6 @@
 
 from fastgan import nn, ops
 from fastgan.fuse import explain, fuse, unfuse
+from fastgan.lean import lean_double_backward
 
-__all__ = ["explain", "fuse", "nn", "ops", "unfuse"]
+__all__ = ["explain", "fuse", "lean_double_backward", "nn", "ops", "unfuse"]

@@ -1,4 +1,4 @@
-"""Registering an operator's gradient."""
+"""Registering an operator's gradient, and the zeros that a lean one owes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -45,3 +45,63 @@ def register_gradient(operator: str, backward: Callable, save: Callable) -> None
         return call_below(*inputs)
 
     torch.library.impl(f"fastgan::{operator}", "Autograd", autograd)
+
+
+# ── Zeros ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# The second derivative of relu(x) in x is zero. Stock autograd pushes that zero back through all that x was made from: a
+# pass through the network, in which each parameter before it gets a gradient of zeros. A lean operator returns None for x.
+# But optimisers and DistributedDataParallel tell zeros from None, so it hands the parameters their zeros at once.
+
+
+def with_zeros(ctx, grad: Tensor) -> Tensor:
+    """`grad`, the gradient of the running backward's first argument, whose own backward gives zeros to the leaves before
+    that argument."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return grad
+    leaves = _leaves_before(ctx.next_functions[0][0])
+    return _WithZeros.apply(grad, *leaves) if leaves else grad
+
+
+class _WithZeros(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, grad, *leaves):
+        ctx.like = [(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves]
+        ctx.set_materialize_grads(False)
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, gg):
+        zeros = (torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype, device in ctx.like)
+        return gg, *(zero if needed else None for zero, needed in zip(zeros, ctx.needs_input_grad[1:], strict=True))
+
+
+class _Walk:
+    """The nodes of the graph that a backward pass has been through in search of leaves."""
+
+    task = -1
+    nodes: set = set()  # noqa: RUF012
+
+    @classmethod
+    def nodes_of_this_pass(cls) -> set:
+        """Every pass begins anew: what it finds later lies before what it has found, and is not found twice."""
+        current_task = getattr(torch._C, "_current_graph_task_id", None)  # private to torch
+        if current_task is None:
+            return set()
+        if current_task() != cls.task:
+            cls.task, cls.nodes = current_task(), set()
+            torch.autograd.Variable._execution_engine.queue_callback(cls.nodes.clear)  # they hold the graph
+        return cls.nodes
+
+
+def _leaves_before(node: Any) -> list[Tensor]:
+    """The leaves that a node of the graph was made from, less those that this backward pass has found already."""
+    nodes, leaves, ahead = _Walk.nodes_of_this_pass(), [], [node]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in nodes:
+            continue
+        nodes.add(node)
+        if hasattr(node, "variable"):
+            leaves.append(node.variable)
+        ahead += [edge[0] for edge in node.next_functions]
+    return leaves

@@ -231,13 +231,13 @@ def _positions_of(geometry: Geometry, image: Tensor, weight: Tensor) -> Tensor:
 
 def _image_of(geometry: Geometry, positions: Tensor, weight: Tensor) -> Tensor:
     """The image whose patches are positions · weight; where they overlap they add up."""
-    from fastgan import _C
-
     image = _new_image(positions, geometry.image)
     left, right = _rows(positions), _matrix_of_weight(weight)
     if geometry.image_is_patch:
         torch.mm(left, right, out=image.permute(0, 2, 3, 1).view(geometry.patches, geometry.patch))
     else:
+        from fastgan import _C
+
         patches = left @ right
         _C.patches_to_image(_patches(geometry), patches.data_ptr(), image.data_ptr())
     return image

@@ -96,11 +96,14 @@ def _input_grad(grad_y: Tensor, weight: Tensor, input_size, settings) -> Tensor:
 
 def _save_convolution(ctx, inputs, output) -> None:
     x, weight, _, *ctx.settings = inputs
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight)
     remember_edges(ctx, inputs)
 
 
 def _backward(ctx, grad_y):
+    if grad_y is None:
+        return None, None, None, *[None] * len(ctx.settings)
     x, weight = ctx.saved_tensors
     grad_x = grad_weight = grad_bias = None
     if will_use(ctx, 0):
@@ -117,11 +120,14 @@ register_gradient("convolution", _backward, _save_convolution)
 
 def _save_weight_grad(ctx, inputs, output) -> None:
     grad_y, x, _, *ctx.settings = inputs
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(grad_y, x)
     remember_edges(ctx, inputs)
 
 
 def _weight_grad_backward(ctx, ggw):
+    if ggw is None:
+        return None, None, None, *[None] * len(ctx.settings)
     grad_y, x = ctx.saved_tensors
     g_grad_y = grad_x = None
     if will_use(ctx, 0):
@@ -222,8 +228,11 @@ class Prepared(NamedTuple):
     runs_as_stock: bool
 
 
-def prepare(x: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple) -> Prepared:
-    """`settings` are those of the operator, each size one number or two."""
+def prepare(x: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple, lean: bool = False) -> Prepared:
+    """`settings` are those of the operator, each size one number or two.
+
+    With `lean` the operator serves wherever its derivatives are right, be stock torch faster in the forward or not.
+    """
     settings = _in_pairs(settings)
     stride, _, _, transposed, output_padding, groups = settings
     check_is_tensor("x", x)
@@ -234,16 +243,21 @@ def prepare(x: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple) -> 
         raise ValueError(
             f"x of shape {tuple(x.shape)} is too small for weight {tuple(weight.shape)}: no output is left"
         )
-    device = x.device.type
     runs_as_stock = (
         x.numel() == 0
         or is_transformed()
-        or backend.serving(device) == "reference"
         # Legal below the dilation, but the gradient is then no plain convolution.
         or (transposed and (output_padding[0] >= stride[0] or output_padding[1] >= stride[1]))
-        or (device == "cpu" and _conv_cpu.stock_is_faster(x, weight, size, settings))
+        or (not lean and _stock_is_faster(x, weight, size, settings))
     )
     return Prepared(x, weight, bias, settings, size, runs_as_stock)
+
+
+def _stock_is_faster(x: Tensor, weight: Tensor, size: Sequence[int], settings: tuple) -> bool:
+    device = x.device.type
+    if backend.serving(device) == "reference":
+        return True
+    return device == "cpu" and _conv_cpu.stock_is_faster(x, weight, size, settings)
 
 
 def convolve(prepared: Prepared, keep_layout: bool) -> Tensor:

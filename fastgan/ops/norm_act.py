@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgan import backend
-from fastgan.ops._autograd import is_transformed, register_gradient
+from fastgan.ops._autograd import is_transformed, register_gradient, with_zeros
 from fastgan.ops._tensors import (
     DTYPES,
     accumulation_dtype,
@@ -149,6 +149,8 @@ def _backward(ctx, grad_y, _mean, _var):
     for i, needed in enumerate((needs_x, needs_weight, needs_bias, needs_residual)):
         if needed:
             grads[i] = found[i]
+    if needs_x and not ctx.training:
+        grads[0] = with_zeros(ctx, found[0])
     if passes_residual:
         grads[3] = grad_y
     return tuple(grads)
@@ -172,8 +174,9 @@ def _double_backward(ctx, ggx, ggw, ggb, ggr):
     found = torch.ops.fastgan.batch_norm_act_double_backward(
         ggx, ggw, ggb, ggr, *ctx.saved_tensors, ctx.training, *ctx.settings
     )
-    for i in range(3):
-        if ctx.needs_input_grad[i]:
+    depends_on_x = ctx.training or ggw is not None
+    for i, depends in enumerate((True, depends_on_x, True)):
+        if depends and ctx.needs_input_grad[i]:
             grads[i] = found[i]
     if ctx.needs_input_grad[3]:
         grads[3] = torch.zeros_like(bias)  # bias moves only the switching points of the activation
@@ -404,10 +407,17 @@ def normalise(
     negative_slope: float,
     residual: Tensor | None = None,
     mean_offset: Tensor | None = None,
+    lean: bool = False,
 ) -> Tensor:
     """`batch_norm_act` on checked arguments. `mean_offset` (C,) is added to the mean that `running_mean` sees: the bias of
-    a convolution, which cancels everywhere else."""
-    if is_transformed() or backend.serving(x.device.type) == "reference" or _stock_is_faster(x, training):
+    a convolution, which cancels everywhere else. With `lean` the operator serves be stock torch faster in the forward or
+    not."""
+    if (
+        x.numel() == 0
+        or is_transformed()
+        or backend.serving(x.device.type) == "reference"
+        or (not lean and _stock_is_faster(x, training))
+    ):
         return reference(
             x, running_mean, running_var, weight, bias, training, momentum, eps,
             act=act, negative_slope=negative_slope, residual=residual,
@@ -430,7 +440,7 @@ _SMALL, _SMALL_TRAINING_FLOAT = 1 << 19, 1 << 17
 
 def _stock_is_faster(x: Tensor, training: bool) -> bool:
     if x.device.type != "cpu" or torch.compiler.is_compiling() or not backend.is_automatic():
-        return x.numel() == 0
+        return False
     small = _SMALL_TRAINING_FLOAT if training and x.dtype == torch.float32 else _SMALL
     return x.numel() <= small * torch.get_num_threads()
 

@@ -1,0 +1,144 @@
+"""`lean_double_backward()`: whatever runs inside can be differentiated twice at the cost of what is asked, and no more.
+
+A gradient penalty needs four passes through a critic: forward, input gradient, tangent forward, weight gradient. Stock
+autograd makes more of it. The second derivatives of activations and poolings are tensors of zeros that it pushes back
+through the whole network, and the weight gradient of an input gradient is a convolution with kernels as large as images.
+Inside the context the functions of torch that have lean operators here are computed by them: the model needs no change.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from fastgan.ops import activation, avg_pool, conv, norm_act
+
+# ── Functions ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# Each takes the arguments of the stock function, and returns NotImplemented where that has to serve.
+
+
+def _conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    return _convolve(input, weight, bias, (stride, padding, dilation, False, 0, groups))
+
+
+def _conv_transpose2d(input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
+    return _convolve(input, weight, bias, (stride, padding, dilation, True, output_padding, groups))
+
+
+def _convolve(x, weight, bias, settings):
+    try:
+        prepared = conv.prepare(x, weight, bias, settings, lean=True)
+    except (TypeError, ValueError):  # no batch, integers, padding="same": stock has an answer, or an error of its own
+        return NotImplemented
+    return conv.convolve(prepared, keep_layout=True)
+
+
+def _batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+    try:
+        norm_act.check_batch_norm(input, None, running_mean, running_var, weight, bias, training, eps, "none")
+        if training:
+            norm_act.check_batch_size(input.shape)
+    except (TypeError, ValueError):
+        return NotImplemented
+    return norm_act.normalise(
+        input, running_mean, running_var, weight, bias, training, momentum, eps, "none", 0.0, lean=True
+    )
+
+
+def _relu_(input):
+    return activation.relu(input, inplace=True)
+
+
+def _relu(input, inplace=False):
+    return activation.relu(input, inplace)
+
+
+def _leaky_relu(input, negative_slope=0.01, inplace=False):
+    return activation.leaky_relu(input, negative_slope, inplace)
+
+
+def _leaky_relu_(input, negative_slope=0.01):
+    return activation.leaky_relu(input, negative_slope, inplace=True)
+
+
+def _hardtanh(input, min_val=-1.0, max_val=1.0, inplace=False):
+    return activation.hardtanh(input, min_val, max_val, inplace)
+
+
+def _hardtanh_(input, min_val=-1.0, max_val=1.0):
+    return activation.hardtanh(input, min_val, max_val, inplace=True)
+
+
+def _relu6(input, inplace=False):
+    return activation.hardtanh(input, 0.0, 6.0, inplace)
+
+
+def _prelu(input, weight):
+    return activation.prelu(input, weight)
+
+
+def _avg_pool2d(
+    input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None
+):
+    return avg_pool.avg_pool2d(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+
+
+def _adaptive_avg_pool2d(input, output_size):
+    return avg_pool.adaptive_avg_pool2d(input, output_size)
+
+
+# Linear layers, additions, padding with zeros, nearest and bilinear up-sampling, pixel shuffle and means are not here: their
+# stock gradients do not depend on their inputs, or only through products that somebody asks for.
+_LEAN: dict[Any, Callable] = {
+    F.conv2d: _conv2d,
+    F.conv_transpose2d: _conv_transpose2d,
+    F.batch_norm: _batch_norm,
+    F.relu: _relu,
+    F.relu_: _relu_,
+    torch.relu: _relu,
+    torch.relu_: _relu_,
+    Tensor.relu: _relu,
+    Tensor.relu_: _relu_,
+    F.leaky_relu: _leaky_relu,
+    F.leaky_relu_: _leaky_relu_,
+    F.hardtanh: _hardtanh,
+    F.hardtanh_: _hardtanh_,
+    F.relu6: _relu6,
+    F.prelu: _prelu,
+    torch.prelu: _prelu,
+    Tensor.prelu: _prelu,
+    F.avg_pool2d: _avg_pool2d,
+    F.adaptive_avg_pool2d: _adaptive_avg_pool2d,
+}
+
+
+class lean_double_backward(TorchFunctionMode):
+    """A context in which every forward gets a lean, exact double backward.
+
+    ```
+    with fastgan.lean_double_backward():
+        score = critic(images)
+    (gradient,) = torch.autograd.grad(score.sum(), images, create_graph=True)
+    gradient.square().sum().backward()
+    ```
+
+    Convolutions and transposed convolutions, batch norm, ReLU, ReLU6, LeakyReLU, PReLU, Hardtanh and average pooling, as
+    modules or as functions, in place or not, run as operators whose second derivatives compute only what is asked:
+    a convolution costs four of its size in all (forward, input gradient, its tangent, weight gradient), an activation or a
+    pooling one mask or pooling in each pass. What is not recognised runs as stock, and is as exact. Parameters to which
+    stock autograd gives zeros get zeros. All orders of derivatives are exact.
+
+    The model is not modified, and it may be fused. The context belongs to the thread: what DataParallel runs in others is
+    stock. The layouts of tensors are those of stock torch.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        lean = _LEAN.get(func)
+        if lean is not None and torch.is_grad_enabled() and all(t in (Tensor, nn.Parameter) for t in types):
+            result = lean(*args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
+        return func(*args, **(kwargs or {}))
