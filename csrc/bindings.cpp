@@ -40,9 +40,10 @@ const Kernels& kernels = choose_kernels();
 const MatrixKernels* const matrix_kernels = std::string(kernels.name) == "avx512" ? amx_kernels() : nullptr;
 
 NormAct norm_act(int dtype, bool rows, std::array<int64_t, 3> shape, Address x, Address residual, Address weight,
-                 Address bias, bool batch_stats, Address mean, Address var, double eps, int act, double negative_slope) {
+                 Address bias, int64_t groups, bool batch_stats, Address mean, Address var, double eps, int act,
+                 double negative_slope) {
   return {static_cast<DType>(dtype), rows, shape[0], shape[1], shape[2], at(x), at(residual), at(weight), at(bias),
-          batch_stats, at<double>(mean), at<double>(var), eps, static_cast<Act>(act), negative_slope};
+          groups, batch_stats, at<double>(mean), at<double>(var), eps, static_cast<Act>(act), negative_slope};
 }
 
 Patches patches_of(int dtype, std::array<int64_t, 4> image, std::array<int64_t, 2> positions,

@@ -312,7 +312,7 @@ class _Call:
         )
         self.arguments = _C.NormAct(
             DTYPES[x.dtype], self.channels_last or self.shape[2] == 1, self.shape, self.x.data_ptr(),
-            address(self.residual), address(self.weight), address(self.bias), batch_stats,
+            address(self.residual), address(self.weight), address(self.bias), 0, batch_stats,
             self.mean.data_ptr(), self.var.data_ptr(), eps, _ACT_CODES[act], negative_slope,
         )  # fmt: skip
 
