@@ -18,6 +18,7 @@ struct NormAct {
   const void* weight;   // (C,) acc, or null for 1
   const void* bias;     // (C,) acc, or null for 0
   int64_t groups;       // 0: batch norm. Else of a sample, C / groups channels each
+  bool per_element;     // weight, bias and their gradients are (S,): layer norm, where C and groups are 1
   bool batch_stats;     // true: the gradient (and, in the forward, the statistics) are x's own, as always in groups
   double* mean;         // (C,), or (N, groups); written by the forward when batch_stats
   double* var;          // likewise, biased
@@ -80,6 +81,9 @@ struct Kernels {
   void (*batch_norm_act_forward)(const NormActForward&);
   void (*batch_norm_act_backward)(const NormActBackward&);
   void (*batch_norm_act_double_backward)(const NormActDoubleBackward&);
+  void (*group_norm_act_forward)(const NormActForward&);
+  void (*group_norm_act_backward)(const NormActBackward&);
+  void (*group_norm_act_double_backward)(const NormActDoubleBackward&);
   void (*image_to_patches)(const Patches&, const void* image, void* patches);
   void (*patches_to_image)(const Patches&, const void* patches, void* image);
 };
