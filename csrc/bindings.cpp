@@ -40,9 +40,32 @@ const Kernels& kernels = choose_kernels();
 const MatrixKernels* const matrix_kernels = std::string(kernels.name) == "avx512" ? amx_kernels() : nullptr;
 
 NormAct norm_act(int dtype, bool rows, std::array<int64_t, 3> shape, Address x, Address residual, Address weight,
-                 Address bias, bool batch_stats, Address mean, Address var, double eps, int act, double negative_slope) {
+                 Address bias, int64_t groups, bool per_element, bool batch_stats, Address mean, Address var, double eps,
+                 int act, double negative_slope) {
   return {static_cast<DType>(dtype), rows, shape[0], shape[1], shape[2], at(x), at(residual), at(weight), at(bias),
-          batch_stats, at<double>(mean), at<double>(var), eps, static_cast<Act>(act), negative_slope};
+          groups, per_element, batch_stats, at<double>(mean), at<double>(var), eps, static_cast<Act>(act), negative_slope};
+}
+
+using release = py::call_guard<py::gil_scoped_release>;
+
+// The three orders of a norm as name_forward, name_backward and name_double_backward.
+void define_norm(py::module_& m, const std::string& name, void (*forward)(const NormActForward&),
+                 void (*backward)(const NormActBackward&), void (*double_backward)(const NormActDoubleBackward&)) {
+  m.def((name + "_forward").c_str(), [=](const NormAct& a, Address y) { forward({a, at(y)}); }, release());
+  m.def(
+      (name + "_backward").c_str(),
+      [=](const NormAct& a, Address grad_y, Address grad_x, Address grad_residual, Address grad_weight,
+          Address grad_bias) {
+        backward({a, at(grad_y), at(grad_x), at(grad_residual), at(grad_weight), at(grad_bias)});
+      },
+      release());
+  m.def(
+      (name + "_double_backward").c_str(),
+      [=](const NormAct& a, Address grad_y, Address ggx, Address ggr, Address ggw, Address ggb, Address g_grad_y,
+          Address g_x, Address g_weight) {
+        double_backward({a, at(grad_y), at(ggx), at(ggr), at(ggw), at(ggb), at(g_grad_y), at(g_x), at(g_weight)});
+      },
+      release());
 }
 
 Patches patches_of(int dtype, std::array<int64_t, 4> image, std::array<int64_t, 2> positions,
@@ -62,28 +85,14 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ kernels of fastgan";
   py::class_<NormAct>(m, "NormAct").def(py::init(&norm_act));
   py::class_<Patches>(m, "Patches").def(py::init(&patches_of));
-  using release = py::call_guard<py::gil_scoped_release>;
 
   m.def("cpu_capability", [] { return kernels.name; }, "The instruction set whose kernels run on this CPU.");
   m.def("max_threads", &omp_get_max_threads, "How many threads the kernels use: torch.get_num_threads().");
 
-  m.def("batch_norm_act_forward", [](const NormAct& a, Address y) { kernels.batch_norm_act_forward({a, at(y)}); },
-        release());
-  m.def(
-      "batch_norm_act_backward",
-      [](const NormAct& a, Address grad_y, Address grad_x, Address grad_residual, Address grad_weight,
-         Address grad_bias) {
-        kernels.batch_norm_act_backward({a, at(grad_y), at(grad_x), at(grad_residual), at(grad_weight), at(grad_bias)});
-      },
-      release());
-  m.def(
-      "batch_norm_act_double_backward",
-      [](const NormAct& a, Address grad_y, Address ggx, Address ggr, Address ggw, Address ggb, Address g_grad_y,
-         Address g_x, Address g_weight) {
-        kernels.batch_norm_act_double_backward(
-            {a, at(grad_y), at(ggx), at(ggr), at(ggw), at(ggb), at(g_grad_y), at(g_x), at(g_weight)});
-      },
-      release());
+  define_norm(m, "batch_norm_act", kernels.batch_norm_act_forward, kernels.batch_norm_act_backward,
+              kernels.batch_norm_act_double_backward);
+  define_norm(m, "group_norm_act", kernels.group_norm_act_forward, kernels.group_norm_act_backward,
+              kernels.group_norm_act_double_backward);
   m.def("image_to_patches", [](const Patches& p, Address image, Address patches) {
     kernels.image_to_patches(p, at(image), at(patches));
   }, release());

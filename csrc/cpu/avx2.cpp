@@ -26,6 +26,9 @@ const Kernels avx2_kernels = {"avx2",
                                  avx2::batch_norm_act_forward,
                                  avx2::batch_norm_act_backward,
                                  avx2::batch_norm_act_double_backward,
+                                 avx2::group_norm_act_forward,
+                                 avx2::group_norm_act_backward,
+                                 avx2::group_norm_act_double_backward,
                                  avx2::image_to_patches,
                                  avx2::patches_to_image};
 } // namespace fastgan

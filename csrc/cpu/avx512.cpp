@@ -26,6 +26,9 @@ const Kernels avx512_kernels = {"avx512",
                                  avx512::batch_norm_act_forward,
                                  avx512::batch_norm_act_backward,
                                  avx512::batch_norm_act_double_backward,
+                                 avx512::group_norm_act_forward,
+                                 avx512::group_norm_act_backward,
+                                 avx512::group_norm_act_double_backward,
                                  avx512::image_to_patches,
                                  avx512::patches_to_image};
 } // namespace fastgan

@@ -16,6 +16,9 @@ const Kernels baseline_kernels = {"baseline",
                                  baseline::batch_norm_act_forward,
                                  baseline::batch_norm_act_backward,
                                  baseline::batch_norm_act_double_backward,
+                                 baseline::group_norm_act_forward,
+                                 baseline::group_norm_act_backward,
+                                 baseline::group_norm_act_double_backward,
                                  baseline::image_to_patches,
                                  baseline::patches_to_image};
 } // namespace fastgan

@@ -8,7 +8,7 @@ namespace fastgan {
 enum class DType : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
 enum class Act : int { none = 0, relu = 1, leaky_relu = 2 };
 
-// What the three orders of batch_norm_act share. `acc` stands for float, or double when dtype is float64.
+// What the three orders of batch_norm_act and group_norm_act share. `acc` stands for float, or double when dtype is float64.
 struct NormAct {
   DType dtype;
   bool rows;            // true: memory is (N·S, C), channels innermost; false: (N, C, S)
@@ -17,9 +17,11 @@ struct NormAct {
   const void* residual; // (N, C, S) dtype, or null
   const void* weight;   // (C,) acc, or null for 1
   const void* bias;     // (C,) acc, or null for 0
-  bool batch_stats;     // true: the gradient (and, in the forward, the statistics) are the batch's own
-  double* mean;         // (C,); written by the forward when batch_stats
-  double* var;          // (C,), biased; likewise
+  int64_t groups;       // 0: batch norm. Else of a sample, C / groups channels each
+  bool per_element;     // weight, bias and their gradients are (S,): layer norm, where C and groups are 1
+  bool batch_stats;     // true: the gradient (and, in the forward, the statistics) are x's own, as always in groups
+  double* mean;         // (C,), or (N, groups); written by the forward when batch_stats
+  double* var;          // likewise, biased
   double eps;
   Act act;
   double negative_slope;
@@ -79,6 +81,9 @@ struct Kernels {
   void (*batch_norm_act_forward)(const NormActForward&);
   void (*batch_norm_act_backward)(const NormActBackward&);
   void (*batch_norm_act_double_backward)(const NormActDoubleBackward&);
+  void (*group_norm_act_forward)(const NormActForward&);
+  void (*group_norm_act_backward)(const NormActBackward&);
+  void (*group_norm_act_double_backward)(const NormActDoubleBackward&);
   void (*image_to_patches)(const Patches&, const void* image, void* patches);
   void (*patches_to_image)(const Patches&, const void* patches, void* image);
 };

@@ -1,7 +1,10 @@
-// y = act((x - mean) · scale + bias + residual), scale = weight / sqrt(var + eps), and its first and second derivatives.
+// y = act((x - mean) · scale + bias + residual), scale = weight / sqrt(var + eps), and its first and second derivatives,
+// where mean and var are those of a channel of the batch, or of a group of channels of one sample.
 //
-// Every order has one shape: sums per channel over blocks of a fixed size, a finish per channel that merges the blocks in
-// order (so the bits do not depend on the number of threads), and one elementwise pass with per-channel coefficients.
+// A slice is what has coefficients of its own: a channel of the batch, or a channel of a sample. A unit is the slices that
+// share their statistics: one of them, or a group. Every order has one shape: sums per slice over blocks of a fixed size, a
+// finish per unit that merges the blocks in order (so the bits do not depend on the number of threads), and one elementwise
+// pass with the coefficients of each slice.
 // With t = x - mean (the mean as rounded to acc; what rounding took is made good in the coefficients), g = act'(pre) · grad_y, v = ggx and u = ggr:
 //   backward          grad_x   = k1·g + k2·t + k3                    from the sums of g, g·t
 //   double backward   g_grad_y = act'(pre) · (a1·v + a2·t + a3 + u)  from the sums of g, g·t, v, v·t, v·g
@@ -30,44 +33,61 @@ template <class T> struct Activation {
   }
 };
 
-// Per-channel numbers: a table of P rows of C, of which a kernel holds one vector each.
+// A slice's numbers: a table of P rows of as many columns as there are slices, of which a kernel holds one vector each.
 template <class T, int P> struct Channel {
   vec_t<T> p[P ? P : 1];
+  int64_t start; // of the slice in memory, where it lies in one piece
 };
 
-// Memory (N, C, S). A block is some images of one channel, or a piece of one large plane.
-struct Planes {
-  static constexpr int64_t block_elements = 8192;
-  int64_t N, C, S, piece, pieces, images, blocks;
+// Which elements belong together.
+struct Slices {
+  int64_t samples, images, C, S; // samples with statistics of their own, and the images of each
+  int64_t group, count, units;   // slices that share statistics, all slices, count / group
 
-  explicit Planes(const NormAct& a) : N(a.N), C(a.C), S(a.S) {
+  explicit Slices(const NormAct& a) : samples(a.groups ? a.N : 1), images(a.groups ? 1 : a.N), C(a.C), S(a.S) {
+    group = a.groups ? C / a.groups : 1;
+    count = samples * C;
+    units = count / group;
+  }
+  double unit_size() const { return static_cast<double>(group) * images * S; }
+  bool threads() const { return count * images * S > parallel_threshold; }
+  bool many(int64_t pieces) const { return pieces >= 2 * omp_get_max_threads(); }
+};
+
+// Memory (samples, images, C, S). A block is some images of one slice, or a piece of one large plane.
+struct Planes : Slices {
+  static constexpr int64_t block_elements = 8192;
+  int64_t piece, pieces, together, blocks; // blocks: of a slice
+
+  explicit Planes(const NormAct& a) : Slices(a) {
     piece = smaller(S, block_elements);
     pieces = ceil_div(S, larger(piece, 1));
-    images = larger(1, block_elements / larger(S, 1));
-    blocks = ceil_div(N, images) * pieces;
+    together = larger(1, block_elements / larger(S, 1));
+    blocks = ceil_div(images, together) * pieces;
   }
-  int64_t count(int64_t b) const {
-    const int64_t n = b / pieces * images, s = b % pieces * piece;
-    return (smaller(n + images, N) - n) * (smaller(s + piece, S) - s);
+  int64_t size(int64_t b) const {
+    const int64_t n = b / pieces * together, s = b % pieces * piece;
+    return (smaller(n + together, images) - n) * (smaller(s + piece, S) - s);
   }
 
-  // f(sums, channel, offset, n) for every vector of block b of channel c; then flush(k, sum).
+  // f(sums, channel, offset, n) for every vector of block b of slice i; then flush(k, sum).
   template <class T, int P, int K, class F, class Flush>
-  inline __attribute__((always_inline)) void walk(const acc_t<T>* table, int64_t stride, int64_t c, int64_t b, F f,
+  inline __attribute__((always_inline)) void walk(const acc_t<T>* table, int64_t stride, int64_t slice, int64_t b, F f,
                                                   Flush flush) const {
     constexpr int W = lanes<acc_t<T>>;
     Channel<T, P> channel;
+    channel.start = slice * S;
     for (int i = 0; i < P; ++i) channel.p[i] = broadcast<acc_t<T>>(table[i * stride]);
     doubles<acc_t<T>> totals[K ? K : 1] = {};
-    const int64_t n0 = b / pieces * images, n1 = smaller(n0 + images, N), s = b % pieces * piece;
+    const int64_t n0 = b / pieces * together, n1 = smaller(n0 + together, images), s = b % pieces * piece;
     const int64_t length = smaller(s + piece, S) - s, segment = run * unroll * W;
-    const int64_t together = larger(1, run / (length / (unroll * W) + unroll)); // small planes that share accumulators
-    for (int64_t image = n0; image < n1; image += together)
+    const int64_t sharing = larger(1, run / (length / (unroll * W) + unroll)); // small planes that share accumulators
+    for (int64_t image = n0; image < n1; image += sharing)
       for (int64_t first = 0; first < length; first += segment) {
         vec_t<T> sums[unroll][K ? K : 1] = {};
         const int64_t last = smaller(first + segment, length);
-        for (int64_t n = image; n < smaller(image + together, n1); ++n) {
-          const int64_t offset = (n * C + c) * S + s;
+        for (int64_t n = image; n < smaller(image + sharing, n1); ++n) {
+          const int64_t offset = (n * C + slice) * S + s; // where samples are apart n is 0
           int64_t i = first;
           for (; i + unroll * W <= last; i += unroll * W)
             for (int u = 0; u < unroll; ++u) f(sums[u], channel, offset + i + u * W, W);
@@ -83,41 +103,42 @@ struct Planes {
   }
 };
 
-// Memory (N·S, C). A block is some rows of all channels.
-struct Rows {
+// Memory (samples, images·S, C). A block is some rows of all channels.
+struct Rows : Slices {
   // Few enough blocks that merging them is cheap, small enough ones that the second pass over a block finds it in the L2.
   static constexpr int64_t block_elements = 8192, most_blocks = 128;
-  int64_t M, C, height, blocks;
+  int64_t M, height, blocks; // rows of a sample, of a block; blocks of a sample
 
-  explicit Rows(const NormAct& a) : M(a.N * a.S), C(a.C) {
+  explicit Rows(const NormAct& a) : Slices(a), M(images * S) {
     height = larger(larger(unroll, block_elements / larger(C, 1)), ceil_div(M, most_blocks));
     blocks = ceil_div(M, height);
   }
-  int64_t count(int64_t b) const { return smaller((b + 1) * height, M) - b * height; }
+  int64_t size(int64_t b) const { return smaller((b + 1) * height, M) - b * height; }
 
-  // f(sums, channel, offset, n) for every vector of block b; then flush(k, c, sums, n) for every vector of channels.
+  // f(sums, channel, offset, n) for every vector of block b of a sample; then flush(k, c, sums, n) for every vector of
+  // channels.
   template <class T, int P, int K, class F, class Flush>
-  inline __attribute__((always_inline)) void walk(const acc_t<T>* table, int64_t stride, int64_t b, F f,
+  inline __attribute__((always_inline)) void walk(const acc_t<T>* table, int64_t stride, int64_t sample, int64_t b, F f,
                                                   Flush flush) const {
     constexpr int W = lanes<acc_t<T>>;
     int64_t c = 0;
-    for (; c + unroll * W <= C; c += unroll * W) columns<T, P, K, unroll>(table, stride, b, c, W, f, flush);
-    for (; c + W <= C; c += W) columns<T, P, K, 1>(table, stride, b, c, W, f, flush);
-    if (c < C) columns<T, P, K, 1>(table, stride, b, c, static_cast<int>(C - c), f, flush);
+    for (; c + unroll * W <= C; c += unroll * W) columns<T, P, K, unroll>(table, stride, sample, b, c, W, f, flush);
+    for (; c + W <= C; c += W) columns<T, P, K, 1>(table, stride, sample, b, c, W, f, flush);
+    if (c < C) columns<T, P, K, 1>(table, stride, sample, b, c, static_cast<int>(C - c), f, flush);
   }
 
 private:
   // `Wide` vectors side by side, in unroll / Wide rows at a time.
   template <class T, int P, int K, int Wide, class F, class Flush>
-  inline __attribute__((always_inline)) void columns(const acc_t<T>* table, int64_t stride, int64_t b, int64_t c, int n,
-                                                     F f, Flush flush) const {
+  inline __attribute__((always_inline)) void columns(const acc_t<T>* table, int64_t stride, int64_t sample, int64_t b,
+                                                     int64_t c, int n, F f, Flush flush) const {
     constexpr int W = lanes<acc_t<T>>, tall = unroll / Wide;
     Channel<T, P> channel[Wide];
     for (int u = 0; u < Wide; ++u)
       for (int i = 0; i < P; ++i) channel[u].p[i] = load(table + i * stride + c + u * W, n);
     doubles<acc_t<T>> totals[Wide][K ? K : 1] = {};
-    const int64_t end = smaller((b + 1) * height, M);
-    for (int64_t first = b * height; first < end; first += run * tall) {
+    const int64_t begin = sample * M + b * height, end = begin + size(b);
+    for (int64_t first = begin; first < end; first += run * tall) {
       vec_t<T> sums[tall][Wide][K ? K : 1] = {};
       const int64_t last = smaller(first + run * tall, end);
       int64_t r = first;
@@ -142,105 +163,131 @@ struct Nothing {
 constexpr int64_t channel_group = 64; // channels that Rows merges together, so that merging is vectorised
 
 // The three phases of every order.
-//   planes: reduce(c, b), finish(c), apply(c, b);   rows: reduce(b), finish(first channel, count), apply(b)
+//   planes: reduce(slice, b), finish(unit), apply(slice, b)
+//   rows:   reduce(sample, b), finish(sample, first channel, count) of whole units, apply(sample, b)
 template <class Reduce, class Finish, class Apply>
 void run_planes(const Planes& planes, bool reduces, Reduce reduce, Finish finish, Apply apply) {
-  const int64_t C = planes.C, blocks = planes.blocks;
-  const bool threads = planes.N * C * planes.S > parallel_threshold;
-  if (C >= 2 * omp_get_max_threads()) {
-    // A channel whose planes fit in the L2 cache is read from memory once.
-#pragma omp parallel for schedule(static) if (threads)
-    for (int64_t c = 0; c < C; ++c) {
+  const int64_t blocks = planes.blocks, group = planes.group;
+  if (planes.many(planes.units)) {
+    // A unit whose planes fit in the L2 cache is read from memory once.
+#pragma omp parallel for schedule(static) if (planes.threads())
+    for (int64_t unit = 0; unit < planes.units; ++unit) {
+      const int64_t first = unit * group, last = first + group;
       if (reduces)
-        for (int64_t b = 0; b < blocks; ++b) reduce(c, b);
-      finish(c);
-      for (int64_t b = 0; b < blocks; ++b) apply(c, b);
+        for (int64_t slice = first; slice < last; ++slice)
+          for (int64_t b = 0; b < blocks; ++b) reduce(slice, b);
+      finish(unit);
+      for (int64_t slice = first; slice < last; ++slice)
+        for (int64_t b = 0; b < blocks; ++b) apply(slice, b);
     }
     return;
   }
-#pragma omp parallel if (threads)
+#pragma omp parallel if (planes.threads())
   {
     if (reduces) {
 #pragma omp for schedule(static)
-      for (int64_t i = 0; i < C * blocks; ++i) reduce(i / blocks, i % blocks);
+      for (int64_t i = 0; i < planes.count * blocks; ++i) reduce(i / blocks, i % blocks);
     }
 #pragma omp for schedule(static)
-    for (int64_t c = 0; c < C; ++c) finish(c);
+    for (int64_t unit = 0; unit < planes.units; ++unit) finish(unit);
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < C * blocks; ++i) apply(i / blocks, i % blocks);
+    for (int64_t i = 0; i < planes.count * blocks; ++i) apply(i / blocks, i % blocks);
   }
 }
 
 template <class Reduce, class Finish, class Apply>
 void run_rows(const Rows& rows, bool reduces, Reduce reduce, Finish finish, Apply apply) {
-#pragma omp parallel if (rows.M * rows.C > parallel_threshold)
+  const int64_t blocks = rows.blocks, group = rows.group, step = larger(1, channel_group / group) * group;
+  const int64_t steps = ceil_div(rows.C, step);
+  auto finish_step = [&](int64_t sample, int64_t i) { finish(sample, i * step, smaller(step, rows.C - i * step)); };
+  if (rows.many(rows.samples)) {
+#pragma omp parallel for schedule(static) if (rows.threads())
+    for (int64_t sample = 0; sample < rows.samples; ++sample) {
+      if (reduces)
+        for (int64_t b = 0; b < blocks; ++b) reduce(sample, b);
+      for (int64_t i = 0; i < steps; ++i) finish_step(sample, i);
+      for (int64_t b = 0; b < blocks; ++b) apply(sample, b);
+    }
+    return;
+  }
+#pragma omp parallel if (rows.threads())
   {
     if (reduces) {
 #pragma omp for schedule(static)
-      for (int64_t b = 0; b < rows.blocks; ++b) reduce(b);
+      for (int64_t i = 0; i < rows.samples * blocks; ++i) reduce(i / blocks, i % blocks);
     }
 #pragma omp for schedule(static)
-    for (int64_t c = 0; c < rows.C; c += channel_group) finish(c, smaller(channel_group, rows.C - c));
+    for (int64_t i = 0; i < rows.samples * steps; ++i) finish_step(i / steps, i % steps);
 #pragma omp for schedule(static)
-    for (int64_t b = 0; b < rows.blocks; ++b) apply(b);
+    for (int64_t i = 0; i < rows.samples * blocks; ++i) apply(i / blocks, i % blocks);
   }
 }
 
-// Sums of K products per channel by `reduce_body`, then `finish(c, sums)`, then `apply_body` with the coefficients that
-// finish left in `table`: P rows of C, of which the reduction reads the first R.
+// The sums of a unit's slices: sums(i, k) is the k-th of its i-th slice.
+struct Sums {
+  const double* at; // null where nobody has added anything
+  int64_t slice_stride, sum_stride;
+  double operator()(int64_t i, int k) const { return at ? at[i * slice_stride + k * sum_stride] : 0; }
+};
+
+// Sums of K products per slice by `reduce_body`, then `finish(unit, sums)`, then `apply_body` with the coefficients that
+// finish left in `table`: P rows of all slices, of which the reduction reads the first R.
 template <class T, int R, int K, int P, class ReduceBody, class Finish, class ApplyBody>
 void sum_finish_apply(const NormAct& a, acc_t<T>* table, bool reduces, ReduceBody reduce_body, Finish finish,
                       ApplyBody apply_body) {
   using Acc = acc_t<T>;
-  const int64_t C = a.C;
   auto apply_vector = [&](vec_t<T>*, const Channel<T, P>& channel, int64_t offset, int n) __attribute__((always_inline)) {
     apply_body(channel, offset, n);
   };
   if (a.rows) {
     const Rows rows(a);
-    const Scratch<double> partial(reduces ? rows.blocks * K * C : 0);
+    const int64_t C = a.C, block = K * C; // the sums of a block: (K, C)
+    const Scratch<double> partial(reduces ? rows.samples * rows.blocks * block : 0);
     run_rows(
         rows, reduces,
-        [&](int64_t b) {
-          rows.walk<T, R, K>(table, C, b, reduce_body, [&](int k, int64_t c, const doubles<Acc>& totals, int n) {
-            __builtin_memcpy(&partial[(b * K + k) * C + c], &totals, n * sizeof(double));
-          });
+        [&](int64_t sample, int64_t b) {
+          double* sums = &partial[(sample * rows.blocks + b) * block];
+          rows.walk<T, R, K>(table + sample * C, rows.count, sample, b, reduce_body,
+                             [&](int k, int64_t c, const doubles<Acc>& totals, int n) {
+                               __builtin_memcpy(&sums[k * C + c], &totals, n * sizeof(double));
+                             });
         },
-        [&](int64_t first, int64_t count) {
-          double totals[K][channel_group] = {};
+        [&](int64_t sample, int64_t first, int64_t count) {
+          double* sums = reduces ? &partial[sample * rows.blocks * block + first] : nullptr;
           if (reduces)
-            for (int64_t b = 0; b < rows.blocks; ++b)
-              for (int k = 0; k < K; ++k) {
-                const double* of_block = &partial[(b * K + k) * C + first];
-                for (int64_t i = 0; i < count; ++i) totals[k][i] += of_block[i];
-              }
-          for (int64_t i = 0; i < count; ++i) {
-            double sums[K];
-            for (int k = 0; k < K; ++k) sums[k] = totals[k][i];
-            finish(first + i, sums);
-          }
+            for (int64_t b = 1; b < rows.blocks; ++b)
+              for (int k = 0; k < K; ++k)
+                for (int64_t i = 0; i < count; ++i) sums[k * C + i] += sums[b * block + k * C + i];
+          for (int64_t i = 0; i < count; i += rows.group)
+            finish((sample * C + first + i) / rows.group, Sums{reduces ? sums + i : nullptr, 1, C});
         },
-        [&](int64_t b) { rows.walk<T, P, 0>(table, C, b, apply_vector, Nothing()); });
+        [&](int64_t sample, int64_t b) {
+          rows.walk<T, P, 0>(table + sample * C, rows.count, sample, b, apply_vector, Nothing());
+        });
   } else {
     const Planes planes(a);
-    const Scratch<double> partial(reduces ? planes.blocks * K * C : 0);
+    const int64_t slice_sums = planes.blocks * K;
+    const Scratch<double> partial(reduces ? planes.count * slice_sums : 0);
     run_planes(
         planes, reduces,
-        [&](int64_t c, int64_t b) {
-          planes.walk<T, R, K>(table + c, C, c, b, reduce_body,
-                               [&](int k, double total) { partial[(c * planes.blocks + b) * K + k] = total; });
+        [&](int64_t slice, int64_t b) {
+          planes.walk<T, R, K>(table + slice, planes.count, slice, b, reduce_body,
+                               [&](int k, double total) { partial[slice * slice_sums + b * K + k] = total; });
         },
-        [&](int64_t c) {
-          double sums[K] = {};
+        [&](int64_t unit) {
+          double* sums = reduces ? &partial[unit * planes.group * slice_sums] : nullptr;
           if (reduces)
-            for (int64_t i = 0; i < planes.blocks * K; ++i) sums[i % K] += partial[c * planes.blocks * K + i];
-          finish(c, sums);
+            for (int64_t i = 0; i < planes.group; ++i)
+              for (int64_t j = K; j < slice_sums; ++j) sums[i * slice_sums + j % K] += sums[i * slice_sums + j];
+          finish(unit, Sums{sums, slice_sums, 1});
         },
-        [&](int64_t c, int64_t b) { planes.walk<T, P, 0>(table + c, C, c, b, apply_vector, Nothing()); });
+        [&](int64_t slice, int64_t b) {
+          planes.walk<T, P, 0>(table + slice, planes.count, slice, b, apply_vector, Nothing());
+        });
   }
 }
 
-// Mean and biased variance of every channel into a.mean, a.var, then finish(c) and apply_body. Each block has a mean and
+// Mean and biased variance of every unit into a.mean, a.var, then finish(unit) and apply_body. Each block has a mean and
 // sums about it, merged in the manner of Chan, Golub and LeVeque (1983): exact for data far from zero.
 template <class T, int P, class Finish, class ApplyBody>
 void moments_finish_apply(const NormAct& a, acc_t<T>* table, Finish finish, ApplyBody apply_body) {
@@ -259,84 +306,123 @@ void moments_finish_apply(const NormAct& a, acc_t<T>* table, Finish finish, Appl
   auto apply_vector = [&](vec*, const Channel<T, P>& channel, int64_t offset, int n) __attribute__((always_inline)) {
     apply_body(channel, offset, n);
   };
-  // The moments of `count` channels from those of their blocks: for block b a mean as rounded to Acc at rounded[b * stride],
+  const Slices slices(a);
+  const Scratch<double> means(slices.count), variances(slices.count); // of the slices
+  // The moments of `count` slices from those of their blocks: for block b a mean as rounded to Acc at rounded[b * stride],
   // and at about[2 * b * stride], `apart` from each other, the sums of the distances to it and of their squares.
   auto merge = [&](const auto& layout, const Acc* rounded, const double* about, int64_t stride, int64_t apart,
                    int64_t first, int64_t count) {
-    const double M = static_cast<double>(a.N) * a.S;
+    const double M = static_cast<double>(slices.images) * a.S;
     double mean[channel_group] = {}, square[channel_group] = {};
     for (int64_t b = 0; b < layout.blocks; ++b) {
-      const double share = layout.count(b) / M;
+      const double share = layout.size(b) / M;
       for (int64_t i = 0; i < count; ++i) mean[i] += share * rounded[b * stride + i] + about[2 * b * stride + i] / M;
     }
     for (int64_t b = 0; b < layout.blocks; ++b) {
-      const double *distances = about + 2 * b * stride, *squares = distances + apart, share = layout.count(b) / M;
+      const double *distances = about + 2 * b * stride, *squares = distances + apart, share = layout.size(b) / M;
       for (int64_t i = 0; i < count; ++i) {
         const double away = rounded[b * stride + i] - mean[i];
         square[i] += squares[i] / M + away * (2 * distances[i] / M + share * away);
       }
     }
     for (int64_t i = 0; i < count; ++i) {
-      a.mean[first + i] = mean[i];
-      a.var[first + i] = square[i] < 0 ? 0 : square[i];
-      finish(first + i);
+      means[first + i] = mean[i];
+      variances[first + i] = square[i] < 0 ? 0 : square[i];
     }
+  };
+  auto finish_unit = [&](int64_t unit) {
+    const double *of_mean = &means[unit * slices.group], *of_var = &variances[unit * slices.group];
+    double mean = 0, var = 0;
+    for (int64_t i = 0; i < slices.group; ++i) mean += of_mean[i] / slices.group;
+    for (int64_t i = 0; i < slices.group; ++i) {
+      const double away = of_mean[i] - mean;
+      var += (of_var[i] + away * away) / slices.group;
+    }
+    a.mean[unit] = mean;
+    a.var[unit] = var;
+    finish(unit);
   };
   if (a.rows) {
     const Rows rows(a);
-    const Scratch<Acc> rounded(rows.blocks * C);
-    const Scratch<double> about(rows.blocks * 2 * C);
+    const Scratch<Acc> rounded(rows.blocks * rows.count);
+    const Scratch<double> about(rows.blocks * 2 * rows.count);
     run_rows(
         rows, true,
-        [&](int64_t b) {
-          const double share = 1.0 / rows.count(b);
-          rows.walk<T, 0, 1>(nullptr, 0, b, add, [&](int, int64_t c, const doubles<Acc>& totals, int n) {
-            for (int i = 0; i < n; ++i) rounded[b * C + c + i] = static_cast<Acc>(totals[i] * share);
+        [&](int64_t sample, int64_t b) {
+          const double share = 1.0 / rows.size(b);
+          const int64_t at = (sample * rows.blocks + b) * C;
+          rows.walk<T, 0, 1>(nullptr, 0, sample, b, add, [&](int, int64_t c, const doubles<Acc>& totals, int n) {
+            for (int i = 0; i < n; ++i) rounded[at + c + i] = static_cast<Acc>(totals[i] * share);
           });
-          rows.walk<T, 1, 2>(&rounded[b * C], C, b, add_about,
+          rows.walk<T, 1, 2>(&rounded[at], C, sample, b, add_about,
                              [&](int k, int64_t c, const doubles<Acc>& totals, int n) {
-                               __builtin_memcpy(&about[(2 * b + k) * C + c], &totals, n * sizeof(double));
+                               __builtin_memcpy(&about[2 * at + k * C + c], &totals, n * sizeof(double));
                              });
         },
-        [&](int64_t first, int64_t count) {
-          merge(rows, &rounded[first], &about[first], C, C, first, count);
+        [&](int64_t sample, int64_t first, int64_t count) {
+          const int64_t at = sample * rows.blocks * C;
+          for (int64_t c = first; c < first + count; c += channel_group)
+            merge(rows, &rounded[at + c], &about[2 * at + c], C, C, sample * C + c,
+                  smaller(channel_group, first + count - c));
+          for (int64_t c = first; c < first + count; c += rows.group) finish_unit((sample * C + c) / rows.group);
         },
-        [&](int64_t b) { rows.walk<T, P, 0>(table, C, b, apply_vector, Nothing()); });
+        [&](int64_t sample, int64_t b) {
+          rows.walk<T, P, 0>(table + sample * C, rows.count, sample, b, apply_vector, Nothing());
+        });
   } else {
     const Planes planes(a);
     const int64_t blocks = planes.blocks;
-    const Scratch<Acc> rounded(C * blocks);
-    const Scratch<double> about(C * blocks * 2);
+    const Scratch<Acc> rounded(planes.count * blocks);
+    const Scratch<double> about(planes.count * blocks * 2);
     run_planes(
         planes, true,
-        [&](int64_t c, int64_t b) {
-          const int64_t at = c * blocks + b;
-          planes.walk<T, 0, 1>(nullptr, 0, c, b, add, [&](int, double total) {
-            rounded[at] = static_cast<Acc>(total / planes.count(b));
+        [&](int64_t slice, int64_t b) {
+          const int64_t at = slice * blocks + b;
+          planes.walk<T, 0, 1>(nullptr, 0, slice, b, add, [&](int, double total) {
+            rounded[at] = static_cast<Acc>(total / planes.size(b));
           });
-          planes.walk<T, 1, 2>(&rounded[at], 0, c, b, add_about,
+          planes.walk<T, 1, 2>(&rounded[at], 0, slice, b, add_about,
                                [&](int k, double total) { about[2 * at + k] = total; });
         },
-        [&](int64_t c) { merge(planes, &rounded[c * blocks], &about[2 * c * blocks], 1, 1, c, 1); },
-        [&](int64_t c, int64_t b) { planes.walk<T, P, 0>(table + c, C, c, b, apply_vector, Nothing()); });
+        [&](int64_t unit) {
+          for (int64_t slice = unit * planes.group; slice < (unit + 1) * planes.group; ++slice)
+            merge(planes, &rounded[slice * blocks], &about[2 * slice * blocks], 1, 1, slice, 1);
+          finish_unit(unit);
+        },
+        [&](int64_t slice, int64_t b) {
+          planes.walk<T, P, 0>(table + slice, planes.count, slice, b, apply_vector, Nothing());
+        });
   }
+}
+
+// A unit's 1 / sqrt(var + eps), and what rounding took from its mean.
+FASTGAN_INLINE double inverse_deviation(const NormAct& a, int64_t unit) {
+  return 1 / __builtin_sqrt(a.var[unit] + a.eps);
+}
+template <class Acc> double mean_remainder(const NormAct& a, int64_t unit) {
+  return a.mean[unit] - static_cast<Acc>(a.mean[unit]);
+}
+// Element i of a vector that may be absent.
+template <class Acc> double element(const void* vector, int64_t i, double absent) {
+  return vector ? static_cast<const Acc*>(vector)[i] : absent;
+}
+template <class Acc, int N> FASTGAN_INLINE void store_column(Acc* table, int64_t stride, const double (&values)[N]) {
+  for (int i = 0; i < N; ++i) table[i * stride] = static_cast<Acc>(values[i]);
 }
 
 // Rows 0, 1, 2 of every table: the rounded mean, scale, and bias less what rounding the mean adds. `pre` below is computed
 // from them in one way only, so that forward and backward agree on its sign to the bit.
-FASTGAN_INLINE double inverse_deviation(const NormAct& a, int64_t c) { return 1 / __builtin_sqrt(a.var[c] + a.eps); }
-template <class Acc> double mean_remainder(const NormAct& a, int64_t c) {
-  return a.mean[c] - static_cast<Acc>(a.mean[c]);
+template <class Acc> void fill_affine(const NormAct& a, const Slices& slices, Acc* table, int64_t unit) {
+  const double r = inverse_deviation(a, unit), rest = mean_remainder<Acc>(a, unit);
+  const int64_t first = unit * slices.group, channel = first % slices.C;
+  for (int64_t i = 0; i < slices.group; ++i) {
+    const double scale = element<Acc>(a.weight, channel + i, 1) * r, bias = element<Acc>(a.bias, channel + i, 0);
+    store_column(table + first + i, slices.count, {a.mean[unit], scale, bias - rest * scale});
+  }
 }
-template <class Acc> double channel_weight(const NormAct& a, int64_t c) {
-  return a.weight ? static_cast<const Acc*>(a.weight)[c] : 1;
-}
-template <class Acc> void fill_affine(const NormAct& a, Acc* table, int64_t c) {
-  const double scale = channel_weight<Acc>(a, c) * inverse_deviation(a, c);
-  const double bias = a.bias ? static_cast<const Acc*>(a.bias)[c] : 0;
-  table[c] = static_cast<Acc>(a.mean[c]);
-  table[a.C + c] = static_cast<Acc>(scale);
-  table[2 * a.C + c] = static_cast<Acc>(bias - mean_remainder<Acc>(a, c) * scale);
+template <class Acc> void fill_affine(const NormAct& a, const Slices& slices, Acc* table) {
+#pragma omp parallel for schedule(static) if (slices.count > 512)
+  for (int64_t unit = 0; unit < slices.units; ++unit) fill_affine(a, slices, table, unit);
 }
 template <class T, int P>
 FASTGAN_INLINE vec_t<T> preactivation(const NormAct& a, const Channel<T, P>& channel, vec_t<T> t, int64_t offset, int n) {
@@ -344,10 +430,21 @@ FASTGAN_INLINE vec_t<T> preactivation(const NormAct& a, const Channel<T, P>& cha
   return a.residual ? pre + load(static_cast<const T*>(a.residual) + offset, n) : pre;
 }
 
+// What the slices contribute to a parameter's gradient, added over the samples.
+template <class Acc> void add_samples(const Slices& slices, const Scratch<double>& of_slice, void* grad) {
+  if (!grad) return;
+  for (int64_t c = 0; c < slices.C; ++c) {
+    double total = 0;
+    for (int64_t sample = 0; sample < slices.samples; ++sample) total += of_slice[sample * slices.C + c];
+    static_cast<Acc*>(grad)[c] = static_cast<Acc>(total);
+  }
+}
+
 template <class T> void forward(const NormActForward& a) {
   using Acc = acc_t<T>;
   const Activation<T> act(a);
-  const Scratch<Acc> table(3 * a.C);
+  const Slices slices(a);
+  const Scratch<Acc> table(3 * slices.count);
   const T* x = static_cast<const T*>(a.x);
   T* y = static_cast<T*>(a.y);
   auto body = [&](const Channel<T, 3>& channel, int64_t offset, int n) __attribute__((always_inline)) {
@@ -355,20 +452,21 @@ template <class T> void forward(const NormActForward& a) {
     store(y + offset, act.value(preactivation<T, 3>(a, channel, t, offset, n)), n);
   };
   if (a.batch_stats)
-    moments_finish_apply<T, 3>(a, table.data, [&](int64_t c) { fill_affine(a, table.data, c); }, body);
+    moments_finish_apply<T, 3>(a, table.data, [&](int64_t unit) { fill_affine(a, slices, table.data, unit); }, body);
   else
     sum_finish_apply<T, 3, 1, 3>(
         a, table.data, false, [](vec_t<T>*, const Channel<T, 3>&, int64_t, int) {},
-        [&](int64_t c, const double*) { fill_affine(a, table.data, c); }, body);
+        [&](int64_t unit, const Sums&) { fill_affine(a, slices, table.data, unit); }, body);
 }
 
 template <class T> void backward(const NormActBackward& a) {
   using Acc = acc_t<T>;
   using vec = vec_t<T>;
   const Activation<T> act(a);
-  const int64_t C = a.C;
-  const Scratch<Acc> table(6 * C);
-  for (int64_t c = 0; c < C; ++c) fill_affine(a, table.data, c);
+  const Slices slices(a);
+  const Scratch<Acc> table(6 * slices.count);
+  const Scratch<double> grad_weights(slices.count), grad_biases(slices.count); // of each slice
+  fill_affine(a, slices, table.data);
   const T *x = static_cast<const T*>(a.x), *grad_y = static_cast<const T*>(a.grad_y);
   T *grad_x = static_cast<T*>(a.grad_x), *grad_residual = static_cast<T*>(a.grad_residual);
   auto sums_of = [&](vec* sums, const Channel<T, 3>& channel, int64_t offset, int n) __attribute__((always_inline)) {
@@ -377,15 +475,21 @@ template <class T> void backward(const NormActBackward& a) {
     sums[0] += g;
     sums[1] += g * t;
   };
-  auto finish = [&](int64_t c, const double* sums) {
-    const double M = static_cast<double>(a.N) * a.S, r = inverse_deviation(a, c), rest = mean_remainder<Acc>(a, c);
-    const double scale = channel_weight<Acc>(a, c) * r, g_sum = sums[0], gx_sum = (sums[1] - rest * g_sum) * r;
-    const double k2 = a.batch_stats ? -scale * r * gx_sum / M : 0, k3 = a.batch_stats ? -scale * g_sum / M : 0;
-    table[3 * C + c] = static_cast<Acc>(scale);
-    table[4 * C + c] = static_cast<Acc>(k2);
-    table[5 * C + c] = static_cast<Acc>(k3 - k2 * rest);
-    if (a.grad_weight) static_cast<Acc*>(a.grad_weight)[c] = static_cast<Acc>(gx_sum);
-    if (a.grad_bias) static_cast<Acc*>(a.grad_bias)[c] = static_cast<Acc>(g_sum);
+  auto finish = [&](int64_t unit, const Sums& sums) {
+    const double M = slices.unit_size(), r = inverse_deviation(a, unit), rest = mean_remainder<Acc>(a, unit);
+    const int64_t first = unit * slices.group, channel = first % slices.C;
+    double h = 0, hx = 0; // means over the unit of weight·g and weight·g·x̂
+    for (int64_t i = 0; i < slices.group; ++i) {
+      const double g = sums(i, 0), gx = (sums(i, 1) - rest * g) * r, w = element<Acc>(a.weight, channel + i, 1);
+      grad_weights[first + i] = gx;
+      grad_biases[first + i] = g;
+      h += w * g / M;
+      hx += w * gx / M;
+    }
+    const double k2 = a.batch_stats ? -r * r * hx : 0, k3 = a.batch_stats ? -r * h - k2 * rest : 0;
+    for (int64_t i = 0; i < slices.group; ++i)
+      store_column(&table[3 * slices.count + first + i], slices.count,
+                   {element<Acc>(a.weight, channel + i, 1) * r, k2, k3});
   };
   auto body = [&](const Channel<T, 6>& channel, int64_t offset, int n) __attribute__((always_inline)) {
     const vec t = load(x + offset, n) - channel.p[0];
@@ -396,15 +500,29 @@ template <class T> void backward(const NormActBackward& a) {
   };
   const bool reduces = a.grad_weight || a.grad_bias || (a.batch_stats && a.grad_x);
   sum_finish_apply<T, 3, 2, 6>(a, table.data, reduces, sums_of, finish, body);
+  add_samples<Acc>(slices, grad_weights, a.grad_weight);
+  add_samples<Acc>(slices, grad_biases, a.grad_bias);
 }
+
+// The double backward's means over a unit, where h = weight·g, v = ggx, m = ggw·g, and x in a name stands for ·x̂. With
+// P(v) = r·(v - E v - x̂·E[v x̂]), which is its own adjoint, and grad_x = P(h):
+//   g_grad_y = act'(pre)·(weight·P(v) + ggw·x̂ + ggb + u)
+//   g_x      = P(m - r·vx·h - r·hx·v) - r²·(vh - v·h - vx·hx)·x̂ = r·(z - E z - x̂·E[z x̂]) - r²·K·x̂
+struct Means {
+  double h = 0, hx = 0, v = 0, vx = 0, vh = 0, m = 0, mx = 0;
+  double K() const { return vh - v * h - vx * hx; }
+  double z(double r) const { return m - r * (vx * h + hx * v); }
+  double zx(double r) const { return mx - 2 * r * vx * hx; }
+};
 
 template <class T> void double_backward(const NormActDoubleBackward& a) {
   using Acc = acc_t<T>;
   using vec = vec_t<T>;
   const Activation<T> act(a);
-  const int64_t C = a.C;
-  const Scratch<Acc> table(10 * C);
-  for (int64_t c = 0; c < C; ++c) fill_affine(a, table.data, c);
+  const Slices slices(a);
+  const Scratch<Acc> table(10 * slices.count);
+  const Scratch<double> g_weights(slices.count); // of each slice
+  fill_affine(a, slices, table.data);
   const T *x = static_cast<const T*>(a.x), *grad_y = static_cast<const T*>(a.grad_y);
   const T *ggx = static_cast<const T*>(a.ggx), *ggr = static_cast<const T*>(a.ggr);
   T *g_grad_y = static_cast<T*>(a.g_grad_y), *g_x = static_cast<T*>(a.g_x);
@@ -419,26 +537,30 @@ template <class T> void double_backward(const NormActDoubleBackward& a) {
     sums[3] += v * t;
     sums[4] += v * g;
   };
-  auto finish = [&](int64_t c, const double* sums) {
-    const double M = static_cast<double>(a.N) * a.S, r = inverse_deviation(a, c), rest = mean_remainder<Acc>(a, c);
-    const double w = channel_weight<Acc>(a, c);
-    const double ggw = a.ggw ? static_cast<const Acc*>(a.ggw)[c] : 0, ggb = a.ggb ? static_cast<const Acc*>(a.ggb)[c] : 0;
-    const double g_mean = sums[0] / M, gx = (sums[1] / M - rest * g_mean) * r;
-    const double v_mean = sums[2] / M, vx = (sums[3] / M - rest * v_mean) * r;
-    const double vg = sums[4] / M, K = vg - v_mean * g_mean - vx * gx;
-    double a2 = ggw, a3 = ggb, c1 = 0, c2 = r * ggw, c3 = 0, c4 = 0, g_weight = r * M * vg;
-    if (a.batch_stats) {
-      a2 = ggw - w * r * vx;
-      a3 = ggb - w * r * v_mean;
-      c1 = -w * r * r * gx;
-      c2 = r * a2;
-      c3 = -r * (ggw * gx - 2 * w * r * vx * gx + w * r * K);
-      c4 = -c1 * v_mean - c2 * g_mean;
-      g_weight = r * M * K;
+  auto finish = [&](int64_t unit, const Sums& sums) {
+    const double M = slices.unit_size(), r = inverse_deviation(a, unit), rest = mean_remainder<Acc>(a, unit);
+    const int64_t first = unit * slices.group, channel = first % slices.C;
+    Means mean;
+    for (int64_t i = 0; i < slices.group && a.batch_stats; ++i) {
+      const double w = element<Acc>(a.weight, channel + i, 1) / M, ggw = element<Acc>(a.ggw, channel + i, 0) / M;
+      const double g = sums(i, 0), gx = (sums(i, 1) - rest * g) * r, v = sums(i, 2);
+      mean.h += w * g;
+      mean.hx += w * gx;
+      mean.v += v / M;
+      mean.vx += (sums(i, 3) - rest * v) * r / M;
+      mean.vh += w * sums(i, 4);
+      mean.m += ggw * g;
+      mean.mx += ggw * gx;
     }
-    const double coefficients[7] = {w * r, a2 * r, a3 - a2 * r * rest, c1, c2, c3 * r, c4 - c3 * r * rest};
-    for (int i = 0; i < 7; ++i) table[(3 + i) * C + c] = static_cast<Acc>(coefficients[i]);
-    static_cast<Acc*>(a.g_weight)[c] = static_cast<Acc>(g_weight);
+    const double c1 = -r * r * mean.hx, c3 = -r * r * (mean.zx(r) + r * mean.K()), c4 = -r * mean.z(r) - c3 * rest;
+    for (int64_t i = 0; i < slices.group; ++i) {
+      const double w = element<Acc>(a.weight, channel + i, 1), ggw = element<Acc>(a.ggw, channel + i, 0);
+      const double g = sums(i, 0), gx = (sums(i, 1) - rest * g) * r;
+      const double a2 = ggw - w * r * mean.vx, a3 = element<Acc>(a.ggb, channel + i, 0) - w * r * mean.v;
+      g_weights[first + i] = r * (a.batch_stats ? sums(i, 4) - mean.v * g - mean.vx * gx : sums(i, 4));
+      store_column(&table[3 * slices.count + first + i], slices.count,
+                   {w * r, a2 * r, a3 - a2 * r * rest, c1, r * a2, c3, c4});
+    }
   };
   auto body = [&](const Channel<T, 10>& channel, int64_t offset, int n) __attribute__((always_inline)) {
     const auto& p = channel.p;
@@ -453,6 +575,7 @@ template <class T> void double_backward(const NormActDoubleBackward& a) {
     store(g_x + offset, a.batch_stats ? p[6] * v + p[7] * g + p[8] * t + p[9] : p[7] * g, n);
   };
   sum_finish_apply<T, 3, 5, 10>(a, table.data, true, sums_of, finish, body);
+  add_samples<Acc>(slices, g_weights, a.g_weight);
 }
 
 #define FASTGAN_BY_DTYPE(function, arguments, dtype)                         \

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from fastgan import ops
 from fastgan.nn.norm_act import Activation, attachment, next_statistics
+from fastgan.ops._norm import activate
 from fastgan.ops._types import Act
 from fastgan.ops.conv import Size2
-from fastgan.ops.norm_act import activate
 
 Conv = nn.Conv2d | nn.ConvTranspose2d
 Module = TypeVar("Module", bound="_ConvBnAct")

@@ -2,6 +2,7 @@
 
 from fastgan.ops.conv import conv2d, conv_transpose2d
 from fastgan.ops.conv_norm_act import conv2d_batch_norm_act, conv_transpose2d_batch_norm_act
+from fastgan.ops.group_norm_act import group_norm_act, instance_norm_act, layer_norm_act
 from fastgan.ops.norm_act import batch_norm_act
 
 __all__ = [
@@ -10,4 +11,7 @@ __all__ = [
     "conv2d_batch_norm_act",
     "conv_transpose2d",
     "conv_transpose2d_batch_norm_act",
+    "group_norm_act",
+    "instance_norm_act",
+    "layer_norm_act",
 ]

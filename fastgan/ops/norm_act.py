@@ -3,7 +3,7 @@
 import importlib
 import math
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,34 +11,20 @@ from torch import Tensor
 
 from fastgan import backend
 from fastgan.ops._autograd import is_transformed, register_gradient, with_zeros
-from fastgan.ops._tensors import (
-    DTYPES,
-    accumulation_dtype,
-    address,
-    check_input,
-    check_is_tensor,
-    dense,
-    is_channels_last,
-    planes,
+from fastgan.ops._norm import (
+    NormCall,
+    activate,
+    activate_,
+    check_parameter,
+    check_residual,
+    check_settings,
+    empty_statistics,
+    third_derivative,
 )
+from fastgan.ops._tensors import accumulation_dtype, check_input, dense, is_channels_last
 from fastgan.ops._types import Act
 
 # ── Definition ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def activate(x: Tensor, act: Act, negative_slope: float) -> Tensor:
-    if act == "relu":
-        return F.relu(x)
-    return F.leaky_relu(x, negative_slope) if act == "leaky_relu" else x
-
-
-def activate_(x: Tensor, act: Act, negative_slope: float) -> Tensor:
-    """`activate` on a tensor that nobody else holds."""
-    if act == "none":
-        return x
-    if act == "relu":
-        return F.relu(x, inplace=True)
-    return F.leaky_relu(x, negative_slope, inplace=negative_slope >= 0)  # else the output does not tell the side
 
 
 def reference(
@@ -88,17 +74,11 @@ torch.library.define(
 )
 
 
-def _empty_statistics(x: Tensor, count: int) -> Tensor:
-    """float64 on the CPU, where it costs nothing: rounding the mean is the largest error of a float32 norm."""
-    cpp = backend.serving(x.device.type) == "cpp"
-    return x.new_empty(count, dtype=torch.float64 if cpp else accumulation_dtype(x.dtype))
-
-
 @torch.library.register_fake("fastgan::batch_norm_act")
 def _(x, weight, bias, residual, mean, var, eps, act, negative_slope):
     channels = x.shape[1] if mean is None else 0
     y = torch.empty_like(dense(x, is_channels_last(x)))
-    return y, _empty_statistics(x, channels), _empty_statistics(x, channels)
+    return y, empty_statistics(x, channels), empty_statistics(x, channels)
 
 
 @torch.library.register_fake("fastgan::batch_norm_act_backward")
@@ -211,38 +191,13 @@ def _composed(tensors: list[Any], eps: float, act: Act, negative_slope: float) -
 
 
 def _triple_backward(ctx, *cotangents):
-    """The third derivative, by differentiating the definition."""
-    *tensors, mean, var = ctx.saved_tensors
-    keeps_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # Views, so that the derivatives inside stop at the arguments and do not run on into what these were made of.
-        given: list[Any] = [
-            t if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in tensors
-        ]
-        ggs, (grad_y, x, weight, bias, residual) = given[:4], given[4:]
-        acc = accumulation_dtype(x.dtype)
-        statistics = (None, None) if ctx.training else (mean, var)
-        arguments = [t if t is None else t.to(acc) for t in (x, weight, bias, residual, *statistics)]
-        y = _composed(arguments, ctx.eps, ctx.act, ctx.negative_slope)
-        pairs = [
-            (gg, t) for gg, t in zip(ggs, (x, weight, bias, residual), strict=True) if gg is not None and t is not None
-        ]
-        first = torch.autograd.grad(
-            y, [t for _, t in pairs], grad_y.to(y.dtype), create_graph=True, materialize_grads=True
-        )
-        total = torch.stack([(grad * gg).sum() for grad, (gg, _) in zip(first, pairs, strict=True)]).sum()
-        targets = [t for t in (grad_y, x, weight) if t is not None]
-        second = torch.autograd.grad(total, targets, create_graph=True, materialize_grads=True)
-        chosen = [(g, c) for g, c in zip(second, cotangents, strict=False) if c is not None and g.requires_grad]
-        wanted = [i for i in range(len(given)) if ctx.needs_input_grad[i]]
-        third = torch.autograd.grad(
-            [g for g, _ in chosen], [given[i] for i in wanted], [c for _, c in chosen],
-            create_graph=keeps_graph, materialize_grads=True,
-        )  # fmt: skip
-    grads: list[Tensor | None] = [None] * 15
-    for i, grad in zip(wanted, third, strict=True):
-        grads[i] = grad
-    return tuple(grads)
+    *_, mean, var = ctx.saved_tensors
+
+    def composed(tensors):
+        statistics = [None, None] if ctx.training else [mean.to(tensors[0].dtype), var.to(tensors[0].dtype)]
+        return _composed(tensors + statistics, ctx.eps, ctx.act, ctx.negative_slope)
+
+    return third_derivative(ctx, composed, cotangents)
 
 
 register_gradient("batch_norm_act_double_backward", _triple_backward, _save_double_backward)
@@ -250,83 +205,24 @@ register_gradient("batch_norm_act_double_backward", _triple_backward, _save_doub
 
 # ── Kernels ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-_ACT_CODES = {act: code for code, act in enumerate(get_args(Act))}
-
 
 class _Cpp:
-    """The operators by fastgan._C, for CPU tensors: allocates what they return, and passes addresses."""
+    """The operators by fastgan._C, for CPU tensors."""
 
     @staticmethod
-    def batch_norm_act_forward(x, weight, bias, residual, mean, var, eps, act, negative_slope):
-        call = _Call(x, weight, bias, residual, mean, var, mean is None, eps, act, negative_slope)
-        y = torch.empty_like(call.x)
-        call.C.batch_norm_act_forward(call.arguments, y.data_ptr())
-        if mean is None:
-            return y, call.mean, call.var
-        return y, _empty_statistics(x, 0), _empty_statistics(x, 0)
+    def batch_norm_act_forward(x, weight, bias, residual, mean, var, *settings):
+        found_mean, found_var = (empty_statistics(x, x.shape[1] if mean is None else 0) for _ in range(2))
+        statistics = (found_mean, found_var, True) if mean is None else (mean, var, False)
+        y = NormCall(x, weight, bias, residual, *statistics, *settings).forward()
+        return y, found_mean, found_var
 
     @staticmethod
-    def batch_norm_act_backward(
-        grad_y, x, weight, bias, residual, mean, var, training, eps, act, negative_slope,
-        needs_x, needs_params, needs_residual,
-    ):  # fmt: skip
-        call = _Call(x, weight, bias, residual, mean, var, training, eps, act, negative_slope)
-        grad_y = call.like_x(grad_y)
-        grad_x = torch.empty_like(call.x) if needs_x else None
-        grad_residual = torch.empty_like(call.x) if needs_residual else None
-        grad_weight, grad_bias = (call.per_channel() if needs_params else None for _ in range(2))
-        call.C.batch_norm_act_backward(
-            call.arguments, *map(address, (grad_y, grad_x, grad_residual, grad_weight, grad_bias))
-        )
-        if weight is not None:
-            grad_weight, grad_bias = (None if g is None else g.to(weight.dtype) for g in (grad_weight, grad_bias))
-        grads = (grad_x, grad_weight, grad_bias, grad_residual)
-        return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
+    def batch_norm_act_backward(grad_y, *arguments):
+        return NormCall(*arguments[:-3]).backward(grad_y, *arguments[-3:])
 
     @staticmethod
-    def batch_norm_act_double_backward(
-        ggx, ggw, ggb, ggr, grad_y, x, weight, bias, residual, mean, var, training, eps, act, negative_slope
-    ):
-        call = _Call(x, weight, bias, residual, mean, var, training, eps, act, negative_slope)
-        grad_y, ggx, ggr = map(call.like_x, (grad_y, ggx, ggr))
-        ggw, ggb = call.to_acc(ggw), call.to_acc(ggb)
-        g_grad_y, g_x, g_weight = torch.empty_like(call.x), torch.empty_like(call.x), call.per_channel()
-        call.C.batch_norm_act_double_backward(
-            call.arguments, *map(address, (grad_y, ggx, ggr, ggw, ggb, g_grad_y, g_x, g_weight))
-        )
-        return g_grad_y, g_x, g_weight.to(call.acc if weight is None else weight.dtype)
-
-
-class _Call:
-    """What the three orders pass alike, as csrc/cpu/kernels.h declares it; holds the tensors that it gives addresses of."""
-
-    def __init__(self, x, weight, bias, residual, mean, var, batch_stats, eps, act, negative_slope):
-        from fastgan import _C
-
-        self.C = _C
-        self.acc = accumulation_dtype(x.dtype)
-        self.channels_last = is_channels_last(x)
-        self.x = dense(x, self.channels_last)
-        self.shape = planes(x)
-        self.residual = self.like_x(residual)
-        self.weight, self.bias = self.to_acc(weight), self.to_acc(bias)
-        self.mean, self.var = (
-            _empty_statistics(x, self.shape[1]) if t is None else t.to(torch.float64).contiguous() for t in (mean, var)
-        )
-        self.arguments = _C.NormAct(
-            DTYPES[x.dtype], self.channels_last or self.shape[2] == 1, self.shape, self.x.data_ptr(),
-            address(self.residual), address(self.weight), address(self.bias), batch_stats,
-            self.mean.data_ptr(), self.var.data_ptr(), eps, _ACT_CODES[act], negative_slope,
-        )  # fmt: skip
-
-    def like_x(self, tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else dense(tensor.to(self.x.dtype), self.channels_last)
-
-    def to_acc(self, tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(self.acc).contiguous()
-
-    def per_channel(self) -> Tensor:
-        return self.x.new_empty(self.shape[1], dtype=self.acc)
+    def batch_norm_act_double_backward(ggx, ggw, ggb, ggr, grad_y, *arguments):
+        return NormCall(*arguments).double_backward(ggx, ggw, ggb, ggr, grad_y)
 
 
 def _register_kernels(operator: str, kernel: str) -> None:
@@ -464,10 +360,7 @@ def check_parameters(
     prefix: str = "",
 ) -> None:
     """Raise what `batch_norm_act` says it raises of everything but x and the residual; `prefix`: of weight's name."""
-    if act not in _ACT_CODES:
-        raise ValueError(f"act must be one of {', '.join(_ACT_CODES)}, not {act!r}")
-    if eps < 0:
-        raise ValueError(f"eps must not be negative, not {eps}")
+    check_settings(eps, act)
     named = {
         "running_mean": running_mean,
         "running_var": running_var,
@@ -475,15 +368,7 @@ def check_parameters(
         f"{prefix}bias": bias,
     }
     for name, tensor in named.items():
-        if tensor is None:
-            continue
-        check_is_tensor(name, tensor)
-        if tensor.dim() != 1 or tensor.shape[0] != channels:
-            raise ValueError(f"{name} must have shape ({channels},), one for each channel, not {tuple(tensor.shape)}")
-        if tensor.dtype != x.dtype and tensor.dtype != torch.float32:
-            raise TypeError(f"{name} must be {x.dtype} like x, or float32, not {tensor.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}")
+        check_parameter(name, tensor, x, (channels,), "one for each channel")
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must be given together")
     if not training and running_mean is None:
@@ -501,12 +386,4 @@ def check_batch_norm(x: Tensor, residual: Tensor | None, *parameters) -> None:
     if not 2 <= x.dim() <= 5:
         raise ValueError(f"x must have 2 to 5 dimensions (N, C, *), not shape {tuple(x.shape)}")
     check_parameters(x, x.shape[1], *parameters)
-    if residual is None:
-        return
-    check_is_tensor("residual", residual)
-    if residual.shape != x.shape:
-        raise ValueError(f"residual must have x's shape {tuple(x.shape)}, not {tuple(residual.shape)}")
-    if residual.dtype != x.dtype:
-        raise TypeError(f"residual must be {x.dtype} like x, not {residual.dtype}")
-    if residual.device != x.device:
-        raise ValueError(f"residual is on {residual.device}, x on {x.device}")
+    check_residual(residual, x)
