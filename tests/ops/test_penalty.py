@@ -18,7 +18,9 @@ def norms(x):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("ours", "stock"), [(sample_squares, squares), (sample_norms, norms)], ids=["squares", "norms"])
+@pytest.mark.parametrize(
+    ("ours", "stock"), [(sample_squares, squares), (sample_norms, norms)], ids=["squares", "norms"]
+)
 def test_values_and_both_derivatives_are_as_exact_as_eager(ours, stock, dtype, poisoned):
     def in_dtype(x):
         return stock(x).to(penalty.accumulation_dtype(dtype))
