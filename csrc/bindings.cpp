@@ -79,6 +79,8 @@ Convolution convolution_of(const Patches& patches, int64_t channels, std::array<
   return {patches, channels, weight_strides[0], weight_strides[1], weight_strides[2]};
 }
 
+Samples samples_of(int dtype, int64_t count, int64_t size) { return {static_cast<DType>(dtype), count, size}; }
+
 } // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -98,6 +100,14 @@ PYBIND11_MODULE(_C, m) {
   }, release());
   m.def("patches_to_image", [](const Patches& p, Address patches, Address image) {
     kernels.patches_to_image(p, at(patches), at(image));
+  }, release());
+
+  py::class_<Samples>(m, "Samples").def(py::init(&samples_of));
+  m.def("sample_dot", [](const Samples& s, Address x, Address y, Address sums) {
+    kernels.sample_dot(s, at(x), at(y), at(sums));
+  }, release());
+  m.def("sample_scale", [](const Samples& s, Address x, Address factors, Address y) {
+    kernels.sample_scale(s, at(x), at(factors), at(y));
   }, release());
 
   m.def("has_matrix_unit", [] { return matrix_kernels != nullptr; }, "Whether the functions of a Convolution can be called.");

@@ -6,15 +6,17 @@ through the whole network, and the weight gradient of an input gradient is a con
 Inside the context the functions of torch that have lean operators here are computed by them: the model needs no change.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastgan.ops import activation, avg_pool, conv, norm_act
+from fastgan.ops._tensors import is_channels_last
 
 # ── Functions ────────────────────────────────────────────────────────────────────────────────────────────────────────
 # Each takes the arguments of the stock function, and returns NotImplemented where that has to serve.
@@ -33,7 +35,7 @@ def _convolve(x, weight, bias, settings):
         prepared = conv.prepare(x, weight, bias, settings, lean=True)
     except (TypeError, ValueError):  # no batch, integers, padding="same": stock has an answer, or an error of its own
         return NotImplemented
-    return conv.convolve(prepared, keep_layout=True)
+    return conv.convolve(prepared, keep_layout=False)
 
 
 def _batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
@@ -115,6 +117,17 @@ _LEAN: dict[Any, Callable] = {
 }
 
 
+# What neither shows how a tensor lies in memory nor depends on it; the results lie as the tensors do.
+_LAYOUT_BLIND = {
+    Tensor.add, Tensor.sub, Tensor.mul, Tensor.div, torch.add, torch.sub, torch.mul, torch.div, Tensor.dim, Tensor.size,
+    Tensor.numel, Tensor.is_floating_point,
+    *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "requires_grad")),
+}  # fmt: skip
+
+
+# ── The context ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
 class lean_double_backward(TorchFunctionMode):
     """A context in which every forward gets a lean, exact double backward.
 
@@ -132,13 +145,52 @@ class lean_double_backward(TorchFunctionMode):
     stock autograd gives zeros get zeros. All orders of derivatives are exact.
 
     The model is not modified, and it may be fused. The context belongs to the thread: what DataParallel runs in others is
-    stock. The layouts of tensors are those of stock torch.
+    stock.
+
+    Convolutions leave their output in the layout that is fast. Whoever could tell the difference, inside the context or
+    after it, finds the layout that stock torch would have.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._owing = WeakTensorKeyDictionary()  # the tensors that lie in channels_last, and owe NCHW
+
+    def __exit__(self, *exception) -> None:
+        super().__exit__(*exception)
+        self._restore(list(self._owing))
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         lean = _LEAN.get(func)
         if lean is not None and torch.is_grad_enabled() and all(t in (Tensor, nn.Parameter) for t in types):
-            result = lean(*args, **(kwargs or {}))
+            result = lean(*args, **kwargs)
             if result is not NotImplemented:
-                return result
-        return func(*args, **(kwargs or {}))
+                return self._note(result, [*args, *kwargs.values()])
+        if not self._owing:
+            return func(*args, **kwargs)
+        if func in _LAYOUT_BLIND:
+            return self._note(func(*args, **kwargs), args)
+        self._restore(_tensors((args, kwargs)))
+        return func(*args, **kwargs)
+
+    def _note(self, result: Any, operands: Iterable) -> Any:
+        """`result`, noted where it lies in channels_last although no operand does in stock torch."""
+        if isinstance(result, Tensor) and is_channels_last(result):
+            stock = (t for t in operands if isinstance(t, Tensor) and t not in self._owing)
+            if not any(map(is_channels_last, stock)):
+                self._owing[result] = None
+        return result
+
+    def _restore(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            if tensor in self._owing:
+                tensor.data = tensor.data.contiguous()  # the same tensor in the same graph, lying otherwise
+                del self._owing[tensor]
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (tuple, list, dict)):
+        for branch in tree.values() if isinstance(tree, dict) else tree:
+            yield from _tensors(branch)

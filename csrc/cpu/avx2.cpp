@@ -30,6 +30,8 @@ const Kernels avx2_kernels = {"avx2",
                                  avx2::group_norm_act_backward,
                                  avx2::group_norm_act_double_backward,
                                  avx2::image_to_patches,
-                                 avx2::patches_to_image};
+                                 avx2::patches_to_image,
+                                 avx2::sample_dot,
+                                 avx2::sample_scale};
 } // namespace fastgan
 #endif

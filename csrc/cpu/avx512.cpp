@@ -30,6 +30,8 @@ const Kernels avx512_kernels = {"avx512",
                                  avx512::group_norm_act_backward,
                                  avx512::group_norm_act_double_backward,
                                  avx512::image_to_patches,
-                                 avx512::patches_to_image};
+                                 avx512::patches_to_image,
+                                 avx512::sample_dot,
+                                 avx512::sample_scale};
 } // namespace fastgan
 #endif

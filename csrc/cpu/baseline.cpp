@@ -20,5 +20,7 @@ const Kernels baseline_kernels = {"baseline",
                                  baseline::group_norm_act_backward,
                                  baseline::group_norm_act_double_backward,
                                  baseline::image_to_patches,
-                                 baseline::patches_to_image};
+                                 baseline::patches_to_image,
+                                 baseline::sample_dot,
+                                 baseline::sample_scale};
 } // namespace fastgan

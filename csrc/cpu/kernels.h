@@ -51,6 +51,12 @@ struct NormActDoubleBackward : NormAct {
   void* g_weight;     // (C,) acc
 };
 
+// A batch of N samples of S elements each, one after the other in memory.
+struct Samples {
+  DType dtype;
+  int64_t N, S;
+};
+
 // Convolution as a matrix product: patches of a channels_last image are the rows of a matrix.
 struct Patches {
   DType dtype;
@@ -86,6 +92,9 @@ struct Kernels {
   void (*group_norm_act_double_backward)(const NormActDoubleBackward&);
   void (*image_to_patches)(const Patches&, const void* image, void* patches);
   void (*patches_to_image)(const Patches&, const void* patches, void* image);
+  // Of samples x, y (N, S) dtype, and numbers for each (N,) acc: sums = Σ x·y, and y = factors·x.
+  void (*sample_dot)(const Samples&, const void* x, const void* y, void* sums);
+  void (*sample_scale)(const Samples&, const void* x, const void* factors, void* y);
 };
 
 extern const Kernels baseline_kernels, avx2_kernels, avx512_kernels;

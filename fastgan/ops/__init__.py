@@ -1,17 +1,28 @@
 """The operators as functions: arguments in the order of `torch.nn.functional`."""
 
+from fastgan.ops.activation import hardtanh, leaky_relu, prelu, relu
+from fastgan.ops.avg_pool import adaptive_avg_pool2d, avg_pool2d
 from fastgan.ops.conv import conv2d, conv_transpose2d
 from fastgan.ops.conv_norm_act import conv2d_batch_norm_act, conv_transpose2d_batch_norm_act
 from fastgan.ops.group_norm_act import group_norm_act, instance_norm_act, layer_norm_act
 from fastgan.ops.norm_act import batch_norm_act
+from fastgan.ops.penalty import sample_norms, sample_squares
 
 __all__ = [
+    "adaptive_avg_pool2d",
+    "avg_pool2d",
     "batch_norm_act",
     "conv2d",
     "conv2d_batch_norm_act",
     "conv_transpose2d",
     "conv_transpose2d_batch_norm_act",
     "group_norm_act",
+    "hardtanh",
     "instance_norm_act",
     "layer_norm_act",
+    "leaky_relu",
+    "prelu",
+    "relu",
+    "sample_norms",
+    "sample_squares",
 ]

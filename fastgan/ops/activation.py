@@ -18,11 +18,11 @@ from fastgan.ops._tensors import remember_edges, will_use
 
 
 class _Activation(NamedTuple):
-    """An activation in stock torch. Which side an element was on can be told from the output as well."""
+    """An activation in stock torch. `side` is its input, or its output, which tells as well where an element was."""
 
     forward: torch._ops.OpOverload
     forward_: torch._ops.OpOverload
-    backward: torch._ops.OpOverload  # of (grad_y, y, *settings, *rest)
+    backward: torch._ops.OpOverload  # of (grad_y, side, *settings, *rest)
     rest: tuple = ()
 
 
@@ -43,7 +43,7 @@ torch.library.define(
 )
 torch.library.define(
     "fastgan::activation_backward",
-    "(Tensor grad_y, Tensor y, str act, float[] settings) -> Tensor",
+    "(Tensor grad_y, Tensor side, str act, float[] settings) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 # x · positive where side > 0, x · weight elsewhere: prelu is that of (x, x, weight, 1).
@@ -67,9 +67,9 @@ def _forward(x, act, settings):
     return _ACTIVATIONS[act].forward(x, *settings)
 
 
-def _gradient(grad_y, y, act, settings):
+def _gradient(grad_y, side, act, settings):
     activation = _ACTIVATIONS[act]
-    return activation.backward(grad_y, y, *settings, *activation.rest)
+    return activation.backward(grad_y, side, *settings, *activation.rest)
 
 
 def _prelu(x, side, weight, positive):
@@ -100,16 +100,16 @@ for _name, _kernel in (
 
 
 def _save(ctx, inputs, output) -> None:
-    _, ctx.act, ctx.settings = inputs
+    x, ctx.act, ctx.settings = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output)
+    ctx.save_for_backward(output if ctx.act == "relu" else x)  # as stock torch: the other may be written to
 
 
 def _backward(ctx, grad_y):
     if grad_y is None:
         return None, None, None
-    (y,) = ctx.saved_tensors
-    grad_x = torch.ops.fastgan.activation_backward(grad_y, y.detach(), ctx.act, ctx.settings)
+    (side,) = ctx.saved_tensors
+    grad_x = torch.ops.fastgan.activation_backward(grad_y, side.detach(), ctx.act, ctx.settings)
     return with_zeros(ctx, grad_x), None, None
 
 
@@ -117,16 +117,16 @@ register_gradient("activation", _backward, _save)
 
 
 def _save_backward(ctx, inputs, output) -> None:
-    _, y, ctx.act, ctx.settings = inputs
+    _, side, ctx.act, ctx.settings = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(y)
+    ctx.save_for_backward(side)
 
 
 def _double_backward(ctx, ggx):
     if ggx is None:
         return None, None, None, None
-    (y,) = ctx.saved_tensors
-    return torch.ops.fastgan.activation_backward(ggx, y, ctx.act, ctx.settings), None, None, None
+    (side,) = ctx.saved_tensors
+    return torch.ops.fastgan.activation_backward(ggx, side, ctx.act, ctx.settings), None, None, None
 
 
 register_gradient("activation_backward", _double_backward, _save_backward)
@@ -199,22 +199,24 @@ def relu(x: Tensor, inplace: bool = False) -> Tensor:
 
     Differentiable to every order, where the second and all further derivatives in x are zeros that are not computed: only
     the parameters before x get them, as from stock torch. Saved for backward: y. Errors are stock torch's.
+
+    In place, x is written to and returned; a view runs as stock.
     """
     return _apply(x, "relu", [], inplace)
 
 
 def leaky_relu(x: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
-    """`torch.nn.functional.leaky_relu`: max(x, 0) + negative_slope · min(x, 0). All else is as in `relu`.
+    """`torch.nn.functional.leaky_relu`: max(x, 0) + negative_slope · min(x, 0).
 
-    A negative slope turns the sides over, so that y does not tell them: it runs as stock.
+    All else is as in `relu`, but that x is saved unless it is overwritten.
     """
-    if negative_slope < 0:
-        return F.leaky_relu(x, negative_slope, inplace)
+    if inplace and negative_slope < 0:  # y does not tell the sides, which stock torch says in backward
+        return F.leaky_relu_(x, negative_slope)
     return _apply(x, "leaky_relu", [negative_slope], inplace)
 
 
 def hardtanh(x: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
-    """`torch.nn.functional.hardtanh`: min(max(x, min_val), max_val). All else is as in `relu`."""
+    """`torch.nn.functional.hardtanh`: min(max(x, min_val), max_val). All else is as in `leaky_relu`."""
     return _apply(x, "hardtanh", [min_val, max_val], inplace)
 
 

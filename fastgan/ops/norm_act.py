@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgan import backend
-from fastgan.ops._autograd import is_transformed, register_gradient, with_zeros
+from fastgan.ops._autograd import is_transformed, register_gradient
 from fastgan.ops._norm import (
     NormCall,
     activate,
@@ -129,8 +129,6 @@ def _backward(ctx, grad_y, _mean, _var):
     for i, needed in enumerate((needs_x, needs_weight, needs_bias, needs_residual)):
         if needed:
             grads[i] = found[i]
-    if needs_x and not ctx.training:
-        grads[0] = with_zeros(ctx, found[0])
     if passes_residual:
         grads[3] = grad_y
     return tuple(grads)
@@ -158,7 +156,7 @@ def _double_backward(ctx, ggx, ggw, ggb, ggr):
     for i, depends in enumerate((True, depends_on_x, True)):
         if depends and ctx.needs_input_grad[i]:
             grads[i] = found[i]
-    if ctx.needs_input_grad[3]:
+    if ctx.needs_input_grad[3] and ctx.settings[1] != "none":
         grads[3] = torch.zeros_like(bias)  # bias moves only the switching points of the activation
     return tuple(grads)
 
