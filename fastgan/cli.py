@@ -11,14 +11,14 @@ from rich.table import Table
 from fastgan.doctor import report
 from fastgan.training import generate as generating
 from fastgan.training import run
-from fastgan.training.errors import Diverged, InputError, Interrupted
+from fastgan.training.errors import Diverged, InputError, Interrupted, OutputError
 
 UsageError: Any = typer.BadParameter.__base__
 """click's, or that of typer's own copy of click, as typer's version has it."""
 
 
 class OneLineErrors(typer.core.TyperGroup):
-    """Prints what is wrong as one line on stderr. Exit status: 2 for bad input, 1 for diverged, 130 for Ctrl-C."""
+    """Prints what is wrong as one line on stderr. Exit status: 2 for bad input, 1 for what fails later, 130 for Ctrl-C."""
 
     def main(self, *args: Any, **options: Any) -> Any:
         try:
@@ -27,7 +27,7 @@ class OneLineErrors(typer.core.TyperGroup):
             message, status = error.format_message(), 2
         except InputError as error:
             message, status = str(error), 2
-        except Diverged as error:
+        except (Diverged, OutputError) as error:
             message, status = str(error), 1
         except Interrupted as error:
             message, status = str(error), 130

@@ -1,6 +1,7 @@
 """The command line: one line and status 2 for bad input, nothing left behind, and Ctrl-C."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -180,9 +181,44 @@ def test_divergence_is_one_line_and_status_1():
     assert result.stderr == "fastgan: step 1: loss_g is nan; the last good checkpoint: none, it came too early\n"
 
 
-def start(*args, **environment):
+def start(*args, full_at=None, **environment):
+    """A process of its own; with `full_at`, one whose files cannot grow past that many bytes, as if the disk were full."""
+
+    def prepare():
+        if full_at:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (full_at, full_at))
+
     command = [sys.executable, "-m", "fastgan.cli", *map(str, args)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment})
+    environment = {**os.environ, **environment}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=prepare)
+
+
+def test_a_disk_that_fills_is_one_line_and_the_last_checkpoint_stays():
+    dcgan(*TINY, "--steps", 2, "--no-fuse")
+    process = start("train", "dcgan", "--resume", "--steps", 4, "--device", "cpu", full_at=100_000)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 1
+    kept = "the last good checkpoint: runs/dcgan/checkpoint.pt (step 2)"
+    assert error == f"fastgan: cannot write runs/dcgan/checkpoint.pt (File too large); {kept}\n"
+    assert dcgan("--resume", "--steps", 4).exit_code == 0
+    assert checkpoint.load(Path("runs/dcgan/checkpoint.pt"))["step"] == 4
+
+
+def test_a_disk_that_is_full_already_is_noticed_before_the_earlier_run_is_moved():
+    dcgan(*TINY, "--steps", 1, "--no-fuse")
+    process = start("train", "dcgan", *TINY, "--steps", 1, "--no-fuse", full_at=1000)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert error == "fastgan: --out: cannot write to runs/dcgan (File too large)\n"
+    assert not Path("runs/dcgan/previous-1").exists()
+
+
+def test_generate_names_a_disk_that_fills():
+    dcgan(*TINY, "--steps", 1, "--no-fuse")
+    process = start("generate", "runs/dcgan", "--num", 10_000, full_at=70_000)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert error == "fastgan: cannot write runs/dcgan/generated/samples.png (File too large)\n"
 
 
 def test_a_hub_set_that_cannot_be_reached_is_named(tmp_path):

@@ -1,8 +1,16 @@
 """What training says to its user. Each message is one line, for printing without a traceback."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class InputError(ValueError):
     """A setting, a path or a file that does not fit. The message names it and says what fits."""
+
+
+class OutputError(RuntimeError):
+    """A file of the run cannot be written: a full disk, say. The message names it and what is kept of the run."""
 
 
 class Diverged(RuntimeError):
@@ -11,3 +19,12 @@ class Diverged(RuntimeError):
 
 class Interrupted(Exception):
     """Ctrl-C, after the step was finished and saved. The message names the step and what is kept of the run."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Has an `OSError` raise `OutputError`, which names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"cannot write {path} ({error.strerror or error})") from error

@@ -3,7 +3,7 @@
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ class Training:
         images_per_step = self.system.settings.batch_size * self.system.draws * processes
         curves = Curves(self.folder, self.accelerator, images_per_step, self.step)
         stop = False
-        with interrupt_flag() as interrupted, closing(curves), self._bar() as bar:
+        with interrupt_flag() as interrupted, self._bar() as bar:
             task = bar.add_task("", total=self.plan.steps, completed=self.step, losses="")
             while self.step < self.plan.steps and not stop:
                 curves.add(self.system.step(self.batches))

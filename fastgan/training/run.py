@@ -15,7 +15,7 @@ from fastgan.training import checkpoint
 from fastgan.training.compare import Comparison, compare
 from fastgan.training.data import Batches, load_images
 from fastgan.training.dcgan import DCGAN
-from fastgan.training.errors import Diverged, InputError, Interrupted
+from fastgan.training.errors import Diverged, InputError, Interrupted, OutputError
 from fastgan.training.folder import RunFolder, check_writable
 from fastgan.training.loop import Plan, Training
 from fastgan.training.system import Settings, System, require
@@ -116,7 +116,7 @@ def train(
             training.load_state_dict(state)
         try:
             curves = training.run()
-        except (Diverged, Interrupted) as error:
+        except (Diverged, Interrupted, OutputError) as error:
             error.args = (f"{error}; {'a dry run keeps nothing' if dry_run else _kept(error, training)}",)
             raise
 

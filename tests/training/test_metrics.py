@@ -6,7 +6,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fastgan.training.errors import Diverged
+from fastgan.training.errors import Diverged, OutputError
 from fastgan.training.folder import RunFolder
 from fastgan.training.metrics import Curves
 
@@ -30,7 +30,6 @@ def write(folder, accelerator, steps, start=0):
         curves.add(scalars(loss_d=step, loss_g=step / 4))
         if step % 2 == 0:
             curves.flush()
-    curves.close()
     return curves
 
 
@@ -79,6 +78,15 @@ def test_opened_anew_it_starts_an_empty_table(folder, accelerator):
     assert [row["step"] for row in rows(folder)] == ["1", "2"]
 
 
+@pytest.mark.parametrize(("at", "name"), [(30, "tensorboard/events"), (300, "curves.csv")])
+def test_a_full_disk_is_named(folder, accelerator, full_disk, at, name):
+    with full_disk(at=at), pytest.raises(OutputError, match=rf"^cannot write .*{name}.* \(File too large\)$"):
+        curves = Curves(folder, accelerator, images_per_step=8)
+        for _ in range(100):
+            curves.add(scalars(loss=1))
+        curves.flush()
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_the_first_step_that_is_not_finite_is_named(folder, accelerator, bad):
     curves = Curves(folder, accelerator, images_per_step=8)
@@ -86,4 +94,3 @@ def test_the_first_step_that_is_not_finite_is_named(folder, accelerator, bad):
         curves.add(scalars(loss_d=1, grad_norm_g=value))
     with pytest.raises(Diverged, match=f"step 3: grad_norm_g is {bad}"):
         curves.flush()
-    curves.close()
