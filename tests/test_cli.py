@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from fastgan.cli import app
 from fastgan.training import checkpoint, run
+from fastgan.training.loop import KEPT
 
 TINY = ["--image-size", "8", "--batch-size", "256", "--device", "cpu"]
 
@@ -173,6 +174,48 @@ def test_what_is_no_checkpoint_is_refused(args):
     Path(name).write_text("no checkpoint")
     assert_refused(fastgan(*args), name, "not a fastgan checkpoint")
     assert os.listdir() == [name]
+
+
+def without(*keys):
+    def change(state):
+        for key in keys[:-1]:
+            state = state[key]
+        del state[keys[-1]]
+
+    return change
+
+
+def with_setting(**settings):
+    return lambda state: state["settings"].update(settings)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *((without(key), f"entry {key} is missing") for key in KEPT if key != "system"),
+        (without("system"), "a checkpoint of no system, expected one of dcgan"),
+        (lambda state: state.update(ema={}), "entry ema is unknown"),
+        (lambda state: state.update(step="4"), "entry step is of type str, not int"),
+        (without("settings", "lr"), "setting lr is missing"),
+        (with_setting(gamma=10), "setting gamma is unknown"),
+        (with_setting(batch_size="many"), "setting batch_size is of type str, not int"),
+        (with_setting(image_size=12), "--image-size: image_size must be a power of two"),
+        (with_setting(features=8), "its state does not fit (Error(s) in loading state_dict for Generator:)"),
+        (without("networks", "generator"), "its state does not fit ('generator')"),
+        (without("networks", "generator", "main.0.weight"), "its state does not fit (Error(s) in loading"),
+        (without("optimizers", "generator", "param_groups"), "its state does not fit ('param_groups')"),
+    ],
+)
+def test_a_checkpoint_of_another_version_is_refused(change, message):
+    assert dcgan(*TINY, "--steps", 1, "--no-fuse").exit_code == 0
+    path = Path("runs/dcgan/checkpoint.pt")
+    state = checkpoint.load(path)
+    change(state)
+    checkpoint.save(path, state)
+    before = {path: path.is_file() and path.read_bytes() for path in Path().rglob("*")}
+    for args in (["generate", "runs/dcgan"], ["train", "dcgan", "--resume", "--steps", 2]):
+        assert_refused(fastgan(*args), f"runs/dcgan/checkpoint.pt: {message}")
+    assert {path: path.is_file() and path.read_bytes() for path in Path().rglob("*")} == before
 
 
 def test_divergence_is_one_line_and_status_1():

@@ -21,6 +21,11 @@ class Interrupted(Exception):
     """Ctrl-C, after the step was finished and saved. The message names the step and what is kept of the run."""
 
 
+def one_line(error: Exception) -> str:
+    """What another library's `error` says, as a part of one of these messages."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Has an `OSError` raise `OutputError`, which names `path`."""

@@ -28,6 +28,21 @@ GRID = 64
 """Images in a sample grid."""
 
 
+KEPT: dict[str, type] = {
+    "system": str,
+    "settings": dict,
+    "channels": int,
+    "images": int,
+    "step": int,
+    "steps": int,
+    "drawn": int,
+    "rng": list,
+    "networks": dict,
+    "optimizers": dict,
+}
+"""What `Training.save` puts into a checkpoint."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """How far to train, and when to save. A step is what `System.step` does once."""

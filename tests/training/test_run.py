@@ -16,6 +16,7 @@ from PIL import Image
 from fastgan.training import checkpoint, dcgan, run
 from fastgan.training.dcgan import DCGAN
 from fastgan.training.errors import Diverged, InputError, Interrupted
+from fastgan.training.loop import KEPT
 
 
 def rows(out: Path) -> list[dict[str, str]]:
@@ -76,7 +77,9 @@ def test_a_run_leaves_a_grid_per_epoch_a_row_per_step_and_a_checkpoint(train, tm
     assert [row["step"] for row in rows(out)] == [str(step) for step in range(1, 29)]
     names = ["step", "loss_d", "d_real", "d_fake", "grad_norm_d", "loss_g", "grad_norm_g", "images_per_s"]
     assert list(rows(out)[0]) == names
-    assert checkpoint.load(out / "checkpoint.pt")["step"] == result.steps == 28
+    state = checkpoint.load(out / "checkpoint.pt")
+    assert state["step"] == result.steps == 28
+    assert state.keys() == {"format", *KEPT}
     assert result.images_per_s * result.seconds == pytest.approx(28 * 128)
 
 
