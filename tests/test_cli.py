@@ -161,6 +161,21 @@ def test_bad_folders_are_refused_before_anything_is_written():
     assert sorted(map(str, Path().rglob("*"))) == before
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("foo", "it must be auto, cpp, triton or reference"),
+        ("triton", "the Triton kernels serve CUDA tensors, not cpu"),
+    ],
+)
+def test_a_backend_that_cannot_serve_is_refused_before_anything_is_written(use_backend, monkeypatch, name, reason):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    use_backend(name)
+    assert_refused(dcgan(*TINY, "--steps", 1), f"FASTGAN_BACKEND={name}: {reason}")
+    assert os.listdir() == []
+    assert dcgan(*TINY, "--steps", 1, "--no-fuse").exit_code == 0, "an unfused run asks no backend"
+
+
 def test_outputs_that_cannot_be_written_are_refused():
     Path("file").write_text("mine")
     assert_refused(dcgan(*TINY, "--out", "file"), "--out", "file")

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 
+from fastgan import backend
 from fastgan.fuse import fuse
 from fastgan.training import checkpoint
 from fastgan.training.compare import Comparison, compare
@@ -74,6 +75,8 @@ def train(
     comparable = settings.fuse or not careful_compare
     require(comparable, "--compare", "with --no-fuse", "one of the two: it measures the fused model")
     accelerator = make_accelerator(device, settings.precision)
+    if settings.fuse:
+        _check_backend(accelerator.device)
     if accelerator.is_main_process:
         check_writable(out)
     console.quiet |= not accelerator.is_main_process
@@ -190,6 +193,14 @@ def make_accelerator(device: str, precision: str) -> Accelerator:
             require(index.isdecimal() and int(index) < count, "--device", device, f"an index below {count}")
             torch.accelerator.set_device_index(int(index))
     return Accelerator(cpu=device.startswith("cpu"), mixed_precision="bf16" if precision == "bf16" else "no")
+
+
+def _check_backend(device: torch.device) -> None:
+    """Raises `InputError` unless the kernels that the environment asks for can serve `device`."""
+    try:
+        backend.serving(device.type)
+    except RuntimeError as error:
+        raise InputError(str(error)) from error
 
 
 def _settings(kind: type[Settings], given: Mapping[str, Any], state: dict[str, Any] | None, path: Path) -> Settings:
