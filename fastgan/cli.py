@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -11,7 +12,8 @@ from rich.table import Table
 from fastgan.doctor import report
 from fastgan.training import generate as generating
 from fastgan.training import run
-from fastgan.training.errors import Diverged, InputError, Interrupted, OutputError
+from fastgan.training.dcgan import LARGEST
+from fastgan.training.errors import Diverged, InputError, Interrupted, OutputError, one_line
 
 UsageError: Any = typer.BadParameter.__base__
 """click's, or that of typer's own copy of click, as typer's version has it."""
@@ -31,11 +33,20 @@ class OneLineErrors(typer.core.TyperGroup):
             message, status = str(error), 1
         except Interrupted as error:
             message, status = str(error), 130
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            message, status = f"out of memory: smaller images, or fewer at a time, need less ({one_line(error)})", 1
         except (KeyboardInterrupt, typer.Abort):
             message, status = "interrupted", 130
         if message:
             print(f"fastgan: {message}", file=sys.stderr)
         sys.exit(status)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out. On the CPU torch has no type of its own for that."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 app = typer.Typer(
@@ -54,7 +65,9 @@ def dcgan(
         str | None,
         typer.Option(help="digits, a folder of images, or hf:NAME for the Hugging Face hub.", show_default="digits"),
     ] = None,
-    image_size: Annotated[int | None, typer.Option(help="A power of two, 8 or more.", show_default="32")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help=f"A power of two from 8 to {LARGEST}.", show_default="32")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per batch and process.", show_default="64")] = None,
     steps: Annotated[int | None, typer.Option(help="Generator updates, instead of --epochs.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data.", show_default="40")] = None,

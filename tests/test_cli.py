@@ -126,6 +126,7 @@ def test_generate_prints_what_it_wrote():
         (["--batch-size", 1], ["--batch-size", "2 or more"]),
         (["--batch-size", 1798], ["--batch-size", "1797"]),
         (["--image-size", 12], ["--image-size", "power of two"]),
+        (["--image-size", 1 << 20], ["--image-size", "1024 or less"]),
         (["--d-steps", 0], ["--d-steps", "1 or more"]),
         (["--label-smoothing", 1], ["--label-smoothing", "below 1"]),
         (["--seed", -1], ["--seed"]),
@@ -237,6 +238,28 @@ def test_divergence_is_one_line_and_status_1():
     result = dcgan(*TINY, "--lr", 1e30, "--steps", 9, "--no-fuse")
     assert result.exit_code == 1
     assert result.stderr == "fastgan: step 1: loss_g is nan; the last good checkpoint: none, it came too early\n"
+
+
+def assert_out_of_memory(result, reason):
+    assert result.exit_code == 1
+    assert result.stderr.startswith("fastgan: out of memory: ") and result.stderr.count("\n") == 1, result.stderr
+    assert reason in result.stderr
+
+
+def test_more_memory_than_there_is_is_one_line(monkeypatch):
+    dcgan(*TINY, "--steps", 1, "--no-fuse")
+    assert_out_of_memory(fastgan("generate", "runs/dcgan", "--num", 10**15), "you tried to allocate")
+
+    def train(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nOf which")
+
+    monkeypatch.setattr(run, "train", train)
+    assert_out_of_memory(dcgan(), "Tried to allocate 2 GiB.")
+
+
+def test_other_errors_keep_their_traceback(monkeypatch):
+    monkeypatch.setattr(run, "train", lambda *_, **__: torch.zeros(2).view(3))
+    assert isinstance(dcgan().exception, RuntimeError)
 
 
 def start(*args, full_at=None, **environment):
