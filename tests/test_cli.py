@@ -136,6 +136,8 @@ def test_generate_prints_what_it_wrote():
         (["--compare", "--no-fuse"], ["--compare", "--no-fuse"]),
         (["--resume"], ["runs/dcgan/checkpoint.pt", "no checkpoint there"]),
         (["--data", "nowhere"], ["--data", "nowhere", "hf:NAME"]),
+        (["--data", ""], ["--data: '' names nothing", "hf:NAME"]),
+        (["--data", "hf:"], ["--data: 'hf:' names nothing", "hf:NAME"]),
         (["--depth", 3], ["--depth"]),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else None,

@@ -98,6 +98,8 @@ def _to_8_bits(picture: Image.Image) -> Image.Image:
 
 def load_images(data: str, size: int) -> ImageSet:
     """Opens `data` ("digits", "hf:NAME" or a folder, searched with its subfolders) at `size` x `size` pixels."""
+    if data in {"", "hf:"}:
+        raise InputError(f"--data: '{data}' names nothing; expected digits, a folder of images, or hf:NAME")
     if data == "digits":
         return ImageSet(_digits(), size)
     return ImageSet(_hub(data.removeprefix("hf:")) if data.startswith("hf:") else _folder(Path(data)), size)
