@@ -1,5 +1,6 @@
 """The command line: `fastgan train | generate | doctor`."""
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,9 +21,13 @@ UsageError: Any = typer.BadParameter.__base__
 
 
 class OneLineErrors(typer.core.TyperGroup):
-    """Prints what is wrong as one line on stderr. Exit status: 2 for bad input, 1 for what fails later, 130 for Ctrl-C."""
+    """Prints what is wrong as one line on stderr.
+
+    Exit status: 2 for bad input, 1 for what fails later, 130 for Ctrl-C, 143 for SIGTERM.
+    """
 
     def main(self, *args: Any, **options: Any) -> Any:
+        previous = signal.signal(signal.SIGTERM, _terminate)
         try:
             sys.exit(super().main(*args, **{**options, "standalone_mode": False}))
         except UsageError as error:
@@ -32,16 +37,28 @@ class OneLineErrors(typer.core.TyperGroup):
         except (Diverged, OutputError) as error:
             message, status = str(error), 1
         except Interrupted as error:
-            message, status = str(error), 130
+            message, status = str(error), 128 + error.signal
+        except Terminated:
+            message, status = "terminated", 128 + signal.SIGTERM
         except (MemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
                 raise
             message, status = f"out of memory: smaller images, or fewer at a time, need less ({one_line(error)})", 1
         except (KeyboardInterrupt, typer.Abort):
             message, status = "interrupted", 130
+        finally:
+            signal.signal(signal.SIGTERM, previous)
         if message:
             print(f"fastgan: {message}", file=sys.stderr)
         sys.exit(status)
+
+
+class Terminated(BaseException):
+    """SIGTERM where there is no step to finish. It passes all that catches errors, and what was begun is cleaned up."""
+
+
+def _terminate(*_: Any) -> None:
+    raise Terminated
 
 
 def _out_of_memory(error: Exception) -> bool:

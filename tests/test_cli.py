@@ -1,4 +1,4 @@
-"""The command line: one line and status 2 for bad input, nothing left behind, and Ctrl-C."""
+"""The command line: one line and status 2 for bad input, nothing left behind, and signals."""
 
 import os
 import resource
@@ -15,7 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from fastgan.cli import app
-from fastgan.training import checkpoint, run
+from fastgan.training import checkpoint, loop, run
 from fastgan.training.loop import KEPT
 
 TINY = ["--image-size", "8", "--batch-size", "256", "--device", "cpu"]
@@ -312,16 +312,26 @@ def test_a_hub_set_that_cannot_be_reached_is_named(tmp_path):
     assert not Path("runs").exists()
 
 
-def test_ctrl_c_saves_and_says_so_in_one_line():
+def test_sigterm_outside_the_loop_still_cleans_up(monkeypatch):
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(loop, "save_grid", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    result = dcgan(*TINY, "--dry-run", "--no-fuse")
+    assert (result.exit_code, result.stderr) == (143, "fastgan: terminated\n")
+    assert os.listdir() == []
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_saves_and_says_so_in_one_line(number, status):
     process = start("train", "dcgan", *TINY, "--steps", 100_000, "--no-fuse")
     curves = Path("runs/dcgan/curves.csv")
     deadline = time.monotonic() + 120
     while not (curves.exists() and curves.stat().st_size):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, error = process.communicate(timeout=60)
     step = checkpoint.load(Path("runs/dcgan/checkpoint.pt"))["step"]
-    assert process.returncode == 130
+    assert process.returncode == status
     assert error == f"fastgan: stopped after step {step}; --resume continues runs/dcgan/checkpoint.pt\n"
     assert int(curves.read_text().splitlines()[-1].partition(",")[0]) == step

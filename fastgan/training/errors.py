@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from signal import Signals
 
 
 class InputError(ValueError):
@@ -18,7 +19,11 @@ class Diverged(RuntimeError):
 
 
 class Interrupted(Exception):
-    """Ctrl-C, after the step was finished and saved. The message names the step and what is kept of the run."""
+    """Ctrl-C or SIGTERM, after the step was finished and saved. The message names the step and what is kept of the run."""
+
+    def __init__(self, message: str, signal: Signals):
+        super().__init__(message)
+        self.signal = signal
 
 
 def one_line(error: Exception) -> str:

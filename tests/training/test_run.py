@@ -106,17 +106,20 @@ def test_a_resumed_run_continues_exactly(train, tmp_path, settings, fuse):
     assert_same_run(whole, parts)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 @pytest.mark.parametrize("step", [1, 5, 14])
-def test_ctrl_c_finishes_the_step_saves_and_the_run_continues_exactly(train, tmp_path, monkeypatch, step):
-    handler = signal.getsignal(signal.SIGINT)  # ignored, where a shell runs the tests in the background
+def test_a_stopped_run_finishes_the_step_saves_and_continues_exactly(train, tmp_path, monkeypatch, step, number):
+    handler = signal.getsignal(number)  # ignored, where a shell runs the tests in the background
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(whole, steps=16)
     with monkeypatch.context() as patch:
-        stop_at(step, patch, lambda: os.kill(os.getpid(), signal.SIGINT))
-        with pytest.raises(Interrupted, match=rf"^stopped after step {step}; --resume continues .*checkpoint\.pt$"):
+        stop_at(step, patch, lambda: os.kill(os.getpid(), number))
+        message = rf"^stopped after step {step}; --resume continues .*checkpoint\.pt$"
+        with pytest.raises(Interrupted, match=message) as error:
             train(parts, steps=16)
+    assert error.value.signal is number
     assert checkpoint.load(parts / "checkpoint.pt")["step"] == step
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert signal.getsignal(number) is handler
     assert train(parts, resume=True).steps == 16, "the goal is part of the checkpoint"
     assert_same_run(whole, parts)
 
