@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
 from fastgan.cli import app
@@ -321,14 +322,33 @@ def test_sigterm_outside_the_loop_still_cleans_up(monkeypatch):
     assert signal.getsignal(signal.SIGTERM) is handler
 
 
+def wait_for(process, condition):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_killed_run_resumes_with_each_step_once_in_its_curves():
+    process = start("train", "dcgan", *TINY, "--steps", 100_000, "--no-fuse", "--checkpoint-every", 25)
+    curves, saved = Path("runs/dcgan/curves.csv"), Path("runs/dcgan/checkpoint.pt")
+    wait_for(process, lambda: saved.exists() and curves.read_text().count("\n") > 40)
+    process.kill()
+    process.communicate(timeout=60)
+    step = checkpoint.load(saved)["step"]
+    assert dcgan("--resume", "--steps", step + 3, "--device", "cpu").exit_code == 0
+    steps = [int(row.partition(",")[0]) for row in curves.read_text().splitlines()[1:]]
+    assert steps == list(range(1, step + 4))
+    events = EventAccumulator("runs/dcgan/tensorboard").Reload()
+    shown = [event.step for event in events.Scalars("loss_g")]
+    assert shown == sorted(set(shown)) and {10, 20, step, step + 3} <= set(shown) and shown[-1] == step + 3
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_saves_and_says_so_in_one_line(number, status):
     process = start("train", "dcgan", *TINY, "--steps", 100_000, "--no-fuse")
     curves = Path("runs/dcgan/curves.csv")
-    deadline = time.monotonic() + 120
-    while not (curves.exists() and curves.stat().st_size):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(process, lambda: curves.exists() and curves.stat().st_size)
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
     step = checkpoint.load(Path("runs/dcgan/checkpoint.pt"))["step"]

@@ -111,9 +111,14 @@ class EventFile:
 
 
 def _rows_until(path: Path, step: int) -> str:
-    """The CSV file's header and whole rows up to `step`; nothing when there is no file, or no step to keep."""
+    """The CSV file's header and whole rows up to `step`; nothing when there is no file, or no step to keep.
+
+    After a power cut the file may be shorter than the checkpoint says, or end in anything.
+    """
     if not step or not path.exists():
         return ""
-    header, *rows = path.read_text().splitlines(keepends=True)
-    whole = (row for row in rows if row.count(",") == header.count(","))
-    return "".join([header, *(row for row in whole if int(row.partition(",")[0]) <= step)])
+    lines = path.read_text(errors="replace").splitlines(keepends=True)
+    header = lines[0] if lines and lines[0].endswith("\n") else ""
+    whole = (row for row in lines[1:] if row.endswith("\n") and row.count(",") == header.count(","))
+    numbered = ((row.partition(",")[0], row) for row in whole)
+    return "".join([header, *(row for number, row in numbered if number.isdecimal() and int(number) <= step)])

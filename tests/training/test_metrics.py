@@ -72,6 +72,23 @@ def test_reopened_after_a_step_it_drops_what_came_later(folder, accelerator):
     assert [e.step for e in events.Scalars("loss_d")] == [2, 4, 6]
 
 
+@pytest.mark.parametrize(
+    ("content", "kept"),
+    [
+        ("", []),
+        ("step,lo", []),
+        ("step,loss\n1,1\n2,0.1234", ["1"]),
+        ("step,loss\n1,1\n\0\0\0\0", ["1"]),
+        ("step,loss\n1,1\n\0,\0\n", ["1"]),
+    ],
+    ids=["empty", "cut header", "cut value", "zeros", "row of zeros"],
+)
+def test_a_table_that_a_power_cut_left_is_continued(folder, accelerator, content, kept):
+    folder.curves.write_text(content)
+    write(folder, accelerator, range(3, 5), start=2)
+    assert [row["step"] for row in rows(folder)] == [*kept, "3", "4"]
+
+
 def test_opened_anew_it_starts_an_empty_table(folder, accelerator):
     write(folder, accelerator, range(1, 3))
     write(folder, accelerator, range(1, 3))

@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastgan.training import checkpoint, dcgan, run
 from fastgan.training.dcgan import DCGAN
@@ -51,6 +52,13 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert grids == sorted(path.name for path in (b / "samples").iterdir())
     for name in grids:
         assert (a / "samples" / name).read_bytes() == (b / "samples" / name).read_bytes(), name
+
+
+def points(out: Path) -> list[tuple[int, float]]:
+    """TensorBoard's curve of the generator's loss."""
+    return [
+        (event.step, event.value) for event in EventAccumulator(str(out / "tensorboard")).Reload().Scalars("loss_g")
+    ]
 
 
 def stop_at(step, monkeypatch, action):
@@ -139,6 +147,7 @@ def test_after_a_crash_the_run_continues_exactly_from_the_last_checkpoint(train,
     assert int(rows(parts)[-1]["step"]) > 8
     train(parts, resume=True, checkpoint_every=4)
     assert_same_run(whole, parts)
+    assert points(whole) == points(parts)
 
 
 def test_resuming_a_finished_run_changes_nothing(train, tmp_path):
