@@ -1,9 +1,11 @@
 """The command line: `fastgan train | generate | doctor`."""
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -11,31 +13,57 @@ from rich.table import Table
 from fastgan.doctor import report
 from fastgan.training import generate as generating
 from fastgan.training import run
-from fastgan.training.errors import Diverged, InputError, Interrupted
+from fastgan.training.dcgan import LARGEST
+from fastgan.training.errors import Diverged, InputError, Interrupted, OutputError, one_line
 
 UsageError: Any = typer.BadParameter.__base__
 """click's, or that of typer's own copy of click, as typer's version has it."""
 
 
 class OneLineErrors(typer.core.TyperGroup):
-    """Prints what is wrong as one line on stderr. Exit status: 2 for bad input, 1 for diverged, 130 for Ctrl-C."""
+    """Prints what is wrong as one line on stderr.
+
+    Exit status: 2 for bad input, 1 for what fails later, 130 for Ctrl-C, 143 for SIGTERM.
+    """
 
     def main(self, *args: Any, **options: Any) -> Any:
+        previous = signal.signal(signal.SIGTERM, _terminate)
         try:
             sys.exit(super().main(*args, **{**options, "standalone_mode": False}))
         except UsageError as error:
             message, status = error.format_message(), 2
         except InputError as error:
             message, status = str(error), 2
-        except Diverged as error:
+        except (Diverged, OutputError) as error:
             message, status = str(error), 1
         except Interrupted as error:
-            message, status = str(error), 130
+            message, status = str(error), 128 + error.signal
+        except Terminated:
+            message, status = "terminated", 128 + signal.SIGTERM
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            message, status = f"out of memory: smaller images, or fewer at a time, need less ({one_line(error)})", 1
         except (KeyboardInterrupt, typer.Abort):
             message, status = "interrupted", 130
+        finally:
+            signal.signal(signal.SIGTERM, previous)
         if message:
             print(f"fastgan: {message}", file=sys.stderr)
         sys.exit(status)
+
+
+class Terminated(BaseException):
+    """SIGTERM where there is no step to finish. It passes all that catches errors, and what was begun is cleaned up."""
+
+
+def _terminate(*_: Any) -> None:
+    raise Terminated
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out. On the CPU torch has no type of its own for that."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 app = typer.Typer(
@@ -54,7 +82,9 @@ def dcgan(
         str | None,
         typer.Option(help="digits, a folder of images, or hf:NAME for the Hugging Face hub.", show_default="digits"),
     ] = None,
-    image_size: Annotated[int | None, typer.Option(help="A power of two, 8 or more.", show_default="32")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help=f"A power of two from 8 to {LARGEST}.", show_default="32")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per batch and process.", show_default="64")] = None,
     steps: Annotated[int | None, typer.Option(help="Generator updates, instead of --epochs.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data.", show_default="40")] = None,

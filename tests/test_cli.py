@@ -1,6 +1,7 @@
-"""The command line: one line and status 2 for bad input, nothing left behind, and Ctrl-C."""
+"""The command line: one line and status 2 for bad input, nothing left behind, and signals."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -11,10 +12,12 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
 from fastgan.cli import app
-from fastgan.training import checkpoint, run
+from fastgan.training import checkpoint, loop, run
+from fastgan.training.loop import KEPT
 
 TINY = ["--image-size", "8", "--batch-size", "256", "--device", "cpu"]
 
@@ -124,6 +127,7 @@ def test_generate_prints_what_it_wrote():
         (["--batch-size", 1], ["--batch-size", "2 or more"]),
         (["--batch-size", 1798], ["--batch-size", "1797"]),
         (["--image-size", 12], ["--image-size", "power of two"]),
+        (["--image-size", 1 << 20], ["--image-size", "1024 or less"]),
         (["--d-steps", 0], ["--d-steps", "1 or more"]),
         (["--label-smoothing", 1], ["--label-smoothing", "below 1"]),
         (["--seed", -1], ["--seed"]),
@@ -133,6 +137,8 @@ def test_generate_prints_what_it_wrote():
         (["--compare", "--no-fuse"], ["--compare", "--no-fuse"]),
         (["--resume"], ["runs/dcgan/checkpoint.pt", "no checkpoint there"]),
         (["--data", "nowhere"], ["--data", "nowhere", "hf:NAME"]),
+        (["--data", ""], ["--data: '' names nothing", "hf:NAME"]),
+        (["--data", "hf:"], ["--data: 'hf:' names nothing", "hf:NAME"]),
         (["--depth", 3], ["--depth"]),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else None,
@@ -159,6 +165,21 @@ def test_bad_folders_are_refused_before_anything_is_written():
     assert sorted(map(str, Path().rglob("*"))) == before
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("foo", "it must be auto, cpp, triton or reference"),
+        ("triton", "the Triton kernels serve CUDA tensors, not cpu"),
+    ],
+)
+def test_a_backend_that_cannot_serve_is_refused_before_anything_is_written(use_backend, monkeypatch, name, reason):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    use_backend(name)
+    assert_refused(dcgan(*TINY, "--steps", 1), f"FASTGAN_BACKEND={name}: {reason}")
+    assert os.listdir() == []
+    assert dcgan(*TINY, "--steps", 1, "--no-fuse").exit_code == 0, "an unfused run asks no backend"
+
+
 def test_outputs_that_cannot_be_written_are_refused():
     Path("file").write_text("mine")
     assert_refused(dcgan(*TINY, "--out", "file"), "--out", "file")
@@ -174,15 +195,114 @@ def test_what_is_no_checkpoint_is_refused(args):
     assert os.listdir() == [name]
 
 
+def without(*keys):
+    def change(state):
+        for key in keys[:-1]:
+            state = state[key]
+        del state[keys[-1]]
+
+    return change
+
+
+def with_setting(**settings):
+    return lambda state: state["settings"].update(settings)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *((without(key), f"entry {key} is missing") for key in KEPT if key != "system"),
+        (without("system"), "a checkpoint of no system, expected one of dcgan"),
+        (lambda state: state.update(ema={}), "entry ema is unknown"),
+        (lambda state: state.update(step="4"), "entry step is of type str, not int"),
+        (without("settings", "lr"), "setting lr is missing"),
+        (with_setting(gamma=10), "setting gamma is unknown"),
+        (with_setting(batch_size="many"), "setting batch_size is of type str, not int"),
+        (with_setting(image_size=12), "--image-size: image_size must be a power of two"),
+        (with_setting(features=8), "its state does not fit (Error(s) in loading state_dict for Generator:)"),
+        (without("networks", "generator"), "its state does not fit ('generator')"),
+        (without("networks", "generator", "main.0.weight"), "its state does not fit (Error(s) in loading"),
+        (without("optimizers", "generator", "param_groups"), "its state does not fit ('param_groups')"),
+    ],
+)
+def test_a_checkpoint_of_another_version_is_refused(change, message):
+    assert dcgan(*TINY, "--steps", 1, "--no-fuse").exit_code == 0
+    path = Path("runs/dcgan/checkpoint.pt")
+    state = checkpoint.load(path)
+    change(state)
+    checkpoint.save(path, state)
+    before = {path: path.is_file() and path.read_bytes() for path in Path().rglob("*")}
+    for args in (["generate", "runs/dcgan"], ["train", "dcgan", "--resume", "--steps", 2]):
+        assert_refused(fastgan(*args), f"runs/dcgan/checkpoint.pt: {message}")
+    assert {path: path.is_file() and path.read_bytes() for path in Path().rglob("*")} == before
+
+
 def test_divergence_is_one_line_and_status_1():
     result = dcgan(*TINY, "--lr", 1e30, "--steps", 9, "--no-fuse")
     assert result.exit_code == 1
     assert result.stderr == "fastgan: step 1: loss_g is nan; the last good checkpoint: none, it came too early\n"
 
 
-def start(*args, **environment):
+def assert_out_of_memory(result, reason):
+    assert result.exit_code == 1
+    assert result.stderr.startswith("fastgan: out of memory: ") and result.stderr.count("\n") == 1, result.stderr
+    assert reason in result.stderr
+
+
+def test_more_memory_than_there_is_is_one_line(monkeypatch):
+    dcgan(*TINY, "--steps", 1, "--no-fuse")
+    assert_out_of_memory(fastgan("generate", "runs/dcgan", "--num", 10**15), "you tried to allocate")
+
+    def train(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nOf which")
+
+    monkeypatch.setattr(run, "train", train)
+    assert_out_of_memory(dcgan(), "Tried to allocate 2 GiB.")
+
+
+def test_other_errors_keep_their_traceback(monkeypatch):
+    monkeypatch.setattr(run, "train", lambda *_, **__: torch.zeros(2).view(3))
+    assert isinstance(dcgan().exception, RuntimeError)
+
+
+def start(*args, full_at=None, **environment):
+    """A process of its own; with `full_at`, one whose files cannot grow past that many bytes, as if the disk were full."""
+
+    def prepare():
+        if full_at:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (full_at, full_at))
+
     command = [sys.executable, "-m", "fastgan.cli", *map(str, args)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment})
+    environment = {**os.environ, **environment}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=prepare)
+
+
+def test_a_disk_that_fills_is_one_line_and_the_last_checkpoint_stays():
+    dcgan(*TINY, "--steps", 2, "--no-fuse")
+    process = start("train", "dcgan", "--resume", "--steps", 4, "--device", "cpu", full_at=100_000)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 1
+    kept = "the last good checkpoint: runs/dcgan/checkpoint.pt (step 2)"
+    assert error == f"fastgan: cannot write runs/dcgan/checkpoint.pt (File too large); {kept}\n"
+    assert dcgan("--resume", "--steps", 4).exit_code == 0
+    assert checkpoint.load(Path("runs/dcgan/checkpoint.pt"))["step"] == 4
+
+
+def test_a_disk_that_is_full_already_is_noticed_before_the_earlier_run_is_moved():
+    dcgan(*TINY, "--steps", 1, "--no-fuse")
+    process = start("train", "dcgan", *TINY, "--steps", 1, "--no-fuse", full_at=1000)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert error == "fastgan: --out: cannot write to runs/dcgan (File too large)\n"
+    assert not Path("runs/dcgan/previous-1").exists()
+
+
+def test_generate_names_a_disk_that_fills():
+    dcgan(*TINY, "--steps", 1, "--no-fuse")
+    process = start("generate", "runs/dcgan", "--num", 10_000, full_at=70_000)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert error == "fastgan: cannot write runs/dcgan/generated/samples.png (File too large)\n"
 
 
 def test_a_hub_set_that_cannot_be_reached_is_named(tmp_path):
@@ -193,16 +313,45 @@ def test_a_hub_set_that_cannot_be_reached_is_named(tmp_path):
     assert not Path("runs").exists()
 
 
-def test_ctrl_c_saves_and_says_so_in_one_line():
-    process = start("train", "dcgan", *TINY, "--steps", 100_000, "--no-fuse")
-    curves = Path("runs/dcgan/curves.csv")
+def test_sigterm_outside_the_loop_still_cleans_up(monkeypatch):
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(loop, "save_grid", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    result = dcgan(*TINY, "--dry-run", "--no-fuse")
+    assert (result.exit_code, result.stderr) == (143, "fastgan: terminated\n")
+    assert os.listdir() == []
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def wait_for(process, condition):
     deadline = time.monotonic() + 120
-    while not (curves.exists() and curves.stat().st_size):
+    while not condition():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+
+
+def test_a_killed_run_resumes_with_each_step_once_in_its_curves():
+    process = start("train", "dcgan", *TINY, "--steps", 100_000, "--no-fuse", "--checkpoint-every", 25)
+    curves, saved = Path("runs/dcgan/curves.csv"), Path("runs/dcgan/checkpoint.pt")
+    wait_for(process, lambda: saved.exists() and curves.read_text().count("\n") > 40)
+    process.kill()
+    process.communicate(timeout=60)
+    step = checkpoint.load(saved)["step"]
+    assert dcgan("--resume", "--steps", step + 3, "--device", "cpu").exit_code == 0
+    steps = [int(row.partition(",")[0]) for row in curves.read_text().splitlines()[1:]]
+    assert steps == list(range(1, step + 4))
+    events = EventAccumulator("runs/dcgan/tensorboard").Reload()
+    shown = [event.step for event in events.Scalars("loss_g")]
+    assert shown == sorted(set(shown)) and {10, 20, step, step + 3} <= set(shown) and shown[-1] == step + 3
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_saves_and_says_so_in_one_line(number, status):
+    process = start("train", "dcgan", *TINY, "--steps", 100_000, "--no-fuse")
+    curves = Path("runs/dcgan/curves.csv")
+    wait_for(process, lambda: curves.exists() and curves.stat().st_size)
+    process.send_signal(number)
     _, error = process.communicate(timeout=60)
     step = checkpoint.load(Path("runs/dcgan/checkpoint.pt"))["step"]
-    assert process.returncode == 130
+    assert process.returncode == status
     assert error == f"fastgan: stopped after step {step}; --resume continues runs/dcgan/checkpoint.pt\n"
     assert int(curves.read_text().splitlines()[-1].partition(",")[0]) == step

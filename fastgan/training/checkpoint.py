@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from fastgan.training.errors import InputError
+from fastgan.training.errors import InputError, writing
 
 FORMAT = "fastgan checkpoint 1"
 
@@ -17,23 +17,29 @@ FORMAT = "fastgan checkpoint 1"
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Yields a file that takes the place of `path` when the block succeeds, and leaves no trace when it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(partial, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
     """Writes `state` (tensors, containers and plain values only), replacing the checkpoint that was there."""
     with atomic_write(path) as file:
-        torch.save({"format": FORMAT, **state}, file)
+        try:
+            torch.save({"format": FORMAT, **state}, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # torch.save complains of what the failed write left unfinished
+                raise error.__context__ from None
+            raise
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from fastgan.training.errors import InputError
+from fastgan.training.errors import InputError, one_line
 
 IN_MEMORY = 2 << 30
 """Bytes up to which a set, once resized, is decoded at the start and kept. A larger one is decoded batch by batch."""
@@ -81,11 +81,7 @@ class ImageSet:
             with self.pictures.open(row) as picture:
                 return use(picture)
         except Exception as error:  # Pillow's readers raise whatever a broken file makes them trip over
-            raise InputError(f"--data: cannot read image {self.pictures.name(row)} ({_one_line(error)})") from error
-
-
-def _one_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f"--data: cannot read image {self.pictures.name(row)} ({one_line(error)})") from error
 
 
 def _is_gray(mode: str) -> bool:
@@ -102,6 +98,8 @@ def _to_8_bits(picture: Image.Image) -> Image.Image:
 
 def load_images(data: str, size: int) -> ImageSet:
     """Opens `data` ("digits", "hf:NAME" or a folder, searched with its subfolders) at `size` x `size` pixels."""
+    if data in {"", "hf:"}:
+        raise InputError(f"--data: '{data}' names nothing; expected digits, a folder of images, or hf:NAME")
     if data == "digits":
         return ImageSet(_digits(), size)
     return ImageSet(_hub(data.removeprefix("hf:")) if data.startswith("hf:") else _folder(Path(data)), size)
@@ -144,7 +142,7 @@ def _hub(name: str) -> Pictures:
     try:
         table = datasets.load_dataset(name, split="train")
     except Exception as error:  # no network, no such name, no access, no such split: each raises its own
-        raise InputError(f"--data: cannot load hf:{name} ({_one_line(error)})") from error
+        raise InputError(f"--data: cannot load hf:{name} ({one_line(error)})") from error
     column = next((key for key, kind in table.features.items() if isinstance(kind, datasets.Image)), None)
     if column is None:
         raise InputError(f"--data: hf:{name} has no column of images, only {', '.join(table.features)}")

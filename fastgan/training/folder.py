@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fastgan.training.errors import InputError
+from fastgan.training.errors import InputError, writing
 
 
 class RunFolder:
@@ -33,9 +33,10 @@ class RunFolder:
         number = 1
         while (previous := self.root / f"previous-{number}").exists():
             number += 1
-        previous.mkdir()
-        for path in files:
-            path.rename(previous / path.name)
+        with writing(previous):
+            previous.mkdir()
+            for path in files:
+                path.rename(previous / path.name)
         return previous
 
     @contextmanager
@@ -48,8 +49,8 @@ class RunFolder:
 def check_writable(folder: Path) -> None:
     """Raises `InputError` unless files can be made in `folder`, which need not exist. Leaves nothing behind."""
     try:
-        with _made(folder), tempfile.TemporaryFile(dir=folder):
-            pass
+        with _made(folder), tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(1 << 16))  # a full disk still takes an empty file
     except OSError as error:
         raise InputError(f"--out: cannot write to {folder} ({error.strerror})") from error
 

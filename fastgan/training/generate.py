@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastgan.training.folder import RunFolder, check_writable
 from fastgan.training.images import save_grid
-from fastgan.training.run import SYSTEMS, make_accelerator, read_checkpoint
+from fastgan.training.run import SYSTEMS, make_accelerator, read_checkpoint, restore
 from fastgan.training.system import require
 
 CHUNK = 64
@@ -29,7 +29,7 @@ def generate(checkpoint: Path, out: Path | None = None, num: int = 64, seed: int
     system_type = SYSTEMS[state["system"]]
     settings = system_type.settings_type(**state["settings"])
     system = system_type(settings, state["channels"], make_accelerator("cpu", "fp32"))
-    system.load_state_dict(state)
+    restore(system, state, checkpoint)
 
     random = torch.Generator().manual_seed(seed)
     samples = [system.sample(noise) for noise in system.noise(num, random).split(CHUNK)]

@@ -8,7 +8,10 @@ from torch import Tensor, nn
 
 from fastgan.models.dcgan import doublings
 from fastgan.training.errors import InputError
-from fastgan.training.system import Settings, System
+from fastgan.training.system import Settings, System, require
+
+LARGEST = 1024
+"""Pixels. Each doubling makes DCGAN's widest layer twice as wide: 8192 channels here, and 23 GB of networks with Adam."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class LatentSettings(Settings):
             doublings(self.image_size)
         except ValueError as error:
             raise InputError(f"--image-size: {error}") from error
+        require(self.image_size <= LARGEST, "--image-size", self.image_size, f"{LARGEST} or less")
 
 
 L = TypeVar("L", bound=LatentSettings)

@@ -1,9 +1,8 @@
 """The training loop, one for all systems."""
 
 import signal
-import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,21 @@ LOOK_EVERY = 10
 
 GRID = 64
 """Images in a sample grid."""
+
+
+KEPT: dict[str, type] = {
+    "system": str,
+    "settings": dict,
+    "channels": int,
+    "images": int,
+    "step": int,
+    "steps": int,
+    "drawn": int,
+    "rng": list,
+    "networks": dict,
+    "optimizers": dict,
+}
+"""What `Training.save` puts into a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -78,18 +92,18 @@ class Training:
         self.saved = self.step
 
     def run(self) -> Curves:
-        """Trains to the plan's end, and saves there. On Ctrl-C finishes the step, saves and raises `Interrupted`."""
+        """Trains to the plan's end, and saves there. On Ctrl-C or SIGTERM finishes the step, saves, raises `Interrupted`."""
         processes = self.accelerator.num_processes
         images_per_step = self.system.settings.batch_size * self.system.draws * processes
         curves = Curves(self.folder, self.accelerator, images_per_step, self.step)
         stop = False
-        with interrupt_flag() as interrupted, closing(curves), self._bar() as bar:
+        with stop_signals() as received, self._bar() as bar:
             task = bar.add_task("", total=self.plan.steps, completed=self.step, losses="")
             while self.step < self.plan.steps and not stop:
                 curves.add(self.system.step(self.batches))
                 self.step += 1
                 bar.update(task, completed=self.step)
-                stop = self._agree(interrupted.is_set())
+                stop = self._agree(bool(received))
                 epoch, rest = divmod(self.step, self.plan.steps_per_epoch)
                 save = stop or self.step == self.plan.steps or self.step % self.plan.checkpoint_every == 0
                 if save or rest == 0 or self.step % LOOK_EVERY == 0:
@@ -104,7 +118,7 @@ class Training:
                 if save or rest == 0:
                     curves.restart_clock()
         if self.step < self.plan.steps:
-            raise Interrupted(f"stopped after step {self.step}")
+            raise Interrupted(f"stopped after step {self.step}", received[0] if received else signal.SIGINT)
         self._save_grid(self.folder.final_grid)
         return curves
 
@@ -138,11 +152,13 @@ class Training:
 
 
 @contextmanager
-def interrupt_flag() -> Iterator[threading.Event]:
-    """While open, Ctrl-C sets the flag instead of raising."""
-    flag = threading.Event()
-    previous = signal.signal(signal.SIGINT, lambda *_: flag.set())
+def stop_signals() -> Iterator[list[signal.Signals]]:
+    """While open, Ctrl-C and SIGTERM (of a scheduler, say) go into the list instead of ending the process."""
+    received: list[signal.Signals] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = [signal.signal(number, lambda it, _: received.append(signal.Signals(it))) for number in numbers]
     try:
-        yield flag
+        yield received
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in zip(numbers, previous, strict=True):
+            signal.signal(number, handler)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,15 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 
+from fastgan import backend
 from fastgan.fuse import fuse
 from fastgan.training import checkpoint
 from fastgan.training.compare import Comparison, compare
 from fastgan.training.data import Batches, load_images
 from fastgan.training.dcgan import DCGAN
-from fastgan.training.errors import Diverged, InputError, Interrupted
+from fastgan.training.errors import Diverged, InputError, Interrupted, OutputError, one_line
 from fastgan.training.folder import RunFolder, check_writable
-from fastgan.training.loop import Plan, Training
+from fastgan.training.loop import KEPT, Plan, Training
 from fastgan.training.system import Settings, System, require
 
 SYSTEMS: dict[str, type[System]] = {system.name: system for system in (DCGAN,)}
@@ -27,6 +28,8 @@ EPOCHS = 40
 
 COMPARE_SECONDS = {False: 4.0, True: 40.0}
 """How long the comparison with the unfused model takes, without and with `--compare`."""
+
+OTHER_VERSION = "another version of fastgan may have written it"
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ def train(
     comparable = settings.fuse or not careful_compare
     require(comparable, "--compare", "with --no-fuse", "one of the two: it measures the fused model")
     accelerator = make_accelerator(device, settings.precision)
+    if settings.fuse:
+        _check_backend(accelerator.device)
     if accelerator.is_main_process:
         check_writable(out)
     console.quiet |= not accelerator.is_main_process
@@ -113,10 +118,10 @@ def train(
     with folder.scratch() if dry_run else nullcontext(folder) as used:
         training = Training(system, batches, used, Plan(steps, steps_per_epoch, checkpoint_every), console)
         if state:
-            training.load_state_dict(state)
+            restore(training, state, folder.checkpoint)
         try:
             curves = training.run()
-        except (Diverged, Interrupted) as error:
+        except (Diverged, Interrupted, OutputError) as error:
             error.args = (f"{error}; {'a dry run keeps nothing' if dry_run else _kept(error, training)}",)
             raise
 
@@ -139,13 +144,41 @@ def _kept(error: Exception, training: Training) -> str:
 
 
 def read_checkpoint(path: Path, system_name: str | None = None) -> dict[str, Any]:
-    """Reads a checkpoint of a known system, of `system_name` if given."""
+    """Reads a checkpoint of a known system, of `system_name` if given, that holds what it must and settings that fit."""
     state = checkpoint.load(path)
-    if system_name is not None and state["system"] != system_name:
-        raise InputError(f"{path}: a checkpoint of {state['system']}, expected one of {system_name}")
-    if state["system"] not in SYSTEMS:
-        raise InputError(f"{path}: a checkpoint of {state['system']}, expected one of {', '.join(SYSTEMS)}")
+    name, expected = state.get("system", "no system"), [system_name] if system_name else list(SYSTEMS)
+    if name not in expected:
+        raise InputError(f"{path}: a checkpoint of {name}, expected one of {', '.join(expected)}")
+    settings_type = SYSTEMS[name].settings_type
+    _check_kinds(path, "entry", state, {"format": str, **KEPT})
+    _check_kinds(path, "setting", state["settings"], {field.name: field.type for field in fields(settings_type)})
+    try:
+        settings_type(**state["settings"]).check()
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     return state
+
+
+def _check_kinds(path: Path, what: str, found: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
+    """Raises `InputError` unless the checkpoint has just the names of `kinds`, with values of those kinds."""
+    for name in [*kinds, *found]:
+        if name not in found:
+            problem = "is missing"
+        elif name not in kinds:
+            problem = "is unknown"
+        elif not isinstance(found[name], (int, float) if kinds[name] is float else kinds[name]):
+            problem = f"is of type {type(found[name]).__name__}, not {kinds[name].__name__}"
+        else:
+            continue
+        raise InputError(f"{path}: {what} {name} {problem}; {OTHER_VERSION}")
+
+
+def restore(part: System | Training, state: dict[str, Any], path: Path) -> None:
+    """`part.load_state_dict(state)`, naming the checkpoint where its contents do not fit."""
+    try:
+        part.load_state_dict(state)
+    except Exception as error:  # torch raises many kinds
+        raise InputError(f"{path}: its state does not fit ({one_line(error)}); {OTHER_VERSION}") from error
 
 
 def make_accelerator(device: str, precision: str) -> Accelerator:
@@ -160,6 +193,14 @@ def make_accelerator(device: str, precision: str) -> Accelerator:
             require(index.isdecimal() and int(index) < count, "--device", device, f"an index below {count}")
             torch.accelerator.set_device_index(int(index))
     return Accelerator(cpu=device.startswith("cpu"), mixed_precision="bf16" if precision == "bf16" else "no")
+
+
+def _check_backend(device: torch.device) -> None:
+    """Raises `InputError` unless the kernels that the environment asks for can serve `device`."""
+    try:
+        backend.serving(device.type)
+    except RuntimeError as error:
+        raise InputError(str(error)) from error
 
 
 def _settings(kind: type[Settings], given: Mapping[str, Any], state: dict[str, Any] | None, path: Path) -> Settings:

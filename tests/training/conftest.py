@@ -1,4 +1,6 @@
+import resource
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,22 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def quick_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "COMPARE_SECONDS", {False: 0.01, True: 0.1})
+
+
+@pytest.fixture
+def full_disk() -> Callable[..., Any]:
+    """While `full_disk(at=size)` is open, no file grows past `size` bytes, as if the disk were full."""
+
+    @contextmanager
+    def full_disk(at: int) -> Iterator[None]:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (at, limits[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    return full_disk
 
 
 @pytest.fixture

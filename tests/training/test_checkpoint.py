@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastgan.training import checkpoint
-from fastgan.training.errors import InputError
+from fastgan.training.errors import InputError, OutputError
 
 
 def test_what_was_saved_is_loaded_without_running_code(tmp_path):
@@ -29,11 +29,21 @@ def test_a_failure_while_saving_leaves_what_was_there(tmp_path, monkeypatch, exi
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OutputError, match=r"^cannot write .*c\.pt \(disk full\)$"):
         checkpoint.save(path, {"step": 2})
     assert [p.name for p in tmp_path.iterdir()] == (["c.pt"] if existing else [])
     if existing:
         assert checkpoint.load(path)["step"] == 1
+
+
+@pytest.mark.parametrize("size", [10, 1000, 24_000, 100_000], ids="{} numbers".format)
+def test_a_full_disk_is_named_wherever_it_fills(tmp_path, full_disk, size):
+    path = tmp_path / "c.pt"
+    checkpoint.save(path, {"step": 1})
+    with full_disk(at=600), pytest.raises(OutputError, match=r"^cannot write .*c\.pt \(File too large\)$"):
+        checkpoint.save(path, {"weights": torch.zeros(size), "more": [torch.zeros(5) for _ in range(100)]})
+    assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
+    assert checkpoint.load(path)["step"] == 1
 
 
 def test_the_new_file_appears_only_when_it_is_whole(tmp_path):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fastgan.training.errors import OutputError
 from fastgan.training.generate import slerp
 from fastgan.training.images import GAP, save_grid, to_grid
 
@@ -37,6 +38,12 @@ def test_a_saved_grid_is_the_grid(tmp_path):
     saved = Image.open(tmp_path / "new" / "grid.png")
     assert saved.format == "PNG"
     np.testing.assert_array_equal(np.asarray(saved), np.asarray(to_grid(images)))
+
+
+def test_a_full_disk_is_named(tmp_path, full_disk):
+    with full_disk(at=1000), pytest.raises(OutputError, match=r"^cannot write .*grid\.png \(File too large\)$"):
+        save_grid(torch.rand(4, 3, 32, 32), tmp_path / "grid.png")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_slerp_goes_from_start_to_end_without_nearing_the_origin():

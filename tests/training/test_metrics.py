@@ -6,7 +6,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fastgan.training.errors import Diverged
+from fastgan.training.errors import Diverged, OutputError
 from fastgan.training.folder import RunFolder
 from fastgan.training.metrics import Curves
 
@@ -30,7 +30,6 @@ def write(folder, accelerator, steps, start=0):
         curves.add(scalars(loss_d=step, loss_g=step / 4))
         if step % 2 == 0:
             curves.flush()
-    curves.close()
     return curves
 
 
@@ -73,10 +72,36 @@ def test_reopened_after_a_step_it_drops_what_came_later(folder, accelerator):
     assert [e.step for e in events.Scalars("loss_d")] == [2, 4, 6]
 
 
+@pytest.mark.parametrize(
+    ("content", "kept"),
+    [
+        ("", []),
+        ("step,lo", []),
+        ("step,loss\n1,1\n2,0.1234", ["1"]),
+        ("step,loss\n1,1\n\0\0\0\0", ["1"]),
+        ("step,loss\n1,1\n\0,\0\n", ["1"]),
+    ],
+    ids=["empty", "cut header", "cut value", "zeros", "row of zeros"],
+)
+def test_a_table_that_a_power_cut_left_is_continued(folder, accelerator, content, kept):
+    folder.curves.write_text(content)
+    write(folder, accelerator, range(3, 5), start=2)
+    assert [row["step"] for row in rows(folder)] == [*kept, "3", "4"]
+
+
 def test_opened_anew_it_starts_an_empty_table(folder, accelerator):
     write(folder, accelerator, range(1, 3))
     write(folder, accelerator, range(1, 3))
     assert [row["step"] for row in rows(folder)] == ["1", "2"]
+
+
+@pytest.mark.parametrize(("at", "name"), [(30, "tensorboard/events"), (300, "curves.csv")])
+def test_a_full_disk_is_named(folder, accelerator, full_disk, at, name):
+    with full_disk(at=at), pytest.raises(OutputError, match=rf"^cannot write .*{name}.* \(File too large\)$"):
+        curves = Curves(folder, accelerator, images_per_step=8)
+        for _ in range(100):
+            curves.add(scalars(loss=1))
+        curves.flush()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -86,4 +111,3 @@ def test_the_first_step_that_is_not_finite_is_named(folder, accelerator, bad):
         curves.add(scalars(loss_d=1, grad_norm_g=value))
     with pytest.raises(Diverged, match=f"step 3: grad_norm_g is {bad}"):
         curves.flush()
-    curves.close()

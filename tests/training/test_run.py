@@ -12,10 +12,12 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastgan.training import checkpoint, dcgan, run
 from fastgan.training.dcgan import DCGAN
 from fastgan.training.errors import Diverged, InputError, Interrupted
+from fastgan.training.loop import KEPT
 
 
 def rows(out: Path) -> list[dict[str, str]]:
@@ -52,6 +54,13 @@ def assert_same_run(a: Path, b: Path) -> None:
         assert (a / "samples" / name).read_bytes() == (b / "samples" / name).read_bytes(), name
 
 
+def points(out: Path) -> list[tuple[int, float]]:
+    """TensorBoard's curve of the generator's loss."""
+    return [
+        (event.step, event.value) for event in EventAccumulator(str(out / "tensorboard")).Reload().Scalars("loss_g")
+    ]
+
+
 def stop_at(step, monkeypatch, action):
     """Has `action` happen in the middle of training step `step`, counted from now."""
     original, calls = DCGAN.generator_step, []
@@ -76,7 +85,9 @@ def test_a_run_leaves_a_grid_per_epoch_a_row_per_step_and_a_checkpoint(train, tm
     assert [row["step"] for row in rows(out)] == [str(step) for step in range(1, 29)]
     names = ["step", "loss_d", "d_real", "d_fake", "grad_norm_d", "loss_g", "grad_norm_g", "images_per_s"]
     assert list(rows(out)[0]) == names
-    assert checkpoint.load(out / "checkpoint.pt")["step"] == result.steps == 28
+    state = checkpoint.load(out / "checkpoint.pt")
+    assert state["step"] == result.steps == 28
+    assert state.keys() == {"format", *KEPT}
     assert result.images_per_s * result.seconds == pytest.approx(28 * 128)
 
 
@@ -103,17 +114,20 @@ def test_a_resumed_run_continues_exactly(train, tmp_path, settings, fuse):
     assert_same_run(whole, parts)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 @pytest.mark.parametrize("step", [1, 5, 14])
-def test_ctrl_c_finishes_the_step_saves_and_the_run_continues_exactly(train, tmp_path, monkeypatch, step):
-    handler = signal.getsignal(signal.SIGINT)  # ignored, where a shell runs the tests in the background
+def test_a_stopped_run_finishes_the_step_saves_and_continues_exactly(train, tmp_path, monkeypatch, step, number):
+    handler = signal.getsignal(number)  # ignored, where a shell runs the tests in the background
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(whole, steps=16)
     with monkeypatch.context() as patch:
-        stop_at(step, patch, lambda: os.kill(os.getpid(), signal.SIGINT))
-        with pytest.raises(Interrupted, match=rf"^stopped after step {step}; --resume continues .*checkpoint\.pt$"):
+        stop_at(step, patch, lambda: os.kill(os.getpid(), number))
+        message = rf"^stopped after step {step}; --resume continues .*checkpoint\.pt$"
+        with pytest.raises(Interrupted, match=message) as error:
             train(parts, steps=16)
+    assert error.value.signal is number
     assert checkpoint.load(parts / "checkpoint.pt")["step"] == step
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert signal.getsignal(number) is handler
     assert train(parts, resume=True).steps == 16, "the goal is part of the checkpoint"
     assert_same_run(whole, parts)
 
@@ -133,6 +147,7 @@ def test_after_a_crash_the_run_continues_exactly_from_the_last_checkpoint(train,
     assert int(rows(parts)[-1]["step"]) > 8
     train(parts, resume=True, checkpoint_every=4)
     assert_same_run(whole, parts)
+    assert points(whole) == points(parts)
 
 
 def test_resuming_a_finished_run_changes_nothing(train, tmp_path):
