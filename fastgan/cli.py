@@ -13,7 +13,7 @@ from rich.table import Table
 from fastgan.doctor import report
 from fastgan.training import generate as generating
 from fastgan.training import run
-from fastgan.training.dcgan import LARGEST
+from fastgan.training.latent import LARGEST
 from fastgan.training.errors import Diverged, InputError, Interrupted, OutputError, one_line
 
 UsageError: Any = typer.BadParameter.__base__
@@ -76,18 +76,38 @@ train = typer.Typer(no_args_is_help=True, help="Train a reference system.")
 app.add_typer(train, name="train")
 
 
+# What every system takes. None stands for the setting's default, or for what a resumed checkpoint keeps.
+Data = Annotated[
+    str | None,
+    typer.Option(help="digits, a folder of images, or hf:NAME for the Hugging Face hub.", show_default="digits"),
+]
+ImageSize = Annotated[int | None, typer.Option(help=f"A power of two from 8 to {LARGEST}.", show_default="32")]
+BatchSize = Annotated[int | None, typer.Option(help="Images per batch and process.", show_default="64")]
+Steps = Annotated[int | None, typer.Option(help="Generator updates, instead of --epochs.")]
+Epochs = Annotated[int | None, typer.Option(help="Passes over the data.", show_default="40")]
+Seed = Annotated[int | None, typer.Option(help="Decides weights, noise and data order.", show_default="0")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Precision = Annotated[str | None, typer.Option(help="fp32, or bf16 for autocast.", show_default="fp32")]
+Out = Annotated[Path, typer.Option(help="Folder for checkpoint, curves and samples.")]
+CheckpointEvery = Annotated[int, typer.Option(help="Steps between checkpoints.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Continue --out's checkpoint exactly, with the options that it keeps.")
+]
+Fuse = Annotated[
+    bool | None,
+    typer.Option("--fuse/--no-fuse", help="Fuse the networks, or leave them in stock PyTorch.", show_default="fuse"),
+]
+Compare = Annotated[bool, typer.Option("--compare", help="Compare with the unfused model at length.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Two steps of a real run, of which nothing stays.")]
+
+
 @train.command()
 def dcgan(
-    data: Annotated[
-        str | None,
-        typer.Option(help="digits, a folder of images, or hf:NAME for the Hugging Face hub.", show_default="digits"),
-    ] = None,
-    image_size: Annotated[
-        int | None, typer.Option(help=f"A power of two from 8 to {LARGEST}.", show_default="32")
-    ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images per batch and process.", show_default="64")] = None,
-    steps: Annotated[int | None, typer.Option(help="Generator updates, instead of --epochs.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the data.", show_default="40")] = None,
+    data: Data = None,
+    image_size: ImageSize = None,
+    batch_size: BatchSize = None,
+    steps: Steps = None,
+    epochs: Epochs = None,
     lr: Annotated[float | None, typer.Option(help="Adam's learning rate.", show_default="0.0002")] = None,
     d_steps: Annotated[
         int | None, typer.Option(help="Discriminator updates per generator update.", show_default="1")
@@ -95,40 +115,71 @@ def dcgan(
     label_smoothing: Annotated[
         float | None, typer.Option(help="The discriminator's target for real images is 1 minus this.", show_default="0")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Decides weights, noise and data order.", show_default="0")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    precision: Annotated[str | None, typer.Option(help="fp32, or bf16 for autocast.", show_default="fp32")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for checkpoint, curves and samples.")] = Path("runs/dcgan"),
-    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 500,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue --out's checkpoint exactly, with the options that it keeps.")
-    ] = False,
-    fuse: Annotated[
-        bool | None,
-        typer.Option(
-            "--fuse/--no-fuse", help="Fuse the networks, or leave them in stock PyTorch.", show_default="fuse"
-        ),
-    ] = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Compare with the unfused model at length.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Two steps of a real run, of which nothing stays.")
-    ] = False,
+    seed: Seed = None,
+    device: Device = "auto",
+    precision: Precision = None,
+    out: Out = Path("runs/dcgan"),
+    checkpoint_every: CheckpointEvery = 500,
+    resume: Resume = False,
+    fuse: Fuse = None,
+    compare: Compare = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Train a DCGAN, by default on scikit-learn's handwritten digits."""
-    settings = {
-        "data": data,
-        "image_size": image_size,
-        "batch_size": batch_size,
-        "lr": lr,
-        "seed": seed,
-        "d_steps": d_steps,
-        "label_smoothing": label_smoothing,
-        "precision": precision,
-        "fuse": fuse,
-    }
+    _train("dcgan", **locals())
+
+
+@train.command()
+def wgan_gp(
+    data: Data = None,
+    image_size: ImageSize = None,
+    batch_size: BatchSize = None,
+    steps: Steps = None,
+    epochs: Epochs = None,
+    lr: Annotated[float | None, typer.Option(help="Adam's learning rate.", show_default="0.0001")] = None,
+    architecture: Annotated[
+        str | None, typer.Option(help="dcgan, or residual for the paper's residual networks.", show_default="dcgan")
+    ] = None,
+    features: Annotated[
+        int | None, typer.Option(help="Channels: of DCGAN's largest maps, or of all residual ones.", show_default="64")
+    ] = None,
+    critic_norm: Annotated[
+        str | None, typer.Option(help="none, layer or instance (or batch, which spoils it).", show_default="none")
+    ] = None,
+    critic_steps: Annotated[
+        int | None, typer.Option(help="Critic updates per generator update.", show_default="5")
+    ] = None,
+    penalty_weight: Annotated[float | None, typer.Option(help="Of the gradient penalty.", show_default="10")] = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    precision: Precision = None,
+    out: Out = Path("runs/wgan-gp"),
+    checkpoint_every: CheckpointEvery = 500,
+    resume: Resume = False,
+    fuse: Fuse = None,
+    compare: Compare = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Train a WGAN-GP, by default on scikit-learn's handwritten digits."""
+    _train("wgan-gp", **locals())
+
+
+def _train(
+    system: str,
+    *,
+    out: Path,
+    steps: int | None,
+    epochs: int | None,
+    device: str,
+    checkpoint_every: int,
+    resume: bool,
+    compare: bool,
+    dry_run: bool,
+    **settings: Any,
+) -> None:
     console = Console()
     result = run.train(
-        "dcgan",
+        system,
         {name: value for name, value in settings.items() if value is not None},
         out=out,
         steps=steps,
@@ -143,11 +194,11 @@ def dcgan(
     if result is None:
         console.print(f"{out} is trained to its end already; give more --steps or --epochs to go on")
     else:
-        console.print(_summary(result))
+        console.print(_summary(system, result))
 
 
-def _summary(result: run.Result) -> Table:
-    table = Table(title="dcgan", title_justify="left", show_header=False)
+def _summary(system: str, result: run.Result) -> Table:
+    table = Table(title=system, title_justify="left", show_header=False)
     table.add_row("trained", f"to step {result.steps} in {result.seconds:.0f} s")
     table.add_row("speed", f"{result.images_per_s:.0f} images/s")
     if comparison := result.comparison:

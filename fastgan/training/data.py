@@ -25,7 +25,11 @@ from torch import Tensor
 from fastgan.training.errors import InputError, one_line
 
 IN_MEMORY = 2 << 30
-"""Bytes up to which a set, once resized, is decoded at the start and kept. A larger one is decoded batch by batch."""
+"""Bytes up to which a set, once resized, is decoded at the start and kept. A larger one is decoded batch by batch.
+
+Of a larger one only the files' headers are read at the start: an image whose pixels are broken is found when it is drawn.
+Finding it sooner would take an epoch's decoding before the first step.
+"""
 
 Pixels = NDArray[np.uint8]
 Rows = NDArray[np.int64]

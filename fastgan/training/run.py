@@ -63,8 +63,9 @@ def train(
 ) -> Result | None:
     """Trains `system_name` with the settings in `given`, the others at their defaults or as the checkpoint has them.
 
-    Returns None when the resumed run had already reached its end. Raises `InputError` before anything is written. A dry
-    run takes two steps from where a real one would start, in a folder of its own that is then removed.
+    Returns None when the resumed run had already reached its end. Raises `InputError` before anything is written, except
+    for a broken image in a set that is too large to be decoded at the start (`data.IN_MEMORY`). A dry run takes two steps
+    from where a real one would start, in a folder of its own that is then removed.
     """
     console = console or Console(quiet=True)
     folder = RunFolder(out)
@@ -121,7 +122,7 @@ def train(
             restore(training, state, folder.checkpoint)
         try:
             curves = training.run()
-        except (Diverged, Interrupted, OutputError) as error:
+        except (Diverged, InputError, Interrupted, OutputError) as error:
             error.args = (f"{error}; {'a dry run keeps nothing' if dry_run else _kept(error, training)}",)
             raise
 

@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fastgan.training import checkpoint, dcgan, run
+from fastgan.training import checkpoint, data, dcgan, run
 from fastgan.training.dcgan import DCGAN
 from fastgan.training.errors import Diverged, InputError, Interrupted
 from fastgan.training.loop import KEPT
@@ -260,6 +260,23 @@ def test_a_folder_that_has_moved_can_be_resumed_and_another_cannot(train, tmp_pa
     train(tmp_path / "out", {"data": str(tmp_path / "b")}, resume=True, steps=3)
     with pytest.raises(InputError, match=r"^--data: 5 images with 1 channels, but .* was trained on 4 with 1"):
         train(tmp_path / "out", {"data": str(tmp_path / "other")}, resume=True, steps=4)
+
+
+def test_a_broken_image_in_a_set_too_large_to_decode_at_the_start(train, tmp_path, monkeypatch):
+    images, settings = tmp_path / "images", {"data": str(tmp_path / "images"), "batch_size": 2}
+    images.mkdir()
+    for number in range(10):
+        Image.effect_noise((64, 64), 50).save(images / f"{number}.png")
+    monkeypatch.setattr(data, "IN_MEMORY", 0)
+    train(tmp_path / "whole", settings, steps=8, checkpoint_every=1)
+    good = (images / "7.png").read_bytes()
+    (images / "7.png").write_bytes(good[:500])
+    message = r"^--data: cannot read image .*7\.png \(.*\); the last good checkpoint: .*checkpoint\.pt \(step 1\)$"
+    with pytest.raises(InputError, match=message):
+        train(tmp_path / "parts", settings, steps=8, checkpoint_every=1)
+    (images / "7.png").write_bytes(good)
+    train(tmp_path / "parts", resume=True, checkpoint_every=1)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 @pytest.mark.parametrize(
