@@ -13,8 +13,8 @@ from rich.table import Table
 from fastgan.doctor import report
 from fastgan.training import generate as generating
 from fastgan.training import run
-from fastgan.training.latent import LARGEST
 from fastgan.training.errors import Diverged, InputError, Interrupted, OutputError, one_line
+from fastgan.training.latent import LARGEST
 
 UsageError: Any = typer.BadParameter.__base__
 """click's, or that of typer's own copy of click, as typer's version has it."""

@@ -20,8 +20,9 @@ from fastgan.training.errors import Diverged, InputError, Interrupted, OutputErr
 from fastgan.training.folder import RunFolder, check_writable
 from fastgan.training.loop import KEPT, Plan, Training
 from fastgan.training.system import Settings, System, require
+from fastgan.training.wgan_gp import WGANGP
 
-SYSTEMS: dict[str, type[System]] = {system.name: system for system in (DCGAN,)}
+SYSTEMS: dict[str, type[System]] = {system.name: system for system in (DCGAN, WGANGP)}
 
 EPOCHS = 40
 """How long a run is that was told neither steps nor epochs."""
