@@ -1,5 +1,6 @@
 """Reading real images: what each kind of file becomes, in which order batches come, and what is refused."""
 
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -99,6 +100,30 @@ def test_every_image_below_the_folder_counts_whatever_its_name(tmp_path):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         plain("L", 1).save(folder / name)
     assert len(load_images(str(folder), 8)) == 4
+
+
+@pytest.fixture
+def archive(folder):
+    """A zip file with an image, as it lies in a folder of downloads."""
+    plain("L", 1).save(folder / "packed.png")
+    with zipfile.ZipFile(folder / "images.zip", "w") as file:
+        file.write(folder / "packed.png", "inside/packed.png")
+    (folder / "packed.png").unlink()
+
+
+def test_what_is_packed_hidden_or_linked_does_not_count(folder, archive):
+    for name in ("a.png", ".hidden.png", "._a.png", ".trash/b.png", "other/c.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        plain("L", 1).save(folder / name)
+    (folder / "loop").symlink_to(".")
+    (folder / "gone.png").symlink_to("nowhere.png")
+    images = load_images(str(folder), 8)
+    assert [images.pictures.name(row) for row in range(len(images))] == [f"{folder}/a.png", f"{folder}/other/c.png"]
+
+
+def test_a_folder_with_an_archive_only_is_refused(folder, archive):
+    with pytest.raises(InputError, match=r"^--data: no images found in .*images or below; archives are not opened$"):
+        load_images(str(folder), 8)
 
 
 def test_nothing_is_written_beside_the_images(folder):
