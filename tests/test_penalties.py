@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from critics import CRITICS, SIZE, CountConvolutions, extra, leaky, plain
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import fastgan
 from fastgan.models.dcgan import Generator
@@ -263,3 +264,22 @@ def test_a_wgan_gp_critic_learns_as_with_stock_torch():
             adam.step()
         trained.append(list(critic.parameters()))
     torch.testing.assert_close(*trained)
+
+
+def test_a_compiled_critic_runs_eagerly():
+    """torch.compile has no double backward, and says so."""
+    make, penalty = CRITICS["leaky_relu"], PENALTIES["gradient_penalty"][0]
+    compiled = results(make, penalty, prepare=lambda critic: torch.compile(critic, backend="aot_eager"))
+    eager = results(make, penalty)
+    torch.testing.assert_close(compiled[0], eager[0])
+    torch.testing.assert_close(list(compiled[1].values()), list(eager[1].values()))
+
+
+@pytest.mark.parametrize("kind", ["leaky_relu", "batch norm", "prelu", "residual"])
+def test_a_critic_with_checkpoints(kind):
+    make, penalty = CRITICS[kind], PENALTIES["gradient_penalty"][0]
+
+    def through_a_checkpoint(critic, *arguments):
+        return penalty(lambda x: checkpoint(critic, x, use_reentrant=False), *arguments)
+
+    torch.testing.assert_close(results(make, through_a_checkpoint), results(make, penalty))
