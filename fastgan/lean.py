@@ -35,6 +35,13 @@ def _convolve(x, weight, bias, settings):
         prepared = conv.prepare(x, weight, bias, settings, lean=True)
     except (TypeError, ValueError):  # no batch, integers, padding="same": stock has an answer, or an error of its own
         return NotImplemented
+    stride, padding, dilation, transposed, output_padding, groups = prepared.settings
+    if prepared.runs_as_stock and transposed and any(o >= s for o, s in zip(output_padding, stride, strict=True)):
+        # Its input gradient is no convolution of the operator's, but that of the whole image is, and the rest is cropping.
+        whole = _convolve(prepared.x, prepared.weight, None, (stride, 0, dilation, True, 0, groups))
+        (top, left), (bottom, right) = padding, (o - p for o, p in zip(output_padding, padding, strict=True))
+        image = F.pad(whole, (-left, right, -top, bottom))
+        return image if prepared.bias is None else image + prepared.bias.view(-1, 1, 1)
     return conv.convolve(prepared, keep_layout=False)
 
 
@@ -145,7 +152,7 @@ class lean_double_backward(TorchFunctionMode):
     stock autograd gives zeros get zeros. All orders of derivatives are exact.
 
     The model is not modified, and it may be fused. The context belongs to the thread: what DataParallel runs in others is
-    stock.
+    stock, as is what runs in a `torch.utils.checkpoint`.
 
     Convolutions leave their output in the layout that is fast. Whoever could tell the difference, inside the context or
     after it, finds the layout that stock torch would have.
@@ -162,7 +169,7 @@ class lean_double_backward(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         lean = _LEAN.get(func)
-        if lean is not None and torch.is_grad_enabled() and all(t in (Tensor, nn.Parameter) for t in types):
+        if lean is not None and _can_be_lean(types):
             result = lean(*args, **kwargs)
             if result is not NotImplemented:
                 return self._note(result, [*args, *kwargs.values()])
@@ -186,6 +193,18 @@ class lean_double_backward(TorchFunctionMode):
             if tensor in self._owing:
                 tensor.data = tensor.data.contiguous()  # the same tensor in the same graph, lying otherwise
                 del self._owing[tensor]
+
+
+_saving_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # private to torch
+
+
+def _can_be_lean(types: Iterable[type]) -> bool:
+    """Not tensors of a kind that has a rule of its own, and not in a checkpoint: there stock torch will compute once more,
+    outside the context, and compare what it saves."""
+    if not torch.is_grad_enabled() or not all(kind in (Tensor, nn.Parameter) for kind in types):
+        return False
+    hooks = _saving_hooks(False) if _saving_hooks else None
+    return hooks is None or hooks[0].__module__ != "torch.utils.checkpoint"
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:

@@ -1,6 +1,8 @@
 """Gradient penalties of any critic, by lean double backward."""
 
+import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -29,10 +31,11 @@ def gradient_penalty(
     et al. 2017, equation 3).
 
     Args:
-        critic: D, any callable: a module, fused, spectrally normalised, in DistributedDataParallel, compiled or not, under
-            autocast. It is called once, as critic(x̂, \\*args, \\*\\*kwargs), in whatever mode it is in, and is not modified.
-            Of several outputs (a tuple or list) the first counts; the gradient is that of the sum of all its elements.
-            To choose another, pass a function that does.
+        critic: D, any callable: a module, fused, spectrally normalised, in DistributedDataParallel, under autocast; what
+            torch.compile has compiled in it runs eagerly, for it has no double backward. It is called once, as
+            critic(x̂, \\*args, \\*\\*kwargs), in whatever mode it is in, and is not modified. Of several outputs (a tuple or
+            list) the first counts; the gradient is that of the sum of all its elements. To choose another, pass a function
+            that does.
         real, fake: (N, \\*), of one floating-point dtype. Constants: the penalty trains the critic alone.
         args, kwargs: further arguments of the critic: classes, say.
         one_sided: only norms above `center` count (WGAN-LP, Petzka et al. 2018).
@@ -157,13 +160,20 @@ def _input_gradient(critic: Critic, x: Tensor, args: tuple, kwargs: dict, create
     """The gradient of the critic's output in its input, which must not require gradients yet."""
     _check_gradients_are_on()
     x = x.requires_grad_()
-    with lean_double_backward():
+    with lean_double_backward(), _without_compiled_code():
         output = critic(x, *args, **kwargs)
     score = output[0] if isinstance(output, (tuple, list)) and output else output
     if not isinstance(score, Tensor) or not score.is_floating_point():
         found = score.dtype if isinstance(score, Tensor) else type(score).__name__
         raise TypeError(f"critic must return a floating-point tensor, or several in a tuple, not {found}")
     return _gradient(score, x, torch.ones_like(score), create_graph, "critic's output", "its input")
+
+
+def _without_compiled_code() -> AbstractContextManager:
+    """Nothing is compiled before torch has imported its compiler, which takes seconds."""
+    if "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def _gradient(y: Tensor, x: Tensor, grad_y: Tensor, create_graph: bool, name_y: str, name_x: str) -> Tensor:

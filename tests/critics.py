@@ -165,7 +165,7 @@ def extra(critic: nn.Module) -> tuple[tuple, dict]:
 
 
 class CountConvolutions(TorchDispatchMode):
-    """How many operations of a convolution's size run; a stock `convolution_backward` is one for each gradient it computes."""
+    """How many operations of a convolution's size run: a stock `convolution_backward` is one for each gradient."""
 
     def __init__(self):
         super().__init__()

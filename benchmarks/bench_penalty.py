@@ -1,0 +1,148 @@
+"""A critic's gradient penalty and its backward against what can be written in stock PyTorch."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastgan
+from benchmarks.case import OURS, Case, Contest, first_line
+from benchmarks.memory import peak_bytes
+from benchmarks.op import gate
+
+SIZE, BATCH = 64, 32
+WIDTHS = (64, 128, 256, 512)
+Penalty = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+def make_critic() -> nn.Module:
+    """3 → 64 → 128 → 256 → 512 → 1 channels, k4 s2, without norms: a WGAN-GP critic of DCGAN's shape."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in zip((3, *WIDTHS), WIDTHS, strict=False):
+        layers += [nn.Conv2d(inputs, outputs, 4, 2, 1), nn.LeakyReLU(0.2, inplace=True)]
+    return nn.Sequential(*layers, nn.Conv2d(WIDTHS[-1], 1, 4))
+
+
+def positions(device: torch.device) -> torch.Generator:
+    """The same line positions for all."""
+    return torch.Generator(device).manual_seed(0)
+
+
+# ── Contenders ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def ours(critic: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
+    return fastgan.gradient_penalty(critic, real, fake, generator=positions(real.device))
+
+
+def between(real: Tensor, fake: Tensor) -> Tensor:
+    t = torch.rand(BATCH, 1, 1, 1, generator=positions(real.device), device=real.device, dtype=torch.float32)
+    return torch.lerp(real, fake, t.to(real.dtype)).requires_grad_()
+
+
+def penalise(gradient: Tensor) -> Tensor:
+    return 10 * ((gradient.square().sum((1, 2, 3)) + 1e-12).sqrt() - 1).square().mean()
+
+
+def penalty_at(x: Tensor, critic: nn.Module) -> Tensor:
+    (gradient,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
+    return penalise(gradient)
+
+
+def stock(critic: nn.Module, real: Tensor, fake: Tensor, at: Callable[..., Tensor] = penalty_at) -> Tensor:
+    return at(between(real, fake), critic)
+
+
+def gradients(penalty: Penalty, critic: nn.Module, real: Tensor, fake: Tensor) -> list[Tensor]:
+    """What a training step does. Where no path leads to a parameter its gradient is zero."""
+    critic.zero_grad()
+    penalty(critic, real, fake).backward()
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in critic.parameters()]
+
+
+def gradients_of_func(critic: nn.Module, real: Tensor, fake: Tensor) -> list[Tensor]:
+    x = between(real, fake).detach()
+
+    def score(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(critic, parameters, x).sum()
+
+    def penalty(parameters: dict[str, Tensor]) -> Tensor:
+        return penalise(torch.func.grad(score)(x, parameters))
+
+    parameters = {name: p.detach() for name, p in critic.named_parameters()}
+    return list(torch.func.grad(penalty)(parameters).values())
+
+
+def gradients_of_compiled(
+    compiled: Callable[..., Tensor], critic: nn.Module, real: Tensor, fake: Tensor
+) -> list[Tensor]:
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        return gradients(partial(stock, at=compiled), critic, real, fake)
+
+
+# ── The case ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, kw_only=True)
+class PenaltyCase(Case):
+    def prepare(self, device: torch.device) -> Contest:
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        critic = make_critic().to(device)
+        real, fake = (torch.randn(BATCH, 3, SIZE, SIZE, device=device) for _ in range(2))
+        contest = Contest({}, captured=False)
+        with FlopCounterMode(display=False) as counter:
+            critic(real)
+        contest.flops = 4 * counter.get_total_flops()  # forward, input gradient, its tangent, weight gradient
+        results: dict[str, list[Tensor]] = {}
+        for name, (compute, layout) in contenders().items():
+            laid_out = make_critic().to(device, memory_format=layout)  # type: ignore[call-overload]
+            laid_out.load_state_dict(critic.state_dict())
+            images = (t.contiguous(memory_format=layout) for t in (real, fake))
+            run = partial(self._run, compute, laid_out, *images)
+            try:
+                results[name] = [torch.cat([g.flatten() for g in run()])]
+            except Exception as error:
+                if name == OURS:
+                    raise
+                contest.notes.append(f"{name}: {first_line(error)}")
+                continue
+            contest.contenders[name] = run
+            contest.peak[name] = peak_bytes(run, device)
+        exact = gradients(stock, critic.double(), real.double(), fake.double())
+        eager = [results[name] for name in ("NCHW", "channels_last")]
+        contest.gate = gate(results[OURS], eager, [torch.cat([g.flatten() for g in exact])])
+        return contest
+
+    def _run(self, compute: Callable[..., list[Tensor]], critic: nn.Module, real: Tensor, fake: Tensor) -> list[Tensor]:
+        with torch.autocast(real.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            return compute(critic, real, fake)
+
+
+def contenders() -> dict[str, tuple[Callable[..., list[Tensor]], torch.memory_format]]:
+    compiled = partial(gradients_of_compiled, torch.compile(penalty_at, dynamic=False))
+    nchw, nhwc = torch.contiguous_format, torch.channels_last
+    return {
+        OURS: (partial(gradients, ours), nchw),
+        "NCHW": (partial(gradients, stock), nchw),
+        "channels_last": (partial(gradients, stock), nhwc),
+        "func": (gradients_of_func, nchw),
+        "channels_last func": (gradients_of_func, nhwc),
+        "compile": (compiled, nchw),
+        "channels_last compile": (compiled, nhwc),
+    }
+
+
+def cases(device: torch.device) -> Iterator[Case]:
+    for dtype in (torch.float32, torch.bfloat16):
+        yield PenaltyCase(
+            op="gradient_penalty",
+            work="penalty+backward",
+            shape=f"critic 3→64→128→256→512→1, LeakyReLU, {BATCH}×3×{SIZE}²",
+            dtype=dtype,
+            layout="NCHW",
+            headline=True,
+        )
