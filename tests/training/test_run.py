@@ -298,7 +298,7 @@ def test_a_resumed_run_keeps_its_settings(train, tmp_path, name, value, given, k
 
 def test_a_checkpoint_of_another_system_is_refused(train, tmp_path):
     checkpoint.save(tmp_path / "checkpoint.pt", {"system": "stylegan"})
-    with pytest.raises(InputError, match=r"checkpoint\.pt: a checkpoint of stylegan, expected one of dcgan, wgan-gp$"):
+    with pytest.raises(InputError, match=r"checkpoint\.pt: a checkpoint of stylegan, expected one of dcgan$"):
         train(tmp_path, resume=True)
     with pytest.raises(InputError, match=r"checkpoint\.pt: a checkpoint of stylegan, expected one of dcgan, wgan-gp$"):
         run.read_checkpoint(tmp_path / "checkpoint.pt")
