@@ -9,9 +9,9 @@ from rich.table import Table
 
 from fastgan import backend
 
-# An operator of the library with the backends that it has kernels for.
 OPERATORS = {
     "batch_norm_act": "normalisation, residual, activation",
+    "group_norm_act": "likewise by group, instance or layer",
     "convolution": "both convolutions and their gradients",
 }
 _MEANINGS = {"cpp": "C++", "triton": "Triton", "reference": "plain torch"}
@@ -77,6 +77,8 @@ def _served(operator: str, device: str) -> tuple[str, str]:
         vendor = "oneDNN" if device == "cpu" else "cuDNN"
         patches = ", patches by C++ and one matrix product where that is faster" if serving == "cpp" else ""
         return f"{vendor}", f"the vendor's convolution in the fast layout{patches}"
+    if operator == "group_norm_act" and serving == "triton":
+        return _MEANINGS["reference"], "it has no Triton kernel"
     if serving != "reference":
         return _MEANINGS[serving], "FASTGAN_BACKEND names it" if backend.requested() == serving else "automatic"
     if backend.requested() == "reference":

@@ -61,7 +61,7 @@ def test_no_torch_header_in_csrc():
 
 
 def test_an_operator_has_one_name_at_every_level():
-    for name in ("norm_act",):
+    for name in ("norm_act", "group_norm_act"):
         for place in (
             f"fastgan/ops/{name}.py",
             f"fastgan/nn/{name}.py",
