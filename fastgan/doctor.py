@@ -9,9 +9,9 @@ from rich.table import Table
 
 from fastgan import backend
 
-# An operator of the library with the backends that it has kernels for.
 OPERATORS = {
     "batch_norm_act": "normalisation, residual, activation",
+    "group_norm_act": "likewise by group, instance or layer",
     "convolution": "both convolutions and their gradients",
 }
 _MEANINGS = {"cpp": "C++", "triton": "Triton", "reference": "plain torch"}
@@ -75,6 +75,8 @@ def _served(operator: str, device: str) -> tuple[str, str]:
         return "[red]error[/red]", str(error)
     if operator == "convolution" and serving != "reference":
         return _convolution(device, serving)
+    if operator == "group_norm_act" and serving == "triton":
+        return _MEANINGS["reference"], "it has no Triton kernel"
     if serving != "reference":
         return _MEANINGS[serving], "FASTGAN_BACKEND names it" if backend.requested() == serving else "automatic"
     if backend.requested() == "reference":

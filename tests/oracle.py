@@ -45,9 +45,13 @@ class Errors:
 
 
 def arange_like(tensor: Tensor, rounding: torch.dtype = torch.float64) -> Tensor:
-    """Weights from -1 to 1, different for every element; rounded, so that they are the same numbers in every dtype."""
-    ramp = torch.linspace(-1, 1, tensor.numel(), dtype=torch.float64, device=tensor.device)
-    return ramp.to(rounding).to(tensor.dtype).view(tensor.shape)
+    """Weights from -1 to 1, different for every element; rounded, so that they are the same numbers in every dtype.
+
+    Shuffled: over one plane of many a ramp is nearly constant, and a norm's derivatives would be all cancellation.
+    """
+    ramp = torch.linspace(-1, 1, tensor.numel(), dtype=torch.float64)
+    ramp = ramp[torch.randperm(tensor.numel(), generator=torch.Generator().manual_seed(0))]
+    return ramp.to(rounding).to(tensor.device, tensor.dtype).view(tensor.shape)
 
 
 def two_orders(function, inputs: list[Tensor | None], rounding: torch.dtype = torch.float64) -> list[Tensor | None]:

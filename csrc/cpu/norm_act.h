@@ -70,7 +70,17 @@ struct Planes : Slices {
     return (smaller(n + together, images) - n) * (smaller(s + piece, S) - s);
   }
 
-  // f(sums, channel, offset, n) for every vector of block b of slice i; then flush(k, sum).
+  // The mean of the first elements of block b of a slice.
+  template <class T> acc_t<T> first_mean(const T* x, int64_t slice, int64_t b) const {
+    constexpr int W = lanes<acc_t<T>>;
+    const int64_t s = b % pieces * piece, n = smaller(smaller(s + piece, S) - s, unroll * W);
+    x += (b / pieces * together * C + slice) * S + s;
+    vec_t<T> total = {};
+    for (int64_t i = 0; i < n; i += W) total += load(x + i, static_cast<int>(smaller(W, n - i)));
+    return static_cast<acc_t<T>>(sum<acc_t<T>>(__builtin_convertvector(total, doubles<acc_t<T>>)) / n);
+  }
+
+  // f(sums, channel, offset, n) for every vector of block b of a slice; then flush(k, sum).
   template <class T, int P, int K, class F, class Flush>
   inline __attribute__((always_inline)) void walk(const acc_t<T>* table, int64_t stride, int64_t slice, int64_t b, F f,
                                                   Flush flush) const {
@@ -114,6 +124,19 @@ struct Rows : Slices {
     blocks = ceil_div(M, height);
   }
   int64_t size(int64_t b) const { return smaller((b + 1) * height, M) - b * height; }
+
+  // The mean of the first rows of block b of a sample, for every channel.
+  template <class T> void first_mean(const T* x, int64_t sample, int64_t b, acc_t<T>* mean) const {
+    constexpr int W = lanes<acc_t<T>>;
+    const int64_t rows = smaller(size(b), 8);
+    x += (sample * M + b * height) * C;
+    for (int64_t c = 0; c < C; c += W) {
+      const int n = static_cast<int>(smaller(W, C - c));
+      vec_t<T> total = {};
+      for (int64_t r = 0; r < rows; ++r) total += load(x + r * C + c, n);
+      store(mean + c, total / static_cast<acc_t<T>>(rows), n);
+    }
+  }
 
   // f(sums, channel, offset, n) for every vector of block b of a sample; then flush(k, c, sums, n) for every vector of
   // channels.
@@ -287,16 +310,21 @@ void sum_finish_apply(const NormAct& a, acc_t<T>* table, bool reduces, ReduceBod
   }
 }
 
-// Mean and biased variance of every unit into a.mean, a.var, then finish(unit) and apply_body. Each block has a mean and
-// sums about it, merged in the manner of Chan, Golub and LeVeque (1983): exact for data far from zero.
+// Whether n numbers' distances to a shift, and the squares of these, with the given sums, tell their variance well: where
+// the shift is no more than two standard deviations from the mean.
+FASTGAN_INLINE bool tells_variance(double n, double distances, double squares) {
+  return 5 * distances * distances <= 4 * n * squares;
+}
+
+// Mean and biased variance of every unit into a.mean, a.var, then finish(unit) and apply_body. Each block has a shift near
+// its mean, taken from its first elements, and sums about it, merged in the manner of Chan, Golub and LeVeque (1983): exact
+// for data far from zero. Where these elements were not like the rest, a second pass takes the mean itself.
 template <class T, int P, class Finish, class ApplyBody>
 void moments_finish_apply(const NormAct& a, acc_t<T>* table, Finish finish, ApplyBody apply_body) {
   using Acc = acc_t<T>;
   using vec = vec_t<T>;
   const int64_t C = a.C;
   const T* x = static_cast<const T*>(a.x);
-  auto add = [&](vec* sums, const Channel<T, 0>&, int64_t offset, int n)
-      __attribute__((always_inline)) { sums[0] += load(x + offset, n); };
   auto add_about = [&](vec* sums, const Channel<T, 1>& channel, int64_t offset, int n) __attribute__((always_inline)) {
     vec t = load(x + offset, n) - channel.p[0];
     if (n < lanes<Acc>) t = keep(first_lanes<Acc>(n), t);
@@ -308,21 +336,22 @@ void moments_finish_apply(const NormAct& a, acc_t<T>* table, Finish finish, Appl
   };
   const Slices slices(a);
   const Scratch<double> means(slices.count), variances(slices.count); // of the slices
-  // The moments of `count` slices from those of their blocks: for block b a mean as rounded to Acc at rounded[b * stride],
-  // and at about[2 * b * stride], `apart` from each other, the sums of the distances to it and of their squares.
-  auto merge = [&](const auto& layout, const Acc* rounded, const double* about, int64_t stride, int64_t apart,
+  // The moments of `count` slices from those of their blocks: for block b the shift at shift[b * stride], and at
+  // about[2 * b * stride], `apart` from each other, the sums of the distances to it and of their squares.
+  auto merge = [&](const auto& layout, const Acc* shift, const double* about, int64_t stride, int64_t apart,
                    int64_t first, int64_t count) {
-    const double M = static_cast<double>(slices.images) * a.S;
-    double mean[channel_group] = {}, square[channel_group] = {};
+    const double M = static_cast<double>(slices.images) * a.S, each = 1 / M;
+    double mean[channel_group], square[channel_group];
+    for (int64_t i = 0; i < count; ++i) mean[i] = square[i] = 0;
     for (int64_t b = 0; b < layout.blocks; ++b) {
-      const double share = layout.size(b) / M;
-      for (int64_t i = 0; i < count; ++i) mean[i] += share * rounded[b * stride + i] + about[2 * b * stride + i] / M;
+      const double share = layout.size(b) / M; // divided, so that a mean that is an element of x comes out as that
+      for (int64_t i = 0; i < count; ++i) mean[i] += share * shift[b * stride + i] + about[2 * b * stride + i] / M;
     }
     for (int64_t b = 0; b < layout.blocks; ++b) {
-      const double *distances = about + 2 * b * stride, *squares = distances + apart, share = layout.size(b) / M;
+      const double *distances = about + 2 * b * stride, *squares = distances + apart, share = layout.size(b) * each;
       for (int64_t i = 0; i < count; ++i) {
-        const double away = rounded[b * stride + i] - mean[i];
-        square[i] += squares[i] / M + away * (2 * distances[i] / M + share * away);
+        const double away = shift[b * stride + i] - mean[i];
+        square[i] += squares[i] * each + away * (2 * distances[i] * each + share * away);
       }
     }
     for (int64_t i = 0; i < count; ++i) {
@@ -344,25 +373,31 @@ void moments_finish_apply(const NormAct& a, acc_t<T>* table, Finish finish, Appl
   };
   if (a.rows) {
     const Rows rows(a);
-    const Scratch<Acc> rounded(rows.blocks * rows.count);
+    const Scratch<Acc> shift(rows.blocks * rows.count);
     const Scratch<double> about(rows.blocks * 2 * rows.count);
     run_rows(
         rows, true,
         [&](int64_t sample, int64_t b) {
-          const double share = 1.0 / rows.size(b);
-          const int64_t at = (sample * rows.blocks + b) * C;
-          rows.walk<T, 0, 1>(nullptr, 0, sample, b, add, [&](int, int64_t c, const doubles<Acc>& totals, int n) {
-            for (int i = 0; i < n; ++i) rounded[at + c + i] = static_cast<Acc>(totals[i] * share);
-          });
-          rows.walk<T, 1, 2>(&rounded[at], C, sample, b, add_about,
-                             [&](int k, int64_t c, const doubles<Acc>& totals, int n) {
-                               __builtin_memcpy(&about[2 * at + k * C + c], &totals, n * sizeof(double));
-                             });
+          const int64_t at = (sample * rows.blocks + b) * C, size = rows.size(b);
+          double *distances = &about[2 * at], *squares = distances + C;
+          auto sum_about_shift = [&] {
+            rows.walk<T, 1, 2>(&shift[at], C, sample, b, add_about,
+                               [&](int k, int64_t c, const doubles<Acc>& totals, int n) {
+                                 __builtin_memcpy(&distances[k * C + c], &totals, n * sizeof(double));
+                               });
+          };
+          rows.first_mean(x, sample, b, &shift[at]);
+          sum_about_shift();
+          bool good = true;
+          for (int64_t c = 0; c < C; ++c) good &= tells_variance(size, distances[c], squares[c]);
+          if (good) return;
+          for (int64_t c = 0; c < C; ++c) shift[at + c] = static_cast<Acc>(shift[at + c] + distances[c] / size);
+          sum_about_shift();
         },
         [&](int64_t sample, int64_t first, int64_t count) {
           const int64_t at = sample * rows.blocks * C;
           for (int64_t c = first; c < first + count; c += channel_group)
-            merge(rows, &rounded[at + c], &about[2 * at + c], C, C, sample * C + c,
+            merge(rows, &shift[at + c], &about[2 * at + c], C, C, sample * C + c,
                   smaller(channel_group, first + count - c));
           for (int64_t c = first; c < first + count; c += rows.group) finish_unit((sample * C + c) / rows.group);
         },
@@ -372,21 +407,26 @@ void moments_finish_apply(const NormAct& a, acc_t<T>* table, Finish finish, Appl
   } else {
     const Planes planes(a);
     const int64_t blocks = planes.blocks;
-    const Scratch<Acc> rounded(planes.count * blocks);
+    const Scratch<Acc> shift(planes.count * blocks);
     const Scratch<double> about(planes.count * blocks * 2);
     run_planes(
         planes, true,
         [&](int64_t slice, int64_t b) {
           const int64_t at = slice * blocks + b;
-          planes.walk<T, 0, 1>(nullptr, 0, slice, b, add, [&](int, double total) {
-            rounded[at] = static_cast<Acc>(total / planes.size(b));
-          });
-          planes.walk<T, 1, 2>(&rounded[at], 0, slice, b, add_about,
-                               [&](int k, double total) { about[2 * at + k] = total; });
+          const double *distances = &about[2 * at], *squares = distances + 1;
+          auto sum_about_shift = [&] {
+            planes.walk<T, 1, 2>(&shift[at], 0, slice, b, add_about,
+                                 [&](int k, double total) { about[2 * at + k] = total; });
+          };
+          shift[at] = planes.first_mean(x, slice, b);
+          sum_about_shift();
+          if (tells_variance(planes.size(b), *distances, *squares)) return;
+          shift[at] = static_cast<Acc>(shift[at] + *distances / planes.size(b));
+          sum_about_shift();
         },
         [&](int64_t unit) {
           for (int64_t slice = unit * planes.group; slice < (unit + 1) * planes.group; ++slice)
-            merge(planes, &rounded[slice * blocks], &about[2 * slice * blocks], 1, 1, slice, 1);
+            merge(planes, &shift[slice * blocks], &about[2 * slice * blocks], 1, 1, slice, 1);
           finish_unit(unit);
         },
         [&](int64_t slice, int64_t b) {
@@ -395,9 +435,10 @@ void moments_finish_apply(const NormAct& a, acc_t<T>* table, Finish finish, Appl
   }
 }
 
-// A unit's 1 / sqrt(var + eps), and what rounding took from its mean.
+// A unit's 1 / sqrt(var + eps), and what rounding took from its mean. In a group of one element, which is its mean, 0 gives
+// the same values and gradients that are exactly 0.
 FASTGAN_INLINE double inverse_deviation(const NormAct& a, int64_t unit) {
-  return 1 / __builtin_sqrt(a.var[unit] + a.eps);
+  return a.groups == a.C && a.S == 1 ? 0 : 1 / __builtin_sqrt(a.var[unit] + a.eps);
 }
 template <class Acc> double mean_remainder(const NormAct& a, int64_t unit) {
   return a.mean[unit] - static_cast<Acc>(a.mean[unit]);
@@ -447,8 +488,10 @@ template <class T> void forward(const NormActForward& a) {
   const Scratch<Acc> table(3 * slices.count);
   const T* x = static_cast<const T*>(a.x);
   T* y = static_cast<T*>(a.y);
+  const int64_t ahead = slices.group * a.S; // the next unit: its way from memory overlaps the stores of this one
   auto body = [&](const Channel<T, 3>& channel, int64_t offset, int n) __attribute__((always_inline)) {
     const vec_t<T> t = load(x + offset, n) - channel.p[0];
+    __builtin_prefetch(x + offset + ahead, 0, 2);
     store(y + offset, act.value(preactivation<T, 3>(a, channel, t, offset, n)), n);
   };
   if (a.batch_stats)

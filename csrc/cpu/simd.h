@@ -124,9 +124,11 @@ template <class V, class M> FASTGAN_INLINE V keep(M mask, V v) { return bits_as<
 // As many doubles as the vectors of Acc have lanes.
 template <class Acc> using doubles = typename VectorOf<double, FASTGAN_VECTOR_BYTES / sizeof(Acc) * sizeof(double)>::type;
 template <class Acc> FASTGAN_INLINE double sum(const doubles<Acc>& v) {
-  double total = 0;
-  for (int i = 0; i < lanes<Acc>; ++i) total += v[i];
-  return total;
+  double parts[lanes<Acc>];
+  __builtin_memcpy(parts, &v, sizeof parts);
+  for (int half = lanes<Acc> / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
+  return parts[0];
 }
 
 FASTGAN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }

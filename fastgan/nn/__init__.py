@@ -1,6 +1,14 @@
 """The operators as modules: subclasses of torch's own, with the same parameters and buffers."""
 
 from fastgan.nn.conv_norm_act import ConvBnAct2d, ConvTransposeBnAct2d
+from fastgan.nn.group_norm_act import GroupNormAct, InstanceNormAct2d, LayerNormAct
 from fastgan.nn.norm_act import BatchNormAct2d
 
-__all__ = ["BatchNormAct2d", "ConvBnAct2d", "ConvTransposeBnAct2d"]
+__all__ = [
+    "BatchNormAct2d",
+    "ConvBnAct2d",
+    "ConvTransposeBnAct2d",
+    "GroupNormAct",
+    "InstanceNormAct2d",
+    "LayerNormAct",
+]

@@ -260,7 +260,8 @@ def group_norm_act(
         TypeError: x is not floating point, or another tensor has a dtype that does not fit it.
         ValueError: shapes, devices or settings that do not fit. The message names the argument.
     """
-    _check(x, eps, act)
+    _check_input(x)
+    check_settings(eps, act)
     channels = x.shape[1]
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups must divide the {channels} channels of x, not be {num_groups}")
@@ -285,7 +286,7 @@ def instance_norm_act(
     `group_norm_act` with as many groups as channels. Unlike stock instance norm it takes planes of a single element, whose
     y is act(bias + residual).
     """
-    _check(x, eps, act)
+    _check_input(x)
     return group_norm_act(x, x.shape[1], weight, bias, eps, act=act, negative_slope=negative_slope, residual=residual)
 
 
@@ -316,7 +317,7 @@ def layer_norm_act(
         raise ValueError(f"normalized_shape must be the last sizes of x, of shape {tuple(x.shape)}, not {shape}")
     for name, parameter in (("weight", weight), ("bias", bias)):
         check_parameter(name, parameter, x, shape, "one for each element of normalized_shape")
-    samples = x if x.dim() == len(shape) + 1 else x.reshape(-1, *shape)
+    samples = x if x.dim() == len(shape) + 1 else x.reshape(math.prod(x.shape[: -len(shape)]), *shape)
     return _normalise(samples, 1, weight, bias, eps, act, negative_slope).view(x.shape)
 
 
@@ -347,8 +348,7 @@ def _stock_is_faster(x: Tensor) -> bool:
     return x.numel() <= _SMALL * torch.get_num_threads()
 
 
-def _check(x: Tensor, eps: float, act: str) -> None:
+def _check_input(x: Tensor) -> None:
     check_input(x)
-    check_settings(eps, act)
     if x.dim() < 2:
         raise ValueError(f"x must have at least 2 dimensions (N, C, *), not shape {tuple(x.shape)}")
