@@ -17,6 +17,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastgan.ops import activation, avg_pool, conv, norm_act
 from fastgan.ops._tensors import is_channels_last
+from fastgan.ops.group_norm_act import check_group_norm, check_layer_norm
+from fastgan.ops.group_norm_act import normalise as normalise_groups
 
 # ── Functions ────────────────────────────────────────────────────────────────────────────────────────────────────────
 # Each takes the arguments of the stock function, and returns NotImplemented where that has to serve.
@@ -55,6 +57,31 @@ def _batch_norm(input, running_mean, running_var, weight=None, bias=None, traini
     return norm_act.normalise(
         input, running_mean, running_var, weight, bias, training, momentum, eps, "none", 0.0, lean=True
     )
+
+
+def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
+    try:
+        check_group_norm(input, num_groups, weight, bias, eps, "none")
+    except (TypeError, ValueError):
+        return NotImplemented
+    return normalise_groups(input, num_groups, weight, bias, eps, "none", 0.0, lean=True)
+
+
+def _instance_norm(
+    input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5
+):
+    # Running statistics are batch norm's affair, and of a plane of one element stock says that it is too small.
+    if running_mean is not None or not use_input_stats or input.dim() < 3 or input[0, 0].numel() < 2:
+        return NotImplemented
+    return _group_norm(input, input.shape[1], weight, bias, eps)
+
+
+def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
+    try:
+        samples = check_layer_norm(input, normalized_shape, weight, bias, eps, "none")
+    except (TypeError, ValueError):
+        return NotImplemented
+    return normalise_groups(samples, 1, weight, bias, eps, "none", 0.0, lean=True).view(input.shape)
 
 
 def _relu_(input):
@@ -105,6 +132,9 @@ _LEAN: dict[Any, Callable] = {
     F.conv2d: _conv2d,
     F.conv_transpose2d: _conv_transpose2d,
     F.batch_norm: _batch_norm,
+    F.group_norm: _group_norm,
+    F.instance_norm: _instance_norm,
+    F.layer_norm: _layer_norm,
     F.relu: _relu,
     F.relu_: _relu_,
     torch.relu: _relu,
@@ -145,9 +175,10 @@ class lean_double_backward(TorchFunctionMode):
     gradient.square().sum().backward()
     ```
 
-    Convolutions and transposed convolutions, batch norm, ReLU, ReLU6, LeakyReLU, PReLU, Hardtanh and average pooling, as
-    modules or as functions, in place or not, run as operators whose second derivatives compute only what is asked:
-    a convolution costs four of its size in all (forward, input gradient, its tangent, weight gradient), an activation or a
+    Convolutions and transposed convolutions, batch, group, instance and layer norm, ReLU, ReLU6, LeakyReLU, PReLU, Hardtanh
+    and average pooling, as modules or as functions, in place or not, run as operators whose second derivatives compute only
+    what is asked: a convolution costs four of its size in all (forward, input gradient, its tangent, weight gradient), a
+    norm two passes over its tensor for each order of derivative, an activation or a
     pooling one mask or pooling in each pass. What is not recognised runs as stock, and is as exact. Parameters to which
     stock autograd gives zeros get zeros. All orders of derivatives are exact.
 

@@ -260,15 +260,8 @@ def group_norm_act(
         TypeError: x is not floating point, or another tensor has a dtype that does not fit it.
         ValueError: shapes, devices or settings that do not fit. The message names the argument.
     """
-    _check_input(x)
-    check_settings(eps, act)
-    channels = x.shape[1]
-    if num_groups < 1 or channels % num_groups:
-        raise ValueError(f"num_groups must divide the {channels} channels of x, not be {num_groups}")
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        check_parameter(name, parameter, x, (channels,), "one for each channel")
-    check_residual(residual, x)
-    return _normalise(x, num_groups, weight, bias, eps, act, negative_slope, residual)
+    check_group_norm(x, num_groups, weight, bias, eps, act, residual)
+    return normalise(x, num_groups, weight, bias, eps, act, negative_slope, residual)
 
 
 def instance_norm_act(
@@ -310,18 +303,11 @@ def layer_norm_act(
 
     The rest is as in `group_norm_act`.
     """
-    check_input(x)
-    check_settings(eps, act)
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-    if not shape or x.shape[-len(shape) :] != shape:
-        raise ValueError(f"normalized_shape must be the last sizes of x, of shape {tuple(x.shape)}, not {shape}")
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        check_parameter(name, parameter, x, shape, "one for each element of normalized_shape")
-    samples = x if x.dim() == len(shape) + 1 else x.reshape(math.prod(x.shape[: -len(shape)]), *shape)
-    return _normalise(samples, 1, weight, bias, eps, act, negative_slope).view(x.shape)
+    samples = check_layer_norm(x, normalized_shape, weight, bias, eps, act)
+    return normalise(samples, 1, weight, bias, eps, act, negative_slope).view(x.shape)
 
 
-def _normalise(
+def normalise(
     x: Tensor,
     num_groups: int,
     weight: Tensor | None,
@@ -330,25 +316,68 @@ def _normalise(
     act: Act,
     negative_slope: float,
     residual: Tensor | None = None,
+    lean: bool = False,
 ) -> Tensor:
-    if is_transformed() or backend.serving(x.device.type) != "cpp" or _stock_is_faster(x):
+    """`group_norm_act` on checked arguments. With `lean` the operator serves be stock torch faster in the forward or not."""
+    stock = x.numel() == 0 or is_transformed() or backend.serving(x.device.type) != "cpp"
+    if stock or (not lean and _stock_is_faster(x)):
         return reference(x, num_groups, weight, bias, eps, act=act, negative_slope=negative_slope, residual=residual)
     y, _, _ = torch.ops.fastgan.group_norm_act(x, weight, bias, residual, num_groups, eps, act, negative_slope)
     return y
 
 
 # On the CPU stock torch is faster up to so many elements a thread: an operator in Python takes longer to call than a small
-# tensor to read.
-_SMALL = 1 << 15
+# tensor to read. In channels_last stock is slow enough to be beaten sooner; a gradient penalty gains at any size.
+_SMALL, _SMALL_CHANNELS_LAST = 1 << 17, 1 << 15
 
 
 def _stock_is_faster(x: Tensor) -> bool:
     if torch.compiler.is_compiling() or not backend.is_automatic():
         return x.numel() == 0
-    return x.numel() <= _SMALL * torch.get_num_threads()
+    small = _SMALL_CHANNELS_LAST if is_channels_last(x) else _SMALL
+    return x.numel() <= small * torch.get_num_threads()
 
 
 def _check_input(x: Tensor) -> None:
     check_input(x)
     if x.dim() < 2:
         raise ValueError(f"x must have at least 2 dimensions (N, C, *), not shape {tuple(x.shape)}")
+
+
+def check_group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: str,
+    residual: Tensor | None = None,
+) -> None:
+    """Raise what `group_norm_act` says it raises."""
+    _check_input(x)
+    check_settings(eps, act)
+    channels = x.shape[1]
+    if num_groups < 1 or channels % num_groups:
+        raise ValueError(f"num_groups must divide the {channels} channels of x, not be {num_groups}")
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        check_parameter(name, parameter, x, (channels,), "one for each channel")
+    check_residual(residual, x)
+
+
+def check_layer_norm(
+    x: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: str,
+) -> Tensor:
+    """Raise what `layer_norm_act` says it raises; else x with one axis before normalized_shape."""
+    check_input(x)
+    check_settings(eps, act)
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    if not shape or x.shape[-len(shape) :] != shape:
+        raise ValueError(f"normalized_shape must be the last sizes of x, of shape {tuple(x.shape)}, not {shape}")
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        check_parameter(name, parameter, x, shape, "one for each element of normalized_shape")
+    return x if x.dim() == len(shape) + 1 else x.reshape(math.prod(x.shape[: -len(shape)]), *shape)
