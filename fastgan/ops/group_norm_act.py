@@ -159,7 +159,7 @@ def _double_backward(ctx, ggx, ggw, ggb, ggr):
     for i in range(3):
         if ctx.needs_input_grad[i]:
             grads[i] = found[i]
-    if ctx.needs_input_grad[3]:
+    if ctx.needs_input_grad[3] and ctx.settings[1] != "none":
         grads[3] = torch.zeros_like(bias)  # bias moves only the switching points of the activation
     return tuple(grads)
 
