@@ -356,8 +356,10 @@ template <class T> struct WeightGrad {
   void run() const {
     const int64_t O = blocks_of_small(), C = blocks_of_image(), most = larger(1, (l2_bytes - l2_bytes / 2) * 4 / 5 / (g.kw * sum_bytes));
     int64_t os = O, cs = C;
-    while (os * cs > most || (os * cs > 1 && g.kh * ceil_div(O, os) * ceil_div(C, cs) < omp_get_max_threads()))
-      (os > cs * columns.advance ? os : cs > 1 ? cs : os) = ceil_div(os > cs * columns.advance ? os : cs > 1 ? cs : os, 2);
+    while (os * cs > most || (os * cs > 1 && g.kh * ceil_div(O, os) * ceil_div(C, cs) < omp_get_max_threads())) {
+      int64_t& halved = os > cs * columns.advance || cs == 1 ? os : cs; // whichever reads more
+      halved = ceil_div(halved, 2);
+    }
     const int64_t length = larger(1, smaller(columns.targets, l2_bytes / 2 / ((os + cs * columns.advance) * step_bytes)));
     const int64_t o_groups = ceil_div(O, os), c_groups = ceil_div(C, cs), items = g.kh * o_groups * c_groups;
 #pragma omp parallel

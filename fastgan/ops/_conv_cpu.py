@@ -123,14 +123,14 @@ def stock_is_faster(x: Tensor, weight: Tensor, size: Sequence[int], settings: tu
 
 # Patches pay where the matrix of them has at most this many times the elements of the weight. Above, writing it costs more
 # than oneDNN's reordering of the weight.
-PATCHES_PER_WEIGHT = {torch.float32: 3.0, torch.bfloat16: 6.0}
-PATCHES_PER_WEIGHT_GRAD = {torch.float32: 3.0, torch.bfloat16: 32.0}
+_PATCHES_PER_WEIGHT = {torch.float32: 3.0, torch.bfloat16: 6.0}
+_PATCHES_PER_WEIGHT_GRAD = {torch.float32: 3.0, torch.bfloat16: 32.0}
 _FEW_PRODUCTS = 1 << 27  # so little work that a product of two matrices does not outrun its patches
 # Multiplications with one element that pay for its packing into tiles. With one tap nothing is read twice from the L2.
 _PRODUCTS_PER_PACKED = {True: 128, False: 400}
 _FEW_PATCHES = 256  # for a weight's gradient: a weight as large as the work is better summed by one product
 _FILL = 0.6  # part of the tiles that has to be real
-FEW_CHANNELS = 4  # images for which the transposed convolution of oneDNN leaves most vector lanes empty
+_FEW_CHANNELS = 4  # images for which the transposed convolution of oneDNN leaves most vector lanes empty
 
 
 def choose_form(geometry: Geometry, result: Result) -> Form:
@@ -146,11 +146,11 @@ def choose_form(geometry: Geometry, result: Result) -> Form:
 def _fastest(geometry: Geometry, result: Result) -> Form:
     if _tiles_pay(geometry, result):
         return "tiles"
-    if result == "image" and geometry.image[1] <= FEW_CHANNELS and geometry.patch <= 3 * geometry.positions[1]:
+    if result == "image" and geometry.image[1] <= _FEW_CHANNELS and geometry.patch <= 3 * geometry.positions[1]:
         return "patches"
     if result != "weight" and math.prod(geometry.positions) * geometry.patch < _FEW_PRODUCTS:
         return "vendor"
-    limits = PATCHES_PER_WEIGHT_GRAD if result == "weight" else PATCHES_PER_WEIGHT
+    limits = _PATCHES_PER_WEIGHT_GRAD if result == "weight" else _PATCHES_PER_WEIGHT
     limit = limits.get(geometry.dtype, limits[torch.float32])
     return "patches" if geometry.patches <= limit * geometry.positions[1] else "vendor"
 

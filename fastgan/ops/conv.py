@@ -336,8 +336,8 @@ def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: b
     outputs = weight.shape[1] * groups if transposed else weight.shape[0]
     if bias is not None:
         check_is_tensor("bias", bias)
-    if bias is not None and bias.shape != (outputs,):
-        raise ValueError(f"bias must have shape ({outputs},) to fit weight, not {tuple(bias.shape)}")
+        if bias.shape != (outputs,):
+            raise ValueError(f"bias must have shape ({outputs},) to fit weight, not {tuple(bias.shape)}")
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
