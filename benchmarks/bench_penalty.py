@@ -12,18 +12,41 @@ import fastgan
 from benchmarks.case import OURS, Case, Contest, first_line
 from benchmarks.memory import peak_bytes
 from benchmarks.op import gate
+from fastgan.models.wgan_gp import ResidualCritic
 
-SIZE, BATCH = 64, 32
+BATCH = 32
 WIDTHS = (64, 128, 256, 512)
 Penalty = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
-def make_critic() -> nn.Module:
-    """3 → 64 → 128 → 256 → 512 → 1 channels, k4 s2, without norms: a WGAN-GP critic of DCGAN's shape."""
+def plain_critic(norm: Callable[[int, int], nn.Module] | None = None) -> nn.Module:
+    """3 → 64 → 128 → 256 → 512 → 1 channels, k4 s2, for 64²: DCGAN's shape, with a `norm` of channels and size."""
     layers: list[nn.Module] = []
+    size = 64
     for inputs, outputs in zip((3, *WIDTHS), WIDTHS, strict=False):
-        layers += [nn.Conv2d(inputs, outputs, 4, 2, 1), nn.LeakyReLU(0.2, inplace=True)]
+        size //= 2
+        layers.append(nn.Conv2d(inputs, outputs, 4, 2, 1))
+        if norm is not None and inputs > 3:
+            layers.append(norm(outputs, size))
+        layers.append(nn.LeakyReLU(0.2, inplace=True))
     return nn.Sequential(*layers, nn.Conv2d(WIDTHS[-1], 1, 4))
+
+
+def instance_norm(channels: int, size: int) -> nn.Module:
+    return nn.InstanceNorm2d(channels, affine=True)
+
+
+def layer_norm(channels: int, size: int) -> nn.Module:
+    return nn.LayerNorm([channels, size, size])
+
+
+CRITICS: dict[str, tuple[int, Callable[[], nn.Module]]] = {
+    "critic 3→64→128→256→512→1, LeakyReLU": (64, plain_critic),
+    "the same with InstanceNorm2d(affine)": (64, partial(plain_critic, instance_norm)),
+    "the same with LayerNorm": (64, partial(plain_critic, layer_norm)),
+    "residual critic, width 128": (32, ResidualCritic),
+}
+"""Each with the size of its images."""
 
 
 def positions(device: torch.device) -> torch.Generator:
@@ -88,18 +111,21 @@ def gradients_of_compiled(
 
 @dataclass(frozen=True, kw_only=True)
 class PenaltyCase(Case):
+    size: int
+    make_critic: Callable[[], nn.Module]
+
     def prepare(self, device: torch.device) -> Contest:
         torch.compiler.reset()
         torch.manual_seed(0)
-        critic = make_critic().to(device)
-        real, fake = (torch.randn(BATCH, 3, SIZE, SIZE, device=device) for _ in range(2))
+        critic = self.make_critic().to(device)
+        real, fake = (torch.randn(BATCH, 3, self.size, self.size, device=device) for _ in range(2))
         contest = Contest({}, captured=False)
         with FlopCounterMode(display=False) as counter:
             critic(real)
         contest.flops = 4 * counter.get_total_flops()  # forward, input gradient, its tangent, weight gradient
         results: dict[str, list[Tensor]] = {}
         for name, (compute, layout) in contenders().items():
-            laid_out = make_critic().to(device, memory_format=layout)  # type: ignore[call-overload]
+            laid_out = self.make_critic().to(device, memory_format=layout)  # type: ignore[call-overload]
             laid_out.load_state_dict(critic.state_dict())
             images = (t.contiguous(memory_format=layout) for t in (real, fake))
             run = partial(self._run, compute, laid_out, *images)
@@ -137,12 +163,15 @@ def contenders() -> dict[str, tuple[Callable[..., list[Tensor]], torch.memory_fo
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    for dtype in (torch.float32, torch.bfloat16):
-        yield PenaltyCase(
-            op="gradient_penalty",
-            work="penalty+backward",
-            shape=f"critic 3→64→128→256→512→1, LeakyReLU, {BATCH}×3×{SIZE}²",
-            dtype=dtype,
-            layout="NCHW",
-            headline=True,
-        )
+    for name, (size, make_critic) in CRITICS.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            yield PenaltyCase(
+                op="gradient_penalty",
+                work="penalty+backward",
+                shape=f"{name}, {BATCH}×3×{size}²",
+                dtype=dtype,
+                layout="NCHW",
+                headline=True,
+                size=size,
+                make_critic=make_critic,
+            )
