@@ -95,6 +95,20 @@ PYBIND11_MODULE(_C, m) {
               kernels.batch_norm_act_double_backward);
   define_norm(m, "group_norm_act", kernels.group_norm_act_forward, kernels.group_norm_act_backward,
               kernels.group_norm_act_double_backward);
+  py::class_<AdaIN>(m, "AdaIN").def(py::init([](const NormAct& a, Address scale, Address shift, Address noise, Address noise_weight) {
+    return AdaIN{a, at(scale), at(shift), at(noise), at(noise_weight)};
+  }));
+  m.def("adain_forward", [](const AdaIN& a, Address out) { kernels.adain_forward({a, at(out)}); }, release());
+  m.def("adain_backward", [](const AdaIN& a, Address grad_out, Address grad_x, Address grad_scale, Address grad_shift,
+                             Address grad_noise_weight, Address grad_bias) {
+    kernels.adain_backward({a, at(grad_out), at(grad_x), at(grad_scale), at(grad_shift), at(grad_noise_weight), at(grad_bias)});
+  }, release());
+  m.def("adain_double_backward", [](const AdaIN& a, Address grad_out, Address ggx, Address gg_scale, Address gg_shift,
+                                    Address gg_noise_weight, Address gg_bias, Address g_grad_out, Address g_x,
+                                    Address g_scale, Address g_noise_weight, Address g_bias) {
+    kernels.adain_double_backward({a, at(grad_out), at(ggx), at(gg_scale), at(gg_shift), at(gg_noise_weight), at(gg_bias),
+                                   at(g_grad_out), at(g_x), at(g_scale), at(g_noise_weight), at(g_bias)});
+  }, release());
   m.def("image_to_patches", [](const Patches& p, Address image, Address patches) {
     kernels.image_to_patches(p, at(image), at(patches));
   }, release());

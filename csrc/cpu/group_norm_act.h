@@ -86,7 +86,7 @@ void layer_sum_finish_apply(const NormAct& a, acc_t<T>* table, ReduceBody reduce
   for (void* total : totals) sums_samples = sums_samples || total;
   sum_finish_apply<T, 3, K, P>(
       a, table, true, reduce_body, finish,
-      [&](const Channel<T, P>& channel, int64_t offset, int n) __attribute__((always_inline)) {
+      [&](vec_t<T>*, const Channel<T, P>& channel, int64_t offset, int n, auto) __attribute__((always_inline)) {
         vec_t<T> unused[L] = {};
         if (!sums_samples) body(unused, channel, offset, n);
       });
@@ -99,8 +99,8 @@ template <class T> void layer_forward(const NormActForward& a) {
   const Scratch<Acc> table(3 * a.N);
   T* y = static_cast<T*>(a.y);
   moments_finish_apply<T, 3>(
-      a, table.data, [&](int64_t sample) { fill_scale(a, table.data, sample); },
-      [&](const Channel<T, 3>& channel, int64_t offset, int n) __attribute__((always_inline)) {
+      a, table.data, Stored<T>{static_cast<const T*>(a.x)}, [&](int64_t sample) { fill_scale(a, table.data, sample); },
+      [&](vec_t<T>*, const Channel<T, 3>& channel, int64_t offset, int n, auto) __attribute__((always_inline)) {
         store(y + offset, act.value(normalised<T, 3>(a, channel, offset, n).pre), n);
       });
 }
@@ -114,7 +114,7 @@ template <class T> void layer_backward(const NormActBackward& a) {
   for (int64_t sample = 0; sample < N; ++sample) fill_scale(a, table.data, sample);
   const T* grad_y = static_cast<const T*>(a.grad_y);
   T *grad_x = static_cast<T*>(a.grad_x), *grad_residual = static_cast<T*>(a.grad_residual);
-  auto sums_of = [&](vec* sums, const Channel<T, 3>& channel, int64_t offset, int n) __attribute__((always_inline)) {
+  auto sums_of = [&](vec* sums, const Channel<T, 3>& channel, int64_t offset, int n, auto) __attribute__((always_inline)) {
     const auto at = normalised<T, 3>(a, channel, offset, n);
     const vec h = act.gradient(at.pre, load(grad_y + offset, n)) * at.weight;
     sums[0] += h;
@@ -148,7 +148,7 @@ template <class T> void layer_double_backward(const NormActDoubleBackward& a) {
   const T *ggx = static_cast<const T*>(a.ggx), *ggr = static_cast<const T*>(a.ggr);
   T *g_grad_y = static_cast<T*>(a.g_grad_y), *g_x = static_cast<T*>(a.g_x);
   const Parameter<T> ggw(a.ggw, 0), ggb(a.ggb, 0);
-  auto sums_of = [&](vec* sums, const Channel<T, 3>& channel, int64_t offset, int n) __attribute__((always_inline)) {
+  auto sums_of = [&](vec* sums, const Channel<T, 3>& channel, int64_t offset, int n, auto) __attribute__((always_inline)) {
     const auto at = normalised<T, 3>(a, channel, offset, n);
     const vec g = act.gradient(at.pre, load(grad_y + offset, n)), h = g * at.weight;
     sums[0] += h;

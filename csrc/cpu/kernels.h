@@ -51,6 +51,43 @@ struct NormActDoubleBackward : NormAct {
   void* g_weight;     // (C,) acc
 };
 
+// act(x + noise_weight·noise + bias), normalised in every plane, with a scale and shift for it. `groups` is C, and `bias`, as
+// said, added before the activation.
+struct AdaIN : NormAct {
+  const void* scale;        // (N, C) acc
+  const void* shift;        // (N, C) acc
+  const void* noise;        // (N, S) acc, or null
+  const void* noise_weight; // (C,) acc, or null for 1
+};
+
+struct AdaINForward : AdaIN {
+  void* out; // (N, C, S) dtype
+};
+
+struct AdaINBackward : AdaIN {
+  const void* grad_out;    // (N, C, S) dtype
+  void* grad_x;            // (N, C, S) dtype, or null when nobody needs it and the two last
+  void* grad_scale;        // (N, C) acc, or null
+  void* grad_shift;        // (N, C) acc, or null
+  void* grad_noise_weight; // (C,) acc, or null
+  void* grad_bias;         // (C,) acc, or null
+};
+
+// Gradients of the sum of all products of a gradient of the backward with what stands here for it.
+struct AdaINDoubleBackward : AdaIN {
+  const void* grad_out;        // (N, C, S) dtype
+  const void* ggx;             // (N, C, S) dtype, or null
+  const void* gg_scale;        // (N, C) acc, or null
+  const void* gg_shift;        // (N, C) acc, or null
+  const void* gg_noise_weight; // (C,) acc, or null
+  const void* gg_bias;         // (C,) acc, or null
+  void* g_grad_out;            // (N, C, S) dtype
+  void* g_x;                   // (N, C, S) dtype
+  void* g_scale;               // (N, C) acc
+  void* g_noise_weight;        // (C,) acc, or null
+  void* g_bias;                // (C,) acc, or null
+};
+
 // A batch of N samples of S elements each, one after the other in memory.
 struct Samples {
   DType dtype;
@@ -90,6 +127,9 @@ struct Kernels {
   void (*group_norm_act_forward)(const NormActForward&);
   void (*group_norm_act_backward)(const NormActBackward&);
   void (*group_norm_act_double_backward)(const NormActDoubleBackward&);
+  void (*adain_forward)(const AdaINForward&);
+  void (*adain_backward)(const AdaINBackward&);
+  void (*adain_double_backward)(const AdaINDoubleBackward&);
   void (*image_to_patches)(const Patches&, const void* image, void* patches);
   void (*patches_to_image)(const Patches&, const void* patches, void* image);
   // Of samples x, y (N, S) dtype, and numbers for each (N,) acc: sums = Σ x·y, and y = factors·x.

@@ -54,6 +54,14 @@ struct Slices {
   bool many(int64_t pieces) const { return pieces >= 2 * omp_get_max_threads(); }
 };
 
+// Which pixels, of all images one after the other, the lanes of a vector hold: consecutive ones, or channels of the same one.
+struct Pixels {
+  int64_t first;
+};
+struct OnePixel {
+  int64_t index;
+};
+
 // Memory (samples, images, C, S). A block is some images of one slice, or a piece of one large plane.
 struct Planes : Slices {
   static constexpr int64_t block_elements = 8192;
@@ -70,17 +78,18 @@ struct Planes : Slices {
     return (smaller(n + together, images) - n) * (smaller(s + piece, S) - s);
   }
 
-  // The mean of the first elements of block b of a slice.
-  template <class T> acc_t<T> first_mean(const T* x, int64_t slice, int64_t b) const {
+  // The mean of the first values of block b of a slice.
+  template <class T, class Value> acc_t<T> first_mean(const Value& value, int64_t slice, int64_t b) const {
     constexpr int W = lanes<acc_t<T>>;
     const int64_t s = b % pieces * piece, n = smaller(smaller(s + piece, S) - s, unroll * W);
-    x += (b / pieces * together * C + slice) * S + s;
+    const int64_t image = b / pieces * together, offset = (image * C + slice) * S + s, pixel = (image + slice / C) * S + s;
     vec_t<T> total = {};
-    for (int64_t i = 0; i < n; i += W) total += load(x + i, static_cast<int>(smaller(W, n - i)));
+    for (int64_t i = 0; i < n; i += W)
+      total += value(offset + i, static_cast<int>(smaller(W, n - i)), Pixels{pixel + i});
     return static_cast<acc_t<T>>(sum<acc_t<T>>(__builtin_convertvector(total, doubles<acc_t<T>>)) / n);
   }
 
-  // f(sums, channel, offset, n) for every vector of block b of a slice; then flush(k, sum).
+  // f(sums, channel, offset, n, pixels) for every vector of block b of a slice; then flush(k, sum).
   template <class T, int P, int K, class F, class Flush>
   inline __attribute__((always_inline)) void walk(const acc_t<T>* table, int64_t stride, int64_t slice, int64_t b, F f,
                                                   Flush flush) const {
@@ -97,12 +106,13 @@ struct Planes : Slices {
         vec_t<T> sums[unroll][K ? K : 1] = {};
         const int64_t last = smaller(first + segment, length);
         for (int64_t n = image; n < smaller(image + sharing, n1); ++n) {
-          const int64_t offset = (n * C + slice) * S + s; // where samples are apart n is 0
+          // Where samples are apart n is 0; else slice / C is.
+          const int64_t offset = (n * C + slice) * S + s, pixel = (n + slice / C) * S + s;
           int64_t i = first;
           for (; i + unroll * W <= last; i += unroll * W)
-            for (int u = 0; u < unroll; ++u) f(sums[u], channel, offset + i + u * W, W);
-          for (; i + W <= last; i += W) f(sums[0], channel, offset + i, W);
-          if (i < last) f(sums[0], channel, offset + i, static_cast<int>(last - i));
+            for (int u = 0; u < unroll; ++u) f(sums[u], channel, offset + i + u * W, W, Pixels{pixel + i + u * W});
+          for (; i + W <= last; i += W) f(sums[0], channel, offset + i, W, Pixels{pixel + i});
+          if (i < last) f(sums[0], channel, offset + i, static_cast<int>(last - i), Pixels{pixel + i});
         }
         for (int k = 0; k < K; ++k) {
           const vec_t<T> all = (sums[0][k] + sums[1][k]) + (sums[2][k] + sums[3][k]);
@@ -125,21 +135,20 @@ struct Rows : Slices {
   }
   int64_t size(int64_t b) const { return smaller((b + 1) * height, M) - b * height; }
 
-  // The mean of the first rows of block b of a sample, for every channel.
-  template <class T> void first_mean(const T* x, int64_t sample, int64_t b, acc_t<T>* mean) const {
+  // The mean of the values in the first rows of block b of a sample, for every channel: value(c, offset, n, pixel).
+  template <class T, class Value> void first_mean(const Value& value, int64_t sample, int64_t b, acc_t<T>* mean) const {
     constexpr int W = lanes<acc_t<T>>;
-    const int64_t rows = smaller(size(b), 8);
-    x += (sample * M + b * height) * C;
+    const int64_t begin = sample * M + b * height, rows = smaller(size(b), 8);
     for (int64_t c = 0; c < C; c += W) {
       const int n = static_cast<int>(smaller(W, C - c));
       vec_t<T> total = {};
-      for (int64_t r = 0; r < rows; ++r) total += load(x + r * C + c, n);
+      for (int64_t r = begin; r < begin + rows; ++r) total += value(c, r * C + c, n, OnePixel{r});
       store(mean + c, total / static_cast<acc_t<T>>(rows), n);
     }
   }
 
-  // f(sums, channel, offset, n) for every vector of block b of a sample; then flush(k, c, sums, n) for every vector of
-  // channels.
+  // f(sums, channel, offset, n, pixel) for every vector of block b of a sample; then flush(k, c, sums, n) for every vector
+  // of channels.
   template <class T, int P, int K, class F, class Flush>
   inline __attribute__((always_inline)) void walk(const acc_t<T>* table, int64_t stride, int64_t sample, int64_t b, F f,
                                                   Flush flush) const {
@@ -167,9 +176,9 @@ private:
       int64_t r = first;
       for (; r + tall <= last; r += tall)
         for (int v = 0; v < tall; ++v)
-          for (int u = 0; u < Wide; ++u) f(sums[v][u], channel[u], (r + v) * C + c + u * W, n);
+          for (int u = 0; u < Wide; ++u) f(sums[v][u], channel[u], (r + v) * C + c + u * W, n, OnePixel{r + v});
       for (; r < last; ++r)
-        for (int u = 0; u < Wide; ++u) f(sums[0][u], channel[u], r * C + c + u * W, n);
+        for (int u = 0; u < Wide; ++u) f(sums[0][u], channel[u], r * C + c + u * W, n, OnePixel{r});
       for (int v = 0; v < tall; ++v)
         for (int u = 0; u < Wide; ++u)
           for (int k = 0; k < K; ++k) totals[u][k] += __builtin_convertvector(sums[v][u][k], doubles<acc_t<T>>);
@@ -253,26 +262,38 @@ struct Sums {
   double operator()(int64_t i, int k) const { return at ? at[i * slice_stride + k * sum_stride] : 0; }
 };
 
+// What the blocks of a channel's slices contribute to its parameter's gradient, added over the samples: the k-th of `each`
+// parts of every block.
+template <class Acc>
+void add_samples(const Slices& slices, const Scratch<double>& parts, void* grad, int64_t blocks = 1, int each = 1, int k = 0) {
+  if (!grad) return;
+  for (int64_t c = 0; c < slices.C; ++c) {
+    double total = 0;
+    for (int64_t sample = 0; sample < slices.samples; ++sample)
+      for (int64_t b = 0; b < blocks; ++b) total += parts[((sample * slices.C + c) * blocks + b) * each + k];
+    static_cast<Acc*>(grad)[c] = static_cast<Acc>(total);
+  }
+}
+
 // Sums of K products per slice by `reduce_body`, then `finish(unit, sums)`, then `apply_body` with the coefficients that
-// finish left in `table`: P rows of all slices, of which the reduction reads the first R.
-template <class T, int R, int K, int P, class ReduceBody, class Finish, class ApplyBody>
+// finish left in `table`: P rows of all slices, of which the reduction reads the first R. What apply_body adds to A sums goes,
+// for each channel over all samples, to the arrays `totals`, any of which may be null.
+template <class T, int R, int K, int P, int A = 0, class ReduceBody, class Finish, class ApplyBody>
 void sum_finish_apply(const NormAct& a, acc_t<T>* table, bool reduces, ReduceBody reduce_body, Finish finish,
-                      ApplyBody apply_body) {
+                      ApplyBody apply_body, void* const* totals = nullptr) {
   using Acc = acc_t<T>;
-  auto apply_vector = [&](vec_t<T>*, const Channel<T, P>& channel, int64_t offset, int n) __attribute__((always_inline)) {
-    apply_body(channel, offset, n);
-  };
   if (a.rows) {
     const Rows rows(a);
     const int64_t C = a.C, block = K * C; // the sums of a block: (K, C)
     const Scratch<double> partial(reduces ? rows.samples * rows.blocks * block : 0);
+    const Scratch<double> applied(rows.count * rows.blocks * A);
     run_rows(
         rows, reduces,
         [&](int64_t sample, int64_t b) {
           double* sums = &partial[(sample * rows.blocks + b) * block];
           rows.walk<T, R, K>(table + sample * C, rows.count, sample, b, reduce_body,
-                             [&](int k, int64_t c, const doubles<Acc>& totals, int n) {
-                               __builtin_memcpy(&sums[k * C + c], &totals, n * sizeof(double));
+                             [&](int k, int64_t c, const doubles<Acc>& of_lane, int n) {
+                               __builtin_memcpy(&sums[k * C + c], &of_lane, n * sizeof(double));
                              });
         },
         [&](int64_t sample, int64_t first, int64_t count) {
@@ -285,12 +306,18 @@ void sum_finish_apply(const NormAct& a, acc_t<T>* table, bool reduces, ReduceBod
             finish((sample * C + first + i) / rows.group, Sums{reduces ? sums + i : nullptr, 1, C});
         },
         [&](int64_t sample, int64_t b) {
-          rows.walk<T, P, 0>(table + sample * C, rows.count, sample, b, apply_vector, Nothing());
+          rows.walk<T, P, A>(table + sample * C, rows.count, sample, b, apply_body,
+                             [&](int k, int64_t c, const doubles<Acc>& of_lane, int n) {
+                               for (int i = 0; i < n; ++i)
+                                 applied[((sample * C + c + i) * rows.blocks + b) * A + k] = of_lane[i];
+                             });
         });
+    for (int k = 0; k < A; ++k) add_samples<Acc>(rows, applied, totals[k], rows.blocks, A, k);
   } else {
     const Planes planes(a);
     const int64_t slice_sums = planes.blocks * K;
     const Scratch<double> partial(reduces ? planes.count * slice_sums : 0);
+    const Scratch<double> applied(planes.count * planes.blocks * A);
     run_planes(
         planes, reduces,
         [&](int64_t slice, int64_t b) {
@@ -305,8 +332,10 @@ void sum_finish_apply(const NormAct& a, acc_t<T>* table, bool reduces, ReduceBod
           finish(unit, Sums{sums, slice_sums, 1});
         },
         [&](int64_t slice, int64_t b) {
-          planes.walk<T, P, 0>(table + slice, planes.count, slice, b, apply_vector, Nothing());
+          planes.walk<T, P, A>(table + slice, planes.count, slice, b, apply_body,
+                               [&](int k, double total) { applied[(slice * planes.blocks + b) * A + k] = total; });
         });
+    for (int k = 0; k < A; ++k) add_samples<Acc>(planes, applied, totals[k], planes.blocks, A, k);
   }
 }
 
@@ -316,41 +345,49 @@ FASTGAN_INLINE bool tells_variance(double n, double distances, double squares) {
   return 5 * distances * distances <= 4 * n * squares;
 }
 
-// Mean and biased variance of every unit into a.mean, a.var, then finish(unit) and apply_body. Each block has a shift near
-// its mean, taken from its first elements, and sums about it, merged in the manner of Chan, Golub and LeVeque (1983): exact
-// for data far from zero. Where these elements were not like the rest, a second pass takes the mean itself.
-template <class T, int P, class Finish, class ApplyBody>
-void moments_finish_apply(const NormAct& a, acc_t<T>* table, Finish finish, ApplyBody apply_body) {
+// What `moments_finish_apply` takes the moments of, where that lies in memory as it is: a number for each element.
+template <class T> struct Stored {
+  static constexpr int P = 0; // numbers of its slice's that it is computed with
+  const T* x;
+  void fill(acc_t<T>*, int64_t, int64_t) const {}
+  template <class Where>
+  inline __attribute__((always_inline)) vec_t<T> operator()(const vec_t<T>*, int64_t offset, int n, Where) const {
+    return load(x + offset, n);
+  }
+};
+
+// Mean and biased variance of the values of every unit into a.mean, a.var, then finish(unit) and apply_body. Each block has
+// a shift near its mean, taken from its first elements, and sums about it, merged in the manner of Chan, Golub and LeVeque
+// (1983): exact for data far from zero. Where these elements were not like the rest, a second pass takes the mean itself.
+template <class T, int P, class Values, class Finish, class ApplyBody>
+void moments_finish_apply(const NormAct& a, acc_t<T>* table, Values values, Finish finish, ApplyBody apply_body) {
   using Acc = acc_t<T>;
   using vec = vec_t<T>;
+  constexpr int R = 1 + Values::P; // what a block's first pass reads: the shift, and what the values are computed with
   const int64_t C = a.C;
-  const T* x = static_cast<const T*>(a.x);
-  auto add_about = [&](vec* sums, const Channel<T, 1>& channel, int64_t offset, int n) __attribute__((always_inline)) {
-    vec t = load(x + offset, n) - channel.p[0];
+  auto add_about = [&](vec* sums, const Channel<T, R>& channel, int64_t offset, int n, auto where) __attribute__((always_inline)) {
+    vec t = values(channel.p + 1, offset, n, where) - channel.p[0];
     if (n < lanes<Acc>) t = keep(first_lanes<Acc>(n), t);
     sums[0] += t;
     sums[1] += t * t;
   };
-  auto apply_vector = [&](vec*, const Channel<T, P>& channel, int64_t offset, int n) __attribute__((always_inline)) {
-    apply_body(channel, offset, n);
-  };
   const Slices slices(a);
   const Scratch<double> means(slices.count), variances(slices.count); // of the slices
-  // The moments of `count` slices from those of their blocks: for block b the shift at shift[b * stride], and at
+  // The moments of `count` slices from those of their blocks: for block b the shift at shift[b * step], and at
   // about[2 * b * stride], `apart` from each other, the sums of the distances to it and of their squares.
-  auto merge = [&](const auto& layout, const Acc* shift, const double* about, int64_t stride, int64_t apart,
+  auto merge = [&](const auto& layout, const Acc* shift, int64_t step, const double* about, int64_t stride, int64_t apart,
                    int64_t first, int64_t count) {
     const double M = static_cast<double>(slices.images) * a.S, each = 1 / M;
     double mean[channel_group], square[channel_group];
     for (int64_t i = 0; i < count; ++i) mean[i] = square[i] = 0;
     for (int64_t b = 0; b < layout.blocks; ++b) {
       const double share = layout.size(b) / M; // divided, so that a mean that is an element of x comes out as that
-      for (int64_t i = 0; i < count; ++i) mean[i] += share * shift[b * stride + i] + about[2 * b * stride + i] / M;
+      for (int64_t i = 0; i < count; ++i) mean[i] += share * shift[b * step + i] + about[2 * b * stride + i] / M;
     }
     for (int64_t b = 0; b < layout.blocks; ++b) {
       const double *distances = about + 2 * b * stride, *squares = distances + apart, share = layout.size(b) * each;
       for (int64_t i = 0; i < count; ++i) {
-        const double away = shift[b * stride + i] - mean[i];
+        const double away = shift[b * step + i] - mean[i];
         square[i] += squares[i] * each + away * (2 * distances[i] * each + share * away);
       }
     }
@@ -373,64 +410,81 @@ void moments_finish_apply(const NormAct& a, acc_t<T>* table, Finish finish, Appl
   };
   if (a.rows) {
     const Rows rows(a);
-    const Scratch<Acc> shift(rows.blocks * rows.count);
+    const Scratch<Acc> shift(rows.blocks * rows.count * R); // of a block: (R, C)
     const Scratch<double> about(rows.blocks * 2 * rows.count);
     run_rows(
         rows, true,
         [&](int64_t sample, int64_t b) {
           const int64_t at = (sample * rows.blocks + b) * C, size = rows.size(b);
           double *distances = &about[2 * at], *squares = distances + C;
+          Acc *of_block = &shift[at * R], *numbers = of_block + C;
           auto sum_about_shift = [&] {
-            rows.walk<T, 1, 2>(&shift[at], C, sample, b, add_about,
+            rows.walk<T, R, 2>(of_block, C, sample, b, add_about,
                                [&](int k, int64_t c, const doubles<Acc>& totals, int n) {
                                  __builtin_memcpy(&distances[k * C + c], &totals, n * sizeof(double));
                                });
           };
-          rows.first_mean(x, sample, b, &shift[at]);
+          for (int64_t c = 0; c < C; ++c) values.fill(numbers + c, C, c);
+          rows.first_mean<T>(
+              [&](int64_t c, int64_t offset, int n, auto where) __attribute__((always_inline)) {
+                vec p[R];
+                for (int i = 0; i < Values::P; ++i) p[i] = load(numbers + i * C + c, n);
+                return values(p, offset, n, where);
+              },
+              sample, b, of_block);
           sum_about_shift();
           bool good = true;
           for (int64_t c = 0; c < C; ++c) good &= tells_variance(size, distances[c], squares[c]);
           if (good) return;
-          for (int64_t c = 0; c < C; ++c) shift[at + c] = static_cast<Acc>(shift[at + c] + distances[c] / size);
+          for (int64_t c = 0; c < C; ++c) of_block[c] = static_cast<Acc>(of_block[c] + distances[c] / size);
           sum_about_shift();
         },
         [&](int64_t sample, int64_t first, int64_t count) {
           const int64_t at = sample * rows.blocks * C;
           for (int64_t c = first; c < first + count; c += channel_group)
-            merge(rows, &shift[at + c], &about[2 * at + c], C, C, sample * C + c,
+            merge(rows, &shift[at * R + c], R * C, &about[2 * at + c], C, C, sample * C + c,
                   smaller(channel_group, first + count - c));
           for (int64_t c = first; c < first + count; c += rows.group) finish_unit((sample * C + c) / rows.group);
         },
         [&](int64_t sample, int64_t b) {
-          rows.walk<T, P, 0>(table + sample * C, rows.count, sample, b, apply_vector, Nothing());
+          rows.walk<T, P, 0>(table + sample * C, rows.count, sample, b, apply_body, Nothing());
         });
   } else {
     const Planes planes(a);
     const int64_t blocks = planes.blocks;
-    const Scratch<Acc> shift(planes.count * blocks);
+    const Scratch<Acc> shift(planes.count * blocks * R); // of a block: (R,)
     const Scratch<double> about(planes.count * blocks * 2);
     run_planes(
         planes, true,
         [&](int64_t slice, int64_t b) {
           const int64_t at = slice * blocks + b;
           const double *distances = &about[2 * at], *squares = distances + 1;
+          Acc* of_block = &shift[at * R];
           auto sum_about_shift = [&] {
-            planes.walk<T, 1, 2>(&shift[at], 0, slice, b, add_about,
+            planes.walk<T, R, 2>(of_block, 1, slice, b, add_about,
                                  [&](int k, double total) { about[2 * at + k] = total; });
           };
-          shift[at] = planes.first_mean(x, slice, b);
+          values.fill(of_block + 1, 1, slice % C);
+          vec p[R];
+          for (int i = 0; i < Values::P; ++i) p[i] = broadcast<Acc>(of_block[1 + i]);
+          *of_block = planes.first_mean<T>(
+              [&](int64_t offset, int n, auto where) __attribute__((always_inline)) {
+                const vec value = values(p, offset, n, where);
+                return n < lanes<Acc> ? keep(first_lanes<Acc>(n), value) : value;
+              },
+              slice, b);
           sum_about_shift();
           if (tells_variance(planes.size(b), *distances, *squares)) return;
-          shift[at] = static_cast<Acc>(shift[at] + *distances / planes.size(b));
+          *of_block = static_cast<Acc>(*of_block + *distances / planes.size(b));
           sum_about_shift();
         },
         [&](int64_t unit) {
           for (int64_t slice = unit * planes.group; slice < (unit + 1) * planes.group; ++slice)
-            merge(planes, &shift[slice * blocks], &about[2 * slice * blocks], 1, 1, slice, 1);
+            merge(planes, &shift[slice * blocks * R], R, &about[2 * slice * blocks], 1, 1, slice, 1);
           finish_unit(unit);
         },
         [&](int64_t slice, int64_t b) {
-          planes.walk<T, P, 0>(table + slice, planes.count, slice, b, apply_vector, Nothing());
+          planes.walk<T, P, 0>(table + slice, planes.count, slice, b, apply_body, Nothing());
         });
   }
 }
@@ -471,16 +525,6 @@ FASTGAN_INLINE vec_t<T> preactivation(const NormAct& a, const Channel<T, P>& cha
   return a.residual ? pre + load(static_cast<const T*>(a.residual) + offset, n) : pre;
 }
 
-// What the slices contribute to a parameter's gradient, added over the samples.
-template <class Acc> void add_samples(const Slices& slices, const Scratch<double>& of_slice, void* grad) {
-  if (!grad) return;
-  for (int64_t c = 0; c < slices.C; ++c) {
-    double total = 0;
-    for (int64_t sample = 0; sample < slices.samples; ++sample) total += of_slice[sample * slices.C + c];
-    static_cast<Acc*>(grad)[c] = static_cast<Acc>(total);
-  }
-}
-
 template <class T> void forward(const NormActForward& a) {
   using Acc = acc_t<T>;
   const Activation<T> act(a);
@@ -489,16 +533,16 @@ template <class T> void forward(const NormActForward& a) {
   const T* x = static_cast<const T*>(a.x);
   T* y = static_cast<T*>(a.y);
   const int64_t ahead = slices.group * a.S; // the next unit: its way from memory overlaps the stores of this one
-  auto body = [&](const Channel<T, 3>& channel, int64_t offset, int n) __attribute__((always_inline)) {
+  auto body = [&](vec_t<T>*, const Channel<T, 3>& channel, int64_t offset, int n, auto) __attribute__((always_inline)) {
     const vec_t<T> t = load(x + offset, n) - channel.p[0];
     __builtin_prefetch(x + offset + ahead, 0, 2);
     store(y + offset, act.value(preactivation<T, 3>(a, channel, t, offset, n)), n);
   };
   if (a.batch_stats)
-    moments_finish_apply<T, 3>(a, table.data, [&](int64_t unit) { fill_affine(a, slices, table.data, unit); }, body);
+    moments_finish_apply<T, 3>(a, table.data, Stored<T>{x}, [&](int64_t unit) { fill_affine(a, slices, table.data, unit); }, body);
   else
     sum_finish_apply<T, 3, 1, 3>(
-        a, table.data, false, [](vec_t<T>*, const Channel<T, 3>&, int64_t, int) {},
+        a, table.data, false, [](vec_t<T>*, const Channel<T, 3>&, int64_t, int, auto) {},
         [&](int64_t unit, const Sums&) { fill_affine(a, slices, table.data, unit); }, body);
 }
 
@@ -512,7 +556,7 @@ template <class T> void backward(const NormActBackward& a) {
   fill_affine(a, slices, table.data);
   const T *x = static_cast<const T*>(a.x), *grad_y = static_cast<const T*>(a.grad_y);
   T *grad_x = static_cast<T*>(a.grad_x), *grad_residual = static_cast<T*>(a.grad_residual);
-  auto sums_of = [&](vec* sums, const Channel<T, 3>& channel, int64_t offset, int n) __attribute__((always_inline)) {
+  auto sums_of = [&](vec* sums, const Channel<T, 3>& channel, int64_t offset, int n, auto) __attribute__((always_inline)) {
     const vec t = load(x + offset, n) - channel.p[0];
     const vec g = act.gradient(preactivation<T, 3>(a, channel, t, offset, n), load(grad_y + offset, n));
     sums[0] += g;
@@ -534,7 +578,7 @@ template <class T> void backward(const NormActBackward& a) {
       store_column(&table[3 * slices.count + first + i], slices.count,
                    {element<Acc>(a.weight, channel + i, 1) * r, k2, k3});
   };
-  auto body = [&](const Channel<T, 6>& channel, int64_t offset, int n) __attribute__((always_inline)) {
+  auto body = [&](vec_t<T>*, const Channel<T, 6>& channel, int64_t offset, int n, auto) __attribute__((always_inline)) {
     const vec t = load(x + offset, n) - channel.p[0];
     const vec g = act.gradient(preactivation<T, 6>(a, channel, t, offset, n), load(grad_y + offset, n));
     // Outside batch statistics x has no part in it: a nan there must not spread by 0 · nan.
@@ -569,7 +613,7 @@ template <class T> void double_backward(const NormActDoubleBackward& a) {
   const T *x = static_cast<const T*>(a.x), *grad_y = static_cast<const T*>(a.grad_y);
   const T *ggx = static_cast<const T*>(a.ggx), *ggr = static_cast<const T*>(a.ggr);
   T *g_grad_y = static_cast<T*>(a.g_grad_y), *g_x = static_cast<T*>(a.g_x);
-  auto sums_of = [&](vec* sums, const Channel<T, 3>& channel, int64_t offset, int n) __attribute__((always_inline)) {
+  auto sums_of = [&](vec* sums, const Channel<T, 3>& channel, int64_t offset, int n, auto) __attribute__((always_inline)) {
     const vec t = load(x + offset, n) - channel.p[0];
     const vec g = act.gradient(preactivation<T, 3>(a, channel, t, offset, n), load(grad_y + offset, n));
     sums[0] += g;
@@ -605,7 +649,7 @@ template <class T> void double_backward(const NormActDoubleBackward& a) {
                    {w * r, a2 * r, a3 - a2 * r * rest, c1, r * a2, c3, c4});
     }
   };
-  auto body = [&](const Channel<T, 10>& channel, int64_t offset, int n) __attribute__((always_inline)) {
+  auto body = [&](vec_t<T>*, const Channel<T, 10>& channel, int64_t offset, int n, auto) __attribute__((always_inline)) {
     const auto& p = channel.p;
     const vec t = load(x + offset, n) - p[0], zero = {};
     const vec pre = preactivation<T, 10>(a, channel, t, offset, n);

@@ -1,6 +1,7 @@
 """The operators as functions: arguments in the order of `torch.nn.functional`."""
 
 from fastgan.ops.activation import hardtanh, leaky_relu, prelu, relu
+from fastgan.ops.adain import adain, adain_from_features
 from fastgan.ops.avg_pool import adaptive_avg_pool2d, avg_pool2d
 from fastgan.ops.conv import conv2d, conv_transpose2d
 from fastgan.ops.conv_norm_act import conv2d_batch_norm_act, conv_transpose2d_batch_norm_act
@@ -9,6 +10,8 @@ from fastgan.ops.norm_act import batch_norm_act
 from fastgan.ops.penalty import sample_norms, sample_squares
 
 __all__ = [
+    "adain",
+    "adain_from_features",
     "adaptive_avg_pool2d",
     "avg_pool2d",
     "batch_norm_act",

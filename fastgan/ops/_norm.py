@@ -123,31 +123,37 @@ class NormCall:
         return grad.to(self.parameter_dtype)
 
 
-def third_derivative(ctx, composed: Callable[[list[Any]], Tensor], cotangents: tuple[Tensor | None, ...]) -> tuple:
-    """Gradients of a norm's double backward, by differentiating `composed`: y of [x, weight, bias, residual] in the type of
-    accumulation, in operations whose own derivatives are right to any order.
+def third_derivative(
+    ctx,
+    composed: Callable[[list[Any]], Tensor],
+    cotangents: tuple[Tensor | None, ...],
+    inputs: int = 4,
+    outputs: tuple[int, ...] = (0, 1, 2),
+) -> tuple:
+    """Gradients of a norm's double backward, by differentiating `composed`: y of its `inputs` in the type of accumulation, in
+    operations whose own derivatives are right to any order.
 
-    ctx has saved ggx, ggw, ggb, ggr, grad_y, x, weight, bias, residual and perhaps more.
+    ctx has saved the gradients of the backward's outputs, one for each input, grad_y, the inputs (x, weight, bias and
+    residual, say) and perhaps more. `outputs`: of what the double backward returns gradients, counted from grad_y.
     """
     keeps_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views, so that the derivatives inside stop at the arguments and do not run on into what these were made of.
         given: list[Any] = [
             t if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
-            for t in ctx.saved_tensors[:9]
+            for t in ctx.saved_tensors[: 2 * inputs + 1]
         ]
-        ggs, grad_y, inputs = given[:4], given[4], given[5:]
-        x, weight, *_ = inputs
-        acc = accumulation_dtype(x.dtype)
-        y = composed([t if t is None else t.to(acc) for t in inputs])
-        pairs = [(gg, t) for gg, t in zip(ggs, inputs, strict=True) if gg is not None and t is not None]
+        ggs, grad_y, arguments = given[:inputs], given[inputs], given[inputs + 1 :]
+        acc = accumulation_dtype(arguments[0].dtype)
+        y = composed([t if t is None else t.to(acc) for t in arguments])
+        pairs = [(gg, t) for gg, t in zip(ggs, arguments, strict=True) if gg is not None and t is not None]
         first = torch.autograd.grad(
             y, [t for _, t in pairs], grad_y.to(y.dtype), create_graph=True, materialize_grads=True
         )
         total = torch.stack([(grad * gg).sum() for grad, (gg, _) in zip(first, pairs, strict=True)]).sum()
-        targets = [t for t in (grad_y, x, weight) if t is not None]
-        second = torch.autograd.grad(total, targets, create_graph=True, materialize_grads=True)
-        chosen = [(g, c) for g, c in zip(second, cotangents, strict=False) if c is not None and g.requires_grad]
+        targets = [(given[inputs + i], c) for i, c in zip(outputs, cotangents, strict=True) if given[inputs + i] is not None]
+        second = torch.autograd.grad(total, [t for t, _ in targets], create_graph=True, materialize_grads=True)
+        chosen = [(g, c) for g, (_, c) in zip(second, targets, strict=True) if c is not None and g.requires_grad]
         wanted = [i for i in range(len(given)) if ctx.needs_input_grad[i]]
         third = torch.autograd.grad(
             [g for g, _ in chosen], [given[i] for i in wanted], [c for _, c in chosen],

@@ -1,0 +1,174 @@
+// adain: the engine of norm_act.h for planes whose values are y = act(p), p = x + noise_weight·noise + bias, and whose scale
+// and shift belong to a channel of one sample. With t = y - mean, r = 1 / sqrt(var + eps), ŷ = r·t, m = act'(p) and
+// P(v) = r·(v - E v - ŷ·E[v ŷ]):
+//   forward           out    = scale·ŷ + shift
+//   backward          grad_x = m·scale·P(g)          grad_scale = Σ g·ŷ, grad_shift = Σ g over the plane
+//                     grad_bias = Σ grad_x, grad_noise_weight = Σ noise·grad_x over the planes of a channel
+//   double backward   of <v, grad_x> + <ggs, grad_scale> + <ggt, grad_shift> + <ggb, grad_bias> + <ggn, grad_noise_weight>,
+//                     with u = m·(v + ggb + ggn·noise): instance norm's, for ggx = u, ggw = ggs and ggb = ggt, and then as
+//                     in the backward: g_x = m·g_y, g_bias = Σ g_x, g_noise_weight = Σ noise·g_x
+
+template <class T> FASTGAN_INLINE vec_t<T> noise_at(const AdaIN& a, Pixels where, int n) {
+  return load(static_cast<const acc_t<T>*>(a.noise) + where.first, n);
+}
+template <class T> FASTGAN_INLINE vec_t<T> noise_at(const AdaIN& a, OnePixel where, int) {
+  return broadcast<acc_t<T>>(static_cast<const acc_t<T>*>(a.noise)[where.index]);
+}
+
+// y at a place. Its two numbers, bias and noise_weight, are rows 0 and 1 of every table.
+template <class T> struct Activated {
+  static constexpr int P = 2;
+  const AdaIN& a;
+  Activation<T> act;
+
+  explicit Activated(const AdaIN& a) : a(a), act(a) {}
+  void fill(acc_t<T>* table, int64_t stride, int64_t channel) const {
+    store_column(table, stride, {element<acc_t<T>>(a.bias, channel, 0), element<acc_t<T>>(a.noise_weight, channel, 1)});
+  }
+  // Computed in one way only, so that forward and backward agree on its sign to the bit.
+  template <class Where>
+  inline __attribute__((always_inline)) vec_t<T> before(const vec_t<T>* p, int64_t offset, int n, Where where) const {
+    const vec_t<T> x = load(static_cast<const T*>(a.x) + offset, n) + p[0];
+    return a.noise ? x + p[1] * noise_at<T>(a, where, n) : x;
+  }
+  // act(p) = act'(p)·p. (GCC 12 fails on `act.value` beside `act.gradient` where there is only SSE2.)
+  inline __attribute__((always_inline)) vec_t<T> after(vec_t<T> before) const { return act.gradient(before, before); }
+  template <class Where>
+  inline __attribute__((always_inline)) vec_t<T> operator()(const vec_t<T>* p, int64_t offset, int n, Where where) const {
+    return after(before(p, offset, n, where));
+  }
+};
+
+// v, and 0 in the lanes past n.
+template <class T> FASTGAN_INLINE vec_t<T> first_of(vec_t<T> v, int n) {
+  return n < lanes<acc_t<T>> ? keep(first_lanes<acc_t<T>>(n), v) : v;
+}
+// Adds to the two sums of a channel what is left of a gradient that has come to x.
+template <class T, class Where> FASTGAN_INLINE void add_channel(const AdaIN& a, vec_t<T>* sums, vec_t<T> grad_x, int n, Where where) {
+  grad_x = first_of<T>(grad_x, n);
+  sums[0] += grad_x;
+  if (a.noise) sums[1] += grad_x * noise_at<T>(a, where, n);
+}
+
+template <class T> void adain_forward_of(const AdaINForward& a) {
+  using Acc = acc_t<T>;
+  const Activated<T> values(a);
+  const Slices slices(a);
+  const Scratch<Acc> table(5 * slices.count);
+  T* out = static_cast<T*>(a.out);
+  auto finish = [&](int64_t slice) {
+    const double scale = element<Acc>(a.scale, slice, 1) * inverse_deviation(a, slice);
+    values.fill(&table[slice], slices.count, slice % a.C);
+    store_column(&table[2 * slices.count + slice], slices.count,
+                 {a.mean[slice], scale, element<Acc>(a.shift, slice, 0) - mean_remainder<Acc>(a, slice) * scale});
+  };
+  auto body = [&](vec_t<T>*, const Channel<T, 5>& channel, int64_t offset, int n, auto where) __attribute__((always_inline)) {
+    const auto& p = channel.p;
+    store(out + offset, (values(p, offset, n, where) - p[2]) * p[3] + p[4], n);
+  };
+  moments_finish_apply<T, 5>(a, table.data, values, finish, body);
+}
+
+template <class T> void adain_backward_of(const AdaINBackward& a) {
+  using Acc = acc_t<T>;
+  using vec = vec_t<T>;
+  const Activated<T> values(a);
+  const Slices slices(a);
+  const double M = slices.unit_size();
+  const Scratch<Acc> table(6 * slices.count);
+  for (int64_t slice = 0; slice < slices.count; ++slice) {
+    values.fill(&table[slice], slices.count, slice % a.C);
+    store_column(&table[2 * slices.count + slice], slices.count, {a.mean[slice]});
+  }
+  const T* grad_out = static_cast<const T*>(a.grad_out);
+  T* grad_x = static_cast<T*>(a.grad_x);
+  auto sums_of = [&](vec* sums, const Channel<T, 3>& channel, int64_t offset, int n, auto where) __attribute__((always_inline)) {
+    const vec t = values(channel.p, offset, n, where) - channel.p[2], g = load(grad_out + offset, n);
+    sums[0] += g;
+    sums[1] += g * t;
+  };
+  auto finish = [&](int64_t slice, const Sums& sums) {
+    const double r = inverse_deviation(a, slice), rest = mean_remainder<Acc>(a, slice), g = sums(0, 0);
+    const double gy = (sums(0, 1) - rest * g) * r, scale = element<Acc>(a.scale, slice, 1), k2 = -scale * r * r * gy / M;
+    if (a.grad_scale) static_cast<Acc*>(a.grad_scale)[slice] = static_cast<Acc>(gy);
+    if (a.grad_shift) static_cast<Acc*>(a.grad_shift)[slice] = static_cast<Acc>(g);
+    store_column(&table[3 * slices.count + slice], slices.count, {scale * r, k2, -scale * r * g / M - k2 * rest});
+  };
+  auto body = [&](vec* sums, const Channel<T, 6>& channel, int64_t offset, int n, auto where) __attribute__((always_inline)) {
+    if (!grad_x) return;
+    const auto& p = channel.p;
+    const vec before = values.before(p, offset, n, where), t = values.after(before) - p[2];
+    const vec grad = values.act.gradient(before, p[3] * load(grad_out + offset, n) + p[4] * t + p[5]);
+    store(grad_x + offset, grad, n);
+    add_channel<T>(a, sums, grad, n, where);
+  };
+  void* const totals[] = {a.grad_bias, a.grad_noise_weight};
+  sum_finish_apply<T, 3, 2, 6, 2>(a, table.data, true, sums_of, finish, body, totals);
+}
+
+template <class T> void adain_double_backward_of(const AdaINDoubleBackward& a) {
+  using Acc = acc_t<T>;
+  using vec = vec_t<T>;
+  const Activated<T> values(a);
+  const Slices slices(a);
+  const double M = slices.unit_size();
+  const Scratch<Acc> table(12 * slices.count);
+  for (int64_t slice = 0; slice < slices.count; ++slice) {
+    const int64_t channel = slice % a.C;
+    values.fill(&table[slice], slices.count, channel);
+    store_column(&table[2 * slices.count + slice], slices.count,
+                 {a.mean[slice], element<Acc>(a.gg_bias, channel, 0), element<Acc>(a.gg_noise_weight, channel, 0)});
+  }
+  const T *grad_out = static_cast<const T*>(a.grad_out), *ggx = static_cast<const T*>(a.ggx);
+  T *g_grad_out = static_cast<T*>(a.g_grad_out), *g_x = static_cast<T*>(a.g_x);
+  auto tangent = [&](const vec* p, vec before, int64_t offset, int n, auto where) __attribute__((always_inline)) {
+    vec u = p[3];
+    if (ggx) u += load(ggx + offset, n);
+    if (a.noise && a.gg_noise_weight) u += p[4] * noise_at<T>(a, where, n);
+    return first_of<T>(values.act.gradient(before, u), n);
+  };
+  auto sums_of = [&](vec* sums, const Channel<T, 5>& channel, int64_t offset, int n, auto where) __attribute__((always_inline)) {
+    const auto& p = channel.p;
+    const vec before = values.before(p, offset, n, where), t = values.after(before) - p[2];
+    const vec g = load(grad_out + offset, n), u = tangent(p, before, offset, n, where);
+    sums[0] += g;
+    sums[1] += g * t;
+    sums[2] += u;
+    sums[3] += u * t;
+    sums[4] += u * g;
+  };
+  auto finish = [&](int64_t slice, const Sums& sums) {
+    const double r = inverse_deviation(a, slice), rest = mean_remainder<Acc>(a, slice);
+    const double scale = element<Acc>(a.scale, slice, 1), ggs = element<Acc>(a.gg_scale, slice, 0);
+    const double g = sums(0, 0), gy = (sums(0, 1) - rest * g) * r;
+    Means mean;
+    mean.h = scale * g / M;
+    mean.hx = scale * gy / M;
+    mean.v = sums(0, 2) / M;
+    mean.vx = (sums(0, 3) - rest * sums(0, 2)) * r / M;
+    mean.vh = scale * sums(0, 4) / M;
+    mean.m = ggs * g / M;
+    mean.mx = ggs * gy / M;
+    const double a2 = r * (ggs - scale * r * mean.vx), a3 = element<Acc>(a.gg_shift, slice, 0) - scale * r * mean.v;
+    const double c3 = -r * r * (mean.zx(r) + r * mean.K());
+    static_cast<Acc*>(a.g_scale)[slice] = static_cast<Acc>(r * (sums(0, 4) - mean.v * g - mean.vx * gy));
+    store_column(&table[5 * slices.count + slice], slices.count,
+                 {scale * r, a2, a3 - a2 * rest, -r * r * mean.hx, r * (ggs - scale * r * mean.vx), c3,
+                  -r * mean.z(r) - c3 * rest});
+  };
+  auto body = [&](vec* sums, const Channel<T, 12>& channel, int64_t offset, int n, auto where) __attribute__((always_inline)) {
+    const auto& p = channel.p;
+    const vec before = values.before(p, offset, n, where), t = values.after(before) - p[2];
+    const vec g = load(grad_out + offset, n), u = tangent(p, before, offset, n, where);
+    store(g_grad_out + offset, p[5] * u + p[6] * t + p[7], n);
+    const vec grad = values.act.gradient(before, p[8] * u + p[9] * g + p[10] * t + p[11]);
+    store(g_x + offset, grad, n);
+    add_channel<T>(a, sums, grad, n, where);
+  };
+  void* const totals[] = {a.g_bias, a.g_noise_weight};
+  sum_finish_apply<T, 5, 5, 12, 2>(a, table.data, true, sums_of, finish, body, totals);
+}
+
+void adain_forward(const AdaINForward& a) { FASTGAN_BY_DTYPE(adain_forward_of, (a), a.dtype) }
+void adain_backward(const AdaINBackward& a) { FASTGAN_BY_DTYPE(adain_backward_of, (a), a.dtype) }
+void adain_double_backward(const AdaINDoubleBackward& a) { FASTGAN_BY_DTYPE(adain_double_backward_of, (a), a.dtype) }
