@@ -81,7 +81,10 @@ def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
         samples = check_layer_norm(input, normalized_shape, weight, bias, eps, "none")
     except (TypeError, ValueError):
         return NotImplemented
-    return normalise_groups(samples, 1, weight, bias, eps, "none", 0.0, lean=True).view(input.shape)
+    y = normalise_groups(samples, 1, weight, bias, eps, "none", 0.0, lean=True)
+    if samples is input:  # then no view of another tensor: `_restore` may have to lay it out anew
+        return y
+    return y.view(input.shape)
 
 
 def _relu_(input):
