@@ -6,6 +6,8 @@ through the whole network, and the weight gradient of an input gradient is a con
 Inside the context the functions of torch that have lean operators here are computed by them: the model needs no change.
 """
 
+import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -71,7 +73,7 @@ def _instance_norm(
     input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5
 ):
     # Running statistics are batch norm's affair, and of a plane of one element stock says that it is too small.
-    if running_mean is not None or not use_input_stats or input.dim() < 3 or input[0, 0].numel() < 2:
+    if running_mean is not None or not use_input_stats or input.dim() < 3 or math.prod(input.shape[2:]) < 2:
         return NotImplemented
     return _group_norm(input, input.shape[1], weight, bias, eps)
 
@@ -157,6 +159,8 @@ _LEAN: dict[Any, Callable] = {
 }
 
 
+# What stock torch returns in NCHW whatever the layout of its input.
+_IN_NCHW = {F.instance_norm, F.layer_norm}
 # What neither shows how a tensor lies in memory nor depends on it; the results lie as the tensors do.
 _LAYOUT_BLIND = {
     Tensor.add, Tensor.sub, Tensor.mul, Tensor.div, torch.add, torch.sub, torch.mul, torch.div, Tensor.dim, Tensor.size,
@@ -206,7 +210,7 @@ class lean_double_backward(TorchFunctionMode):
         if lean is not None and _can_be_lean(types):
             result = lean(*args, **kwargs)
             if result is not NotImplemented:
-                return self._note(result, [*args, *kwargs.values()])
+                return self._note(result, () if func in _IN_NCHW else [*args, *kwargs.values()])
         if not self._owing:
             return func(*args, **kwargs)
         if func in _LAYOUT_BLIND:

@@ -201,6 +201,24 @@ def test_channels_last_stays_channels_last():
         with context:
             outputs.append(critic[:3](torch.randn(4, 3, SIZE, SIZE).contiguous(memory_format=torch.channels_last)))
     assert outputs[0].stride() == outputs[1].stride()
+def test_what_autograd_alone_keeps_stays_as_it_is_fast():
+    critic = plain(leaky(), leaky())
+    with lean_double_backward():
+        y = critic(torch.randn(4, 3, SIZE, SIZE))
+    (kept, _) = y.grad_fn.saved_tensors
+    assert kept.shape == (4, 8, 4, 4) and kept.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm((4, SIZE, SIZE)), nn.LayerNorm(SIZE), nn.InstanceNorm2d(4)], ids=str)
+def test_norms_that_stock_torch_returns_in_nchw(norm):
+    x = torch.randn(2, 4, SIZE, SIZE).contiguous(memory_format=torch.channels_last).requires_grad_()
+    with lean_double_backward():
+        y = norm(x)
+        assert y.view(2, -1).shape == (2, 4 * SIZE * SIZE)
+        after = F.relu(norm(x))
+    assert y.is_contiguous() and after.is_contiguous()
+
+
 
 
 def test_a_second_penalty_on_one_graph_gets_its_zeros_too():
@@ -262,3 +280,9 @@ def test_unbatched_images_run_as_stock():
     with lean_double_backward():
         found = critic(x)
     torch.testing.assert_close(found, critic(x))
+def test_an_empty_batch_runs_as_stock():
+    critic, x = plain(leaky(), leaky(True), norm=nn.InstanceNorm2d), torch.randn(0, 3, SIZE, SIZE)
+    with lean_double_backward():
+        assert critic(x).shape == (0, 1, 1, 1)
+
+
