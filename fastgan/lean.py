@@ -202,7 +202,8 @@ class lean_double_backward(TorchFunctionMode):
 
     def __exit__(self, *exception) -> None:
         super().__exit__(*exception)
-        self._restore(list(self._owing))
+        self._restore(_held(list(self._owing)))
+        self._owing.clear()  # autograd alone sees the rest, and takes any layout
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -234,6 +235,35 @@ class lean_double_backward(TorchFunctionMode):
 
 
 _saving_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # private to torch
+
+_use_count: Any = getattr(Tensor, "_use_count", None)  # private to torch
+
+
+def _references(tensors: list[Tensor]) -> list[int]:
+    """How many references Python has to each, this function's own among them."""
+    return [sys.getrefcount(tensor) - (_use_count(tensor) > 1) for tensor in tensors]  # one is C++'s, where it has any
+
+
+def _references_to_unheld() -> int:
+    """What `_references` says of a tensor that no variable holds; 0 where it cannot tell."""
+    if _use_count is None:
+        return 0
+    with torch.enable_grad():
+        held = torch.ones((), requires_grad=True) * 1
+        kept_by = held * held
+    (none,), (one,) = _references([torch.ones(())]), _references([held])
+    return none if kept_by.requires_grad and one == none + 1 else 0
+
+
+_UNHELD = _references_to_unheld()
+
+
+def _held(tensors: list[Tensor]) -> list[Tensor]:
+    """Those that Python code can look at: all, less those that only autograd keeps."""
+    if not _UNHELD:
+        return tensors
+    return [tensor for tensor, n in zip(tensors, _references(tensors), strict=True) if n > _UNHELD]
+
 
 
 def _can_be_lean(types: Iterable[type]) -> bool:
