@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fastgan import backend
 from fastgan.ops import activation, avg_pool, conv, norm_act
 from fastgan.ops._tensors import is_channels_last
 from fastgan.ops.group_norm_act import check_group_norm, check_layer_norm
@@ -190,7 +191,7 @@ class lean_double_backward(TorchFunctionMode):
     stock autograd gives zeros get zeros. All orders of derivatives are exact.
 
     The model is not modified, and it may be fused. The context belongs to the thread: what DataParallel runs in others is
-    stock, as is what runs in a `torch.utils.checkpoint`.
+    stock, as is what runs in a `torch.utils.checkpoint`, and all where `FASTGAN_BACKEND=reference` is set.
 
     Convolutions leave their output in the layout that is fast. Whoever could tell the difference, inside the context or
     after it, finds the layout that stock torch would have.
@@ -198,6 +199,7 @@ class lean_double_backward(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
+        self._is_on = backend.requested() != "reference"
         self._owing = WeakTensorKeyDictionary()  # the tensors that lie in channels_last, and owe NCHW
 
     def __exit__(self, *exception) -> None:
@@ -207,7 +209,7 @@ class lean_double_backward(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        lean = _LEAN.get(func)
+        lean = _LEAN.get(func) if self._is_on else None
         if lean is not None and _can_be_lean(types):
             result = lean(*args, **kwargs)
             if result is not NotImplemented:

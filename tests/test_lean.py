@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fastgan import fuse, lean_double_backward
+from fastgan import backend, fuse, lean_double_backward
+from fastgan.ops import _autograd
 
 
 def penalise(make, dtype, lean, autocast=False):
@@ -146,8 +147,11 @@ def test_stock_autograd_needs_more():
     assert count(CRITICS["leaky_relu"], False).total > 4 * layers_of(CRITICS["leaky_relu"])
 
 
-def test_small_tensors_are_no_exception(monkeypatch):
-    from fastgan import backend
+def test_the_reference_backend_is_stock_torch(use_backend):
+    use_backend("reference")
+    counter = count(CRITICS["batch norm"], True)
+    assert counter.calls == count(CRITICS["batch norm"], False).calls
+
 
     monkeypatch.setattr(backend, "is_automatic", lambda: True)
     counter = count(lambda: plain(leaky()), True)
