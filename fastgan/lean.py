@@ -159,9 +159,9 @@ _LEAN: dict[Any, Callable] = {
     F.adaptive_avg_pool2d: _adaptive_avg_pool2d,
 }
 
-
 # What stock torch returns in NCHW whatever the layout of its input.
 _IN_NCHW = {F.instance_norm, F.layer_norm}
+
 # What neither shows how a tensor lies in memory nor depends on it; the results lie as the tensors do.
 _LAYOUT_BLIND = {
     Tensor.add, Tensor.sub, Tensor.mul, Tensor.div, torch.add, torch.sub, torch.mul, torch.div, Tensor.dim, Tensor.size,
@@ -236,8 +236,6 @@ class lean_double_backward(TorchFunctionMode):
                 del self._owing[tensor]
 
 
-_saving_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # private to torch
-
 _use_count: Any = getattr(Tensor, "_use_count", None)  # private to torch
 
 
@@ -266,6 +264,8 @@ def _held(tensors: list[Tensor]) -> list[Tensor]:
         return tensors
     return [tensor for tensor, n in zip(tensors, _references(tensors), strict=True) if n > _UNHELD]
 
+
+_saving_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # private to torch
 
 
 def _can_be_lean(types: Iterable[type]) -> bool:
