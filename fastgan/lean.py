@@ -216,18 +216,20 @@ class lean_double_backward(TorchFunctionMode):
                 return self._note(result, () if func in _IN_NCHW else [*args, *kwargs.values()])
         if not self._owing:
             return func(*args, **kwargs)
-        if func in _LAYOUT_BLIND:
+        if func in _LAYOUT_BLIND and not self._any_in_channels_last(args):
             return self._note(func(*args, **kwargs), args)
         self._restore(_tensors((args, kwargs)))
         return func(*args, **kwargs)
 
     def _note(self, result: Any, operands: Iterable) -> Any:
         """`result`, noted where it lies in channels_last although no operand does in stock torch."""
-        if isinstance(result, Tensor) and is_channels_last(result):
-            stock = (t for t in operands if isinstance(t, Tensor) and t not in self._owing)
-            if not any(map(is_channels_last, stock)):
-                self._owing[result] = None
+        if isinstance(result, Tensor) and is_channels_last(result) and not self._any_in_channels_last(operands):
+            self._owing[result] = None
         return result
+
+    def _any_in_channels_last(self, operands: Iterable) -> bool:
+        """In stock torch."""
+        return any(isinstance(t, Tensor) and t not in self._owing and is_channels_last(t) for t in operands)
 
     def _restore(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:

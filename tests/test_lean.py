@@ -219,6 +219,18 @@ def test_norms_that_stock_torch_returns_in_nchw(norm):
     assert y.is_contiguous() and after.is_contiguous()
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_sum_with_an_image_in_channels_last_has_stock_s_layout(order):
+    x, weight = torch.randn(2, 3, 8, 8, requires_grad=True), torch.randn(4, 3, 3, 3)
+    image = torch.randn(2, 4, 6, 6).contiguous(memory_format=torch.channels_last)
+    strides = []
+    for context in (nullcontext(), lean_double_backward()):
+        with context:
+            a, b = (F.conv2d(x, weight), image)[::order]
+            strides.append((a + b).stride())
+    assert strides[0] == strides[1]
+
+
 def test_channels_last_stays_channels_last():
     critic = plain(leaky(True), leaky()).to(memory_format=torch.channels_last)
     outputs = []
