@@ -185,10 +185,11 @@ class lean_double_backward(TorchFunctionMode):
 
     Convolutions and transposed convolutions, batch, group, instance and layer norm, ReLU, ReLU6, LeakyReLU, PReLU, Hardtanh
     and average pooling, as modules or as functions, in place or not, run as operators whose second derivatives compute only
-    what is asked: a convolution costs four of its size in all (forward, input gradient, its tangent, weight gradient), a
-    norm two passes over its tensor for each order of derivative, an activation or a
-    pooling one mask or pooling in each pass. What is not recognised runs as stock, and is as exact. Parameters to which
-    stock autograd gives zeros get zeros. All orders of derivatives are exact.
+    what is asked: a convolution costs four of its size in all (forward, input gradient, its tangent, weight gradient), six
+    below a norm or a smooth activation, a norm two passes over its tensor for each order of derivative, an activation or a
+    pooling one mask or pooling in each pass. What is not recognised runs as stock, and is as exact; below max pools and
+    paddings by reflection or replication that means zeros through the network. Parameters to which stock autograd gives
+    zeros get zeros. All orders of derivatives are exact.
 
     The model is not modified, and it may be fused. The context belongs to the thread: what DataParallel runs in others is
     stock, as is what runs in a `torch.utils.checkpoint`, and all where `FASTGAN_BACKEND=reference` is set.
