@@ -97,7 +97,7 @@ Fuse = Annotated[
     bool | None,
     typer.Option("--fuse/--no-fuse", help="Fuse the networks, or leave them in stock PyTorch.", show_default="fuse"),
 ]
-Compare = Annotated[bool, typer.Option("--compare", help="Compare with the unfused model at length.")]
+Compare = Annotated[bool, typer.Option("--compare", help="Compare with stock PyTorch at length.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Two steps of a real run, of which nothing stays.")]
 
 
@@ -203,7 +203,7 @@ def _summary(system: str, result: run.Result) -> Table:
     table.add_row("speed", f"{result.images_per_s:.0f} images/s")
     if comparison := result.comparison:
         times = f"{comparison.fused * 1e3:.1f} against {comparison.stock * 1e3:.1f} ms a step"
-        table.add_row("against unfused", f"{comparison.speedup:.2f}x: {times}, medians of {comparison.pairs}")
+        table.add_row("against stock", f"{comparison.speedup:.2f}x: {times}, medians of {comparison.pairs}")
     if folder := result.folder:
         table.add_row("samples", str(folder.final_grid))
         table.add_row("curves", str(folder.curves))

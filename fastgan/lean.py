@@ -6,6 +6,8 @@ through the whole network, and the weight gradient of an input gradient is a con
 Inside the context the functions of torch that have lean operators here are computed by them: the model needs no change.
 """
 
+import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fastgan import backend
 from fastgan.ops import activation, avg_pool, conv, norm_act
 from fastgan.ops._tensors import is_channels_last
 from fastgan.ops.group_norm_act import check_group_norm, check_layer_norm
@@ -71,7 +74,7 @@ def _instance_norm(
     input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5
 ):
     # Running statistics are batch norm's affair, and of a plane of one element stock says that it is too small.
-    if running_mean is not None or not use_input_stats or input.dim() < 3 or input[0, 0].numel() < 2:
+    if running_mean is not None or not use_input_stats or input.dim() < 3 or math.prod(input.shape[2:]) < 2:
         return NotImplemented
     return _group_norm(input, input.shape[1], weight, bias, eps)
 
@@ -81,7 +84,10 @@ def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
         samples = check_layer_norm(input, normalized_shape, weight, bias, eps, "none")
     except (TypeError, ValueError):
         return NotImplemented
-    return normalise_groups(samples, 1, weight, bias, eps, "none", 0.0, lean=True).view(input.shape)
+    y = normalise_groups(samples, 1, weight, bias, eps, "none", 0.0, lean=True)
+    if samples is input:  # then no view of another tensor: `_restore` may have to lay it out anew
+        return y
+    return y.view(input.shape)
 
 
 def _relu_(input):
@@ -153,6 +159,8 @@ _LEAN: dict[Any, Callable] = {
     F.adaptive_avg_pool2d: _adaptive_avg_pool2d,
 }
 
+# What stock torch returns in NCHW whatever the layout of its input.
+_IN_NCHW = {F.instance_norm, F.layer_norm}
 
 # What neither shows how a tensor lies in memory nor depends on it; the results lie as the tensors do.
 _LAYOUT_BLIND = {
@@ -177,13 +185,14 @@ class lean_double_backward(TorchFunctionMode):
 
     Convolutions and transposed convolutions, batch, group, instance and layer norm, ReLU, ReLU6, LeakyReLU, PReLU, Hardtanh
     and average pooling, as modules or as functions, in place or not, run as operators whose second derivatives compute only
-    what is asked: a convolution costs four of its size in all (forward, input gradient, its tangent, weight gradient), a
-    norm two passes over its tensor for each order of derivative, an activation or a
-    pooling one mask or pooling in each pass. What is not recognised runs as stock, and is as exact. Parameters to which
-    stock autograd gives zeros get zeros. All orders of derivatives are exact.
+    what is asked: a convolution costs four of its size in all (forward, input gradient, its tangent, weight gradient), six
+    below a norm or a smooth activation, a norm two passes over its tensor for each order of derivative, an activation or a
+    pooling one mask or pooling in each pass. What is not recognised runs as stock, and is as exact; below max pools and
+    paddings by reflection or replication that means zeros through the network. Parameters to which stock autograd gives
+    zeros get zeros. All orders of derivatives are exact.
 
     The model is not modified, and it may be fused. The context belongs to the thread: what DataParallel runs in others is
-    stock, as is what runs in a `torch.utils.checkpoint`.
+    stock, as is what runs in a `torch.utils.checkpoint`, and all where `FASTGAN_BACKEND=reference` is set.
 
     Convolutions leave their output in the layout that is fast. Whoever could tell the difference, inside the context or
     after it, finds the layout that stock torch would have.
@@ -191,39 +200,72 @@ class lean_double_backward(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
+        self._is_on = backend.requested() != "reference"
         self._owing = WeakTensorKeyDictionary()  # the tensors that lie in channels_last, and owe NCHW
 
     def __exit__(self, *exception) -> None:
         super().__exit__(*exception)
-        self._restore(list(self._owing))
+        self._restore(_held(list(self._owing)))
+        self._owing.clear()  # autograd alone sees the rest, and takes any layout
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        lean = _LEAN.get(func)
+        lean = _LEAN.get(func) if self._is_on else None
         if lean is not None and _can_be_lean(types):
             result = lean(*args, **kwargs)
             if result is not NotImplemented:
-                return self._note(result, [*args, *kwargs.values()])
+                return self._note(result, () if func in _IN_NCHW else [*args, *kwargs.values()])
         if not self._owing:
             return func(*args, **kwargs)
-        if func in _LAYOUT_BLIND:
+        if func in _LAYOUT_BLIND and not self._any_in_channels_last(args):
             return self._note(func(*args, **kwargs), args)
         self._restore(_tensors((args, kwargs)))
         return func(*args, **kwargs)
 
     def _note(self, result: Any, operands: Iterable) -> Any:
         """`result`, noted where it lies in channels_last although no operand does in stock torch."""
-        if isinstance(result, Tensor) and is_channels_last(result):
-            stock = (t for t in operands if isinstance(t, Tensor) and t not in self._owing)
-            if not any(map(is_channels_last, stock)):
-                self._owing[result] = None
+        if isinstance(result, Tensor) and is_channels_last(result) and not self._any_in_channels_last(operands):
+            self._owing[result] = None
         return result
+
+    def _any_in_channels_last(self, operands: Iterable) -> bool:
+        """In stock torch."""
+        return any(isinstance(t, Tensor) and t not in self._owing and is_channels_last(t) for t in operands)
 
     def _restore(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
             if tensor in self._owing:
                 tensor.data = tensor.data.contiguous()  # the same tensor in the same graph, lying otherwise
                 del self._owing[tensor]
+
+
+_use_count: Any = getattr(Tensor, "_use_count", None)  # private to torch
+
+
+def _references(tensors: list[Tensor]) -> list[int]:
+    """How many references Python has to each, this function's own among them."""
+    return [sys.getrefcount(tensor) - (_use_count(tensor) > 1) for tensor in tensors]  # one is C++'s, where it has any
+
+
+def _references_to_unheld() -> int:
+    """What `_references` says of a tensor that no variable holds; 0 where it cannot tell."""
+    if _use_count is None:
+        return 0
+    with torch.enable_grad():
+        held = torch.ones((), requires_grad=True) * 1
+        kept_by = held * held
+    (none,), (one,) = _references([torch.ones(())]), _references([held])
+    return none if kept_by.requires_grad and one == none + 1 else 0
+
+
+_UNHELD = _references_to_unheld()
+
+
+def _held(tensors: list[Tensor]) -> list[Tensor]:
+    """Those that Python code can look at: all, less those that only autograd keeps."""
+    if not _UNHELD:
+        return tensors
+    return [tensor for tensor, n in zip(tensors, _references(tensors), strict=True) if n > _UNHELD]
 
 
 _saving_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # private to torch

@@ -70,6 +70,20 @@ class Careless(nn.Module):
         return self.head(h.view(len(h), -1))
 
 
+class Accumulating(nn.Module):
+    """Adds to what a norm returns, in place, once it has been looked at."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.first, self.norm, self.shortcut, self.last = conv(3, 4), norm, conv(3, 4, 1), conv(4, 1)
+
+    def forward(self, x):
+        h = self.norm(self.first(x))
+        assert h.is_contiguous()
+        h += self.shortcut(x)
+        return self.last(F.leaky_relu(h, 0.2))
+
+
 class Conditional(nn.Module):
     """A projection discriminator; the classes also come as an image that another convolution reads."""
 
@@ -144,6 +158,10 @@ CRITICS: dict[str, Callable[[], nn.Module]] = {
     "batch norm": lambda: plain(leaky(), leaky(True), norm=nn.BatchNorm2d),
     "batch norm in evaluation": lambda: plain(leaky(), leaky(), norm=nn.BatchNorm2d).eval(),
     "instance norm": lambda: plain(leaky(), leaky(), norm=lambda c: nn.InstanceNorm2d(c, affine=True)),
+    "group norm": lambda: plain(leaky(), leaky(True), norm=lambda c: nn.GroupNorm(2, c)),
+    "layer norm": lambda: plain(leaky(), leaky(True), norm=lambda c: nn.LayerNorm((c, SIZE // 4, SIZE // 4))),
+    "layer norm, added to": lambda: Accumulating(nn.LayerNorm((4, SIZE, SIZE))),
+    "group norm, added to": lambda: Accumulating(nn.GroupNorm(2, 4)),
     "dcgan": lambda: Discriminator(SIZE, features=4),
     "dcgan, fused": lambda: fuse(Discriminator(SIZE, features=4)),
     "dcgan, fused, in evaluation": lambda: fuse(Discriminator(SIZE, features=4)).eval(),

@@ -1,5 +1,7 @@
 """lean_double_backward: what stock autograd computes, to the last zero, with less."""
 
+import gc
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -10,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fastgan import fuse, lean_double_backward
+from fastgan import backend, fuse, lean_double_backward
+from fastgan.ops import _autograd
 
 
 def penalise(make, dtype, lean, autocast=False):
@@ -146,9 +149,13 @@ def test_stock_autograd_needs_more():
     assert count(CRITICS["leaky_relu"], False).total > 4 * layers_of(CRITICS["leaky_relu"])
 
 
-def test_small_tensors_are_no_exception(monkeypatch):
-    from fastgan import backend
+def test_the_reference_backend_is_stock_torch(use_backend):
+    use_backend("reference")
+    counter = count(CRITICS["batch norm"], True)
+    assert counter.calls == count(CRITICS["batch norm"], False).calls
 
+
+def test_small_tensors_are_no_exception(monkeypatch):
     monkeypatch.setattr(backend, "is_automatic", lambda: True)
     counter = count(lambda: plain(leaky()), True)
     assert counter.calls["aten::convolution"] == counter.calls["aten::convolution_backward"] == 0
@@ -194,6 +201,36 @@ def test_what_leaves_the_context_has_stock_s_layout():
     torch.autograd.grad(features[0].sum(), critic[0].weight)
 
 
+def test_what_autograd_alone_keeps_stays_as_it_is_fast():
+    critic = plain(leaky(), leaky())
+    with lean_double_backward():
+        y = critic(torch.randn(4, 3, SIZE, SIZE))
+    (kept, _) = y.grad_fn.saved_tensors
+    assert kept.shape == (4, 8, 4, 4) and kept.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm((4, SIZE, SIZE)), nn.LayerNorm(SIZE), nn.InstanceNorm2d(4)], ids=str)
+def test_norms_that_stock_torch_returns_in_nchw(norm):
+    x = torch.randn(2, 4, SIZE, SIZE).contiguous(memory_format=torch.channels_last).requires_grad_()
+    with lean_double_backward():
+        y = norm(x)
+        assert y.view(2, -1).shape == (2, 4 * SIZE * SIZE)
+        after = F.relu(norm(x))
+    assert y.is_contiguous() and after.is_contiguous()
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_sum_with_an_image_in_channels_last_has_stock_s_layout(order):
+    x, weight = torch.randn(2, 3, 8, 8, requires_grad=True), torch.randn(4, 3, 3, 3)
+    image = torch.randn(2, 4, 6, 6).contiguous(memory_format=torch.channels_last)
+    strides = []
+    for context in (nullcontext(), lean_double_backward()):
+        with context:
+            a, b = (F.conv2d(x, weight), image)[::order]
+            strides.append((a + b).stride())
+    assert strides[0] == strides[1]
+
+
 def test_channels_last_stays_channels_last():
     critic = plain(leaky(True), leaky()).to(memory_format=torch.channels_last)
     outputs = []
@@ -228,10 +265,51 @@ def test_zeros_add_up_with_a_loss_in_one_backward():
     torch.testing.assert_close(*results)
 
 
-def test_the_graph_is_not_kept_alive():
-    import gc
-    import weakref
+class Fails(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
 
+    @staticmethod
+    def backward(ctx, grad):
+        raise KeyError("backward")
+
+
+def test_an_error_in_backward_does_not_keep_the_graph_alive():
+    critic = plain(leaky())
+    x = torch.randn(4, 3, SIZE, SIZE, requires_grad=True)
+    image = Fails.apply(x)
+    with lean_double_backward():
+        y = critic(image)
+    with pytest.raises(KeyError):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+    node = weakref.ref(image.grad_fn)
+    del y, image
+    gc.collect()
+    assert node() is None
+
+
+def test_zeros_can_be_written_to():
+    """As a hook does that scales gradients."""
+    critic = plain(leaky(), leaky())
+    for parameter in critic.parameters():
+        parameter.register_hook(lambda grad: grad.mul_(2))
+    x = torch.randn(4, 3, SIZE, SIZE, requires_grad=True)
+    with lean_double_backward():
+        y = critic(x)
+    (gradient,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    gradient.pow(2).sum().backward()
+    assert torch.equal(critic[0].bias.grad, torch.zeros(4))
+
+
+@pytest.mark.parametrize("private", ["_current_graph_task_id", "_will_engine_execute_node"])
+def test_without_torch_s_private_functions_all_is_as_exact(private, monkeypatch):
+    monkeypatch.delattr(torch._C, private)
+    monkeypatch.setattr(_autograd, "_current_task", getattr(torch._C, "_current_graph_task_id", object))
+    assert_same(CRITICS["prelu"], rtol=1e-10, atol=1e-12)
+
+
+def test_the_graph_is_not_kept_alive():
     x = torch.randn(4, 3, SIZE, SIZE, requires_grad=True)
     critic = plain(leaky())
     with lean_double_backward():
@@ -255,6 +333,12 @@ def test_function_transforms_and_integers_run_as_stock():
     with lean_double_backward(), torch.no_grad():
         assert torch.equal(F.relu(torch.tensor([-1, 2])), torch.tensor([0, 2]))
         assert torch.equal(critic(x), critic(x))
+
+
+def test_an_empty_batch_runs_as_stock():
+    critic, x = plain(leaky(), leaky(True), norm=nn.InstanceNorm2d), torch.randn(0, 3, SIZE, SIZE)
+    with lean_double_backward():
+        assert critic(x).shape == (0, 1, 1, 1)
 
 
 def test_unbatched_images_run_as_stock():

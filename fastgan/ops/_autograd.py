@@ -71,36 +71,28 @@ class _WithZeros(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gg):
-        zeros = (torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype, device in ctx.like)
-        return gg, *(zero if needed else None for zero, needed in zip(zeros, ctx.needs_input_grad[1:], strict=True))
+        zeros = (
+            torch.zeros(shape, dtype=dtype, device=device) if needed else None
+            for (shape, dtype, device), needed in zip(ctx.like, ctx.needs_input_grad[1:], strict=True)
+        )
+        return gg, *zeros
 
 
-class _Walk:
-    """The nodes of the graph that a backward pass has been through in search of leaves."""
-
-    task = -1
-    nodes: set = set()  # noqa: RUF012
-
-    @classmethod
-    def nodes_of_this_pass(cls) -> set:
-        """Every pass begins anew: what it finds later lies before what it has found, and is not found twice."""
-        current_task = getattr(torch._C, "_current_graph_task_id", None)  # private to torch
-        if current_task is None:
-            return set()
-        if current_task() != cls.task:
-            cls.task, cls.nodes = current_task(), set()
-            torch.autograd.Variable._execution_engine.queue_callback(cls.nodes.clear)  # they hold the graph
-        return cls.nodes
+_FOUND_IN = "fastgan found its leaves in"
+_current_task: Callable[[], object] = getattr(torch._C, "_current_graph_task_id", object)  # private to torch
 
 
 def _leaves_before(node: Any) -> list[Tensor]:
-    """The leaves that a node of the graph was made from, less those that this backward pass has found already."""
-    nodes, leaves, ahead = _Walk.nodes_of_this_pass(), [], [node]
+    """The leaves that a node of the graph was made from, less those that this backward pass has found already.
+
+    The nodes themselves note the pass: a list of them would keep the graph alive, after an error for instance.
+    """
+    task, leaves, ahead = _current_task(), [], [node]
     while ahead:
         node = ahead.pop()
-        if node is None or node in nodes:
+        if node is None or node.metadata.get(_FOUND_IN) == task:
             continue
-        nodes.add(node)
+        node.metadata[_FOUND_IN] = task
         if hasattr(node, "variable"):
             leaves.append(node.variable)
         ahead += [edge[0] for edge in node.next_functions]

@@ -104,7 +104,9 @@ def avg_pool2d(
     """
     if x.dim() != 4 or is_transformed():
         return F.avg_pool2d(x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
-    kernel_size, stride, padding = (_pair(size) for size in (kernel_size, stride or kernel_size, padding))
+    kernel_size, stride, padding = (
+        _pair(size) for size in (kernel_size, kernel_size if stride is None else stride, padding)
+    )
     return torch.ops.fastgan.avg_pool2d(x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
 
 

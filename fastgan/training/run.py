@@ -28,7 +28,7 @@ EPOCHS = 40
 """How long a run is that was told neither steps nor epochs."""
 
 COMPARE_SECONDS = {False: 4.0, True: 40.0}
-"""How long the comparison with the unfused model takes, without and with `--compare`."""
+"""How long the comparison with stock PyTorch takes, without and with `--compare`."""
 
 OTHER_VERSION = "another version of fastgan may have written it"
 
@@ -129,8 +129,9 @@ def train(
 
     comparison = None
     if settings.fuse:
-        with console.status("Comparing with the unfused model"):
+        with console.status("Comparing with stock PyTorch"):
             stock = build(False)
+            stock.is_stock = True
             stock.load_state_dict(system.state_dict())
             comparison = compare(system, stock, batches, COMPARE_SECONDS[careful_compare])
     images_per_s = curves.images / curves.seconds

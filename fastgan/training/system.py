@@ -59,6 +59,9 @@ class System(ABC, Generic[S]):
     draws: int = 1
     """Batches of real images that one step takes."""
 
+    is_stock: bool = False
+    """Whether a step is what stock PyTorch does: one side of a comparison."""
+
     networks: dict[str, nn.Module]
     optimizers: dict[str, Optimizer]
 

@@ -46,6 +46,15 @@ class WGANGPSettings(LatentSettings):
             )
 
 
+def stock_gradient_penalty(critic: nn.Module, real: Tensor, fake: Tensor, *, weight: float) -> Tensor:
+    """`gradient_penalty` as it is written in stock PyTorch."""
+    position = torch.rand(len(real), 1, 1, 1, device=real.device, dtype=real.dtype)
+    between = torch.lerp(real, fake, position).requires_grad_()
+    (gradient,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
+    norms = (gradient.square().sum((1, 2, 3)) + 1e-12).sqrt()
+    return weight * (norms - 1).square().mean()
+
+
 class WGANGP(LatentSystem[WGANGPSettings]):
     """The generator, the critic, and their step: several updates of the critic, then one of the generator."""
 
@@ -80,7 +89,8 @@ class WGANGP(LatentSystem[WGANGPSettings]):
         self.optimizers["critic"].zero_grad()
         distance = self.judge(self.critic, real).mean() - self.judge(self.critic, fake).mean()
         with self.accelerator.autocast():
-            penalty = gradient_penalty(self.critic, real, fake, weight=self.settings.penalty_weight)
+            penalise = stock_gradient_penalty if self.is_stock else gradient_penalty
+            penalty = penalise(self.critic, real, fake, weight=self.settings.penalty_weight)
         loss = penalty - distance
         loss.backward()
         return {

@@ -111,6 +111,30 @@ def test_in_place_on_a_view_writes_to_its_base():
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("stride", [0, (2, 0), (1, 2, 3)])
+def test_a_pool_s_bad_stride_is_stock_s_error(stride):
+    with pytest.raises(RuntimeError, match="stride"):
+        avg_pool.avg_pool2d(torch.randn(X), 2, stride)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_gradient_penalty_with_the_operator_first_and_last(name):
+    """First it has no parameter before it, last none after it: in one an incomplete gradient shows, in the other not."""
+    ours, stock, shape = FUNCTIONS[name]
+    extra = [torch.rand(shape, dtype=torch.float64)] if shape else []
+    x, mix = torch.randn(X, dtype=torch.float64), torch.randn(4, 4, 1, 1, dtype=torch.float64, requires_grad=True)
+    results = []
+    for function in (ours, stock):
+        for layers in (
+            lambda x, f=function: f(F.conv2d(x, mix).sin(), *extra),
+            lambda x, f=function: F.conv2d(f(x.sin(), *extra), mix),
+        ):
+            leaf = x.clone().requires_grad_()
+            (grad,) = torch.autograd.grad(layers(leaf).pow(2).sum(), leaf, create_graph=True)
+            results.append(torch.autograd.grad(grad.pow(2).sum(), [leaf, mix]))
+    torch.testing.assert_close(results[:2], results[2:])
+
+
 def test_opcheck():
     x, weight = torch.randn(X, requires_grad=True), torch.rand(4, requires_grad=True)
     ops, side = torch.ops.fastgan, torch.randn(X)

@@ -244,6 +244,11 @@ def test_fused_and_stock_runs_agree_and_are_compared(train, tmp_path):
         assert {k: float(v) for k, v in a.items()} == pytest.approx({k: float(v) for k, v in b.items()}, rel=1e-2)
 
 
+def test_the_other_side_of_the_comparison_is_stock_pytorch(train, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastgan.training.run.compare", lambda fused, stock, *_: (fused.is_stock, stock.is_stock))
+    assert train(tmp_path, {"fuse": True}, steps=1).comparison == (False, True)
+
+
 def test_bf16_trains(train, tmp_path):
     train(tmp_path, {"precision": "bf16"}, steps=2)
     state = checkpoint.load(tmp_path / "checkpoint.pt")

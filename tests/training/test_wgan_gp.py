@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from critics import CountConvolutions
 
 from fastgan.fuse import fuse
 from fastgan.training.errors import InputError
@@ -70,6 +71,17 @@ def test_the_generator_step_leaves_the_critic_alone(make_system):
     assert all(p.grad is None for p in system.critic.parameters())
     assert all(map(torch.equal, before, system.critic.parameters()))
     assert all(p.requires_grad for p in system.critic.parameters())
+
+
+def test_the_stock_step_of_a_comparison_knows_no_operator_of_fastgan_s(make_system, reals):
+    metrics, batches = [], [next(reals) for _ in range(WGANGPSettings.critic_steps)]
+    for is_stock in (False, True):
+        system = make_system()
+        system.is_stock = is_stock
+        with CountConvolutions() as counter:
+            metrics.append(system.step(iter(batches)))
+        assert (counter.calls["fastgan::convolution"] == 0) == is_stock
+    torch.testing.assert_close(*metrics, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("norm", ["none", "layer", "instance"])
