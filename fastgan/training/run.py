@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_origin
 
 import torch
 from accelerate import Accelerator
@@ -162,14 +162,18 @@ def read_checkpoint(path: Path, system_name: str | None = None) -> dict[str, Any
 
 
 def _check_kinds(path: Path, what: str, found: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
-    """Raises `InputError` unless the checkpoint has just the names of `kinds`, with values of those kinds."""
+    """Raises `InputError` unless the checkpoint has just the names of `kinds`, with values of those kinds.
+
+    A `Literal` is of kind str here: which words it takes is for `Settings.check` to say.
+    """
     for name in [*kinds, *found]:
+        kind = str if get_origin(kinds.get(name)) is Literal else kinds.get(name)
         if name not in found:
             problem = "is missing"
-        elif name not in kinds:
+        elif kind is None:
             problem = "is unknown"
-        elif not isinstance(found[name], (int, float) if kinds[name] is float else kinds[name]):
-            problem = f"is of type {type(found[name]).__name__}, not {kinds[name].__name__}"
+        elif not isinstance(found[name], (int, float) if kind is float else kind):
+            problem = f"is of type {type(found[name]).__name__}, not {kind.__name__}"
         else:
             continue
         raise InputError(f"{path}: {what} {name} {problem}; {OTHER_VERSION}")
