@@ -146,7 +146,7 @@ def cyclegan(
     ] = None,
     steps: Steps = None,
     epochs: Annotated[
-        int | None, typer.Option(help="Passes over the larger of the two domains.", show_default="4")
+        int | None, typer.Option(help="Passes over the larger of the two domains.", show_default="2")
     ] = None,
     lr: Annotated[
         float | None,

@@ -64,7 +64,7 @@ class CycleGAN(System[CycleGANSettings]):
     name = "cyclegan"
     settings_type = CycleGANSettings
     kept: ClassVar[dict[str, type]] = {**System.kept, "pools": list}
-    epochs = 4
+    epochs = 2
     draws = 2
 
     def __init__(self, settings: CycleGANSettings, channels: int, accelerator: Accelerator):
