@@ -38,11 +38,13 @@ def _prepare(x: Tensor, conv: Conv, output_size: list[int] | None) -> tuple[Tens
     return x, settings
 
 
-def conv2d(x: Tensor, conv: Conv, output_size: list[int] | None = None, *, keep_layout: bool = True) -> Tensor:
+def conv2d(
+    x: Tensor, conv: Conv, output_size: list[int] | None = None, *, with_bias: bool = True, keep_layout: bool = True
+) -> Tensor:
     """conv(x) by the operator."""
     op = ops.conv2d if isinstance(conv, nn.Conv2d) else ops.conv_transpose2d
     x, settings = _prepare(x, conv, output_size)
-    return op(x, conv.weight, conv.bias, **settings, keep_layout=keep_layout)
+    return op(x, conv.weight, conv.bias if with_bias else None, **settings, keep_layout=keep_layout)
 
 
 def conv_batch_norm_act(

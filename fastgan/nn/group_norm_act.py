@@ -1,13 +1,31 @@
 """The norms with the statistics of one sample as modules, each followed by an activation."""
 
+import math
 from typing import Any
 
 from torch import Tensor, nn
 
 from fastgan import ops
 from fastgan.nn.norm_act import Activation
-from fastgan.ops._norm import activate
+from fastgan.ops._norm import activate, with_zero_gradient
 from fastgan.ops._types import Act
+
+
+def instance_norm_act(
+    x: Tensor,
+    norm: nn.InstanceNorm2d,
+    activation: Activation,
+    residual: Tensor | None = None,
+    conv_bias: Tensor | None = None,
+) -> Tensor:
+    """act(norm(x + conv_bias) + residual) by the operator, for a norm without running statistics. Every plane's mean is
+    subtracted, and the bias of a convolution with it: what is left of that is a gradient of zeros."""
+    if math.prod(x.shape[2:]) == 1:  # of which stock says that it is too small
+        y = norm(x)
+        return activate(y if residual is None else y + residual, *activation)
+    return ops.instance_norm_act(
+        x, norm.weight, with_zero_gradient(norm.bias, conv_bias), norm.eps, **activation._asdict(), residual=residual
+    )
 
 
 class GroupNormAct(nn.GroupNorm):

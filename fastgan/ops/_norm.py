@@ -123,6 +123,14 @@ class NormCall:
         return grad.to(self.parameter_dtype)
 
 
+def with_zero_gradient(norm_bias: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """`norm_bias`, through which the bias of a convolution before the norm gets its gradient: zeros, not None."""
+    if bias is None or not (bias.requires_grad and torch.is_grad_enabled()):
+        return norm_bias
+    zero = bias * 0
+    return zero if norm_bias is None else norm_bias + zero.to(norm_bias.dtype)
+
+
 def third_derivative(
     ctx,
     composed: Callable[[list[Any]], Tensor],
@@ -130,8 +138,8 @@ def third_derivative(
     inputs: int = 4,
     outputs: tuple[int, ...] = (0, 1, 2),
 ) -> tuple:
-    """Gradients of a norm's double backward, by differentiating `composed`: y of its `inputs` in the type of accumulation, in
-    operations whose own derivatives are right to any order.
+    """Gradients of a norm's double backward, by differentiating `composed`: y of its `inputs` in the type of accumulation,
+    in operations whose own derivatives are right to any order.
 
     ctx has saved the gradients of the backward's outputs, one for each input, grad_y, the inputs (x, weight, bias and
     residual, say) and perhaps more. `outputs`: of what the double backward returns gradients, counted from grad_y.
@@ -151,7 +159,9 @@ def third_derivative(
             y, [t for _, t in pairs], grad_y.to(y.dtype), create_graph=True, materialize_grads=True
         )
         total = torch.stack([(grad * gg).sum() for grad, (gg, _) in zip(first, pairs, strict=True)]).sum()
-        targets = [(given[inputs + i], c) for i, c in zip(outputs, cotangents, strict=True) if given[inputs + i] is not None]
+        targets = [
+            (given[inputs + i], c) for i, c in zip(outputs, cotangents, strict=True) if given[inputs + i] is not None
+        ]
         second = torch.autograd.grad(total, [t for t, _ in targets], create_graph=True, materialize_grads=True)
         chosen = [(g, c) for g, (_, c) in zip(second, targets, strict=True) if c is not None and g.requires_grad]
         wanted = [i for i in range(len(given)) if ctx.needs_input_grad[i]]

@@ -210,7 +210,8 @@ class _Call(NormCall):
     def __init__(self, x, scale, shift, noise_weight, bias, noise, mean, var, *settings):
         super().__init__(x, None, bias, None, mean, var, True, *settings, groups=x.shape[1])
         self.operator = "adain"
-        self.scale, self.shift, self.noise_weight = map(self.parameter, (scale, shift, noise_weight))
+        self.scale: Tensor = self.parameter(scale)  # type: ignore[assignment]
+        self.shift, self.noise_weight = self.parameter(shift), self.parameter(noise_weight)
         self.noise = None
         if noise is not None:
             self.noise = noise.to(self.acc).expand(x.shape[0], 1, *x.shape[2:]).contiguous()
@@ -234,9 +235,9 @@ def _(x, scale, shift, noise_weight, bias, noise, *settings):
 
 
 @torch.library.impl("fastgan::adain_backward", "cpu")
-def _(grad_out, *arguments):
-    *arguments, needs_x, needs_style, needs_parameters = arguments
-    call, (x, scale, shift, noise_weight, bias, *_) = _Call(*arguments), arguments
+def _(grad_out, x, scale, shift, noise_weight, bias, *arguments):
+    *rest, needs_x, needs_style, needs_parameters = arguments
+    call = _Call(x, scale, shift, noise_weight, bias, *rest)
     grad_out = call.like_x(grad_out)
     grad_x = torch.empty_like(call.x) if needs_x or needs_parameters else None
     style = [torch.empty_like(call.scale) if needs_style else None for _ in range(2)]
@@ -249,8 +250,8 @@ def _(grad_out, *arguments):
 
 
 @torch.library.impl("fastgan::adain_double_backward", "cpu")
-def _(ggx, gg_scale, gg_shift, gg_noise_weight, gg_bias, grad_out, *arguments):
-    call, (x, scale, _, noise_weight, bias, *_) = _Call(*arguments), arguments
+def _(ggx, gg_scale, gg_shift, gg_noise_weight, gg_bias, grad_out, x, scale, shift, noise_weight, bias, *rest):
+    call = _Call(x, scale, shift, noise_weight, bias, *rest)
     ggx, grad_out = call.like_x(ggx), call.like_x(grad_out)
     ggs = [call.parameter(gg) for gg in (gg_scale, gg_shift, gg_noise_weight, gg_bias)]
     g_grad_out, g_x, g_scale = torch.empty_like(call.x), torch.empty_like(call.x), torch.empty_like(call.scale)
@@ -302,7 +303,15 @@ def adain(
     differentiates_noise = noise is not None and noise.requires_grad and torch.is_grad_enabled()
     if x.numel() == 0 or differentiates_noise or is_transformed() or backend.serving(x.device.type) != "cpp":
         return reference(
-            x, scale, shift, eps, noise=noise, noise_weight=noise_weight, bias=bias, act=act, negative_slope=negative_slope
+            x,
+            scale,
+            shift,
+            eps,
+            noise=noise,
+            noise_weight=noise_weight,
+            bias=bias,
+            act=act,
+            negative_slope=negative_slope,
         )
     out, _, _ = torch.ops.fastgan.adain(x, scale, shift, noise_weight, bias, noise, eps, act, negative_slope)
     return out

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastgan.ops import conv, norm_act
+from fastgan.ops._norm import with_zero_gradient
 from fastgan.ops._tensors import accumulation_dtype, dense, is_channels_last
 from fastgan.ops._types import Act
 from fastgan.ops.conv import Size2
@@ -140,7 +141,7 @@ def _conv_norm_act(
     if training:
         y = conv.convolve(convolution._replace(bias=None), keep_layout=False)
         y = norm_act.normalise(
-            y, running_mean, running_var, bn_weight, _with_zero_gradient(bn_bias, bias), True, momentum, eps, act,
+            y, running_mean, running_var, bn_weight, with_zero_gradient(bn_bias, bias), True, momentum, eps, act,
             negative_slope, mean_offset=bias,
         )  # fmt: skip
     elif weight.dtype.itemsize == 2 or _costs_more_to_fold(convolution):
@@ -159,14 +160,6 @@ def _conv_norm_act(
 def _costs_more_to_fold(convolution: conv.Prepared) -> bool:
     """Whether the weight is larger than the output. Unless compiled: for whatever size of batch is to come."""
     return not torch.compiler.is_compiling() and convolution.weight.numel() > math.prod(convolution.size)
-
-
-def _with_zero_gradient(bn_bias: Tensor | None, bias: Tensor | None) -> Tensor | None:
-    """`bn_bias`, through which the convolution's bias gets the gradient that it has in training: zeros, not None."""
-    if bias is None or not (bias.requires_grad and torch.is_grad_enabled()):
-        return bn_bias
-    zero = bias * 0
-    return zero if bn_bias is None else bn_bias + zero.to(bn_bias.dtype)
 
 
 def _fold(
