@@ -79,7 +79,9 @@ app.add_typer(train, name="train")
 # What every system takes. None stands for the setting's default, or for what a resumed checkpoint keeps.
 Data = Annotated[
     str | None,
-    typer.Option(help="digits, a folder of images, or hf:NAME for the Hugging Face hub.", show_default="digits"),
+    typer.Option(
+        help="digits, photos, a folder of images, or hf:NAME for the Hugging Face hub.", show_default="digits"
+    ),
 ]
 ImageSize = Annotated[int | None, typer.Option(help=f"A power of two from 8 to {LARGEST}.", show_default="32")]
 BatchSize = Annotated[int | None, typer.Option(help="Images per batch and process.", show_default="64")]

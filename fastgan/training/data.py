@@ -1,4 +1,6 @@
-"""Real images: scikit-learn's digits, a folder, or a set from the Hugging Face hub, as shuffled batches in [-1, 1].
+"""Real images: scikit-learn's digits, crops of its photographs, a folder, or a set from the Hugging Face hub.
+
+They come as shuffled batches in [-1, 1].
 
 Every image is turned as its EXIF data says, cropped to its central square and resized. Where all images of a set are
 grayscale (16-bit and transparent ones included) batches have one channel, else three. Transparent pixels become white;
@@ -28,6 +30,12 @@ IN_MEMORY = 2 << 30
 Of a larger one only the files' headers are read at the start: an image whose pixels are broken is found when it is drawn.
 Finding it sooner would take an epoch's decoding before the first step.
 """
+
+CROPS = 2000
+"""Crops of one photograph."""
+
+KINDS = "digits, photos, a folder of images, or hf:NAME"
+"""What `--data` takes, as an error names it."""
 
 Pixels = NDArray[np.uint8]
 Rows = NDArray[np.int64]
@@ -99,12 +107,22 @@ def _to_8_bits(picture: Image.Image) -> Image.Image:
 
 
 def load_images(data: str, size: int) -> ImageSet:
-    """Opens `data` ("digits", "hf:NAME" or a folder, searched with its subfolders) at `size` x `size` pixels."""
+    """Opens `data` at `size` x `size` pixels.
+
+    `data` is "digits", "photos", "photos:china", "photos:flower", "hf:NAME" or a folder, searched with its subfolders.
+    """
+    return ImageSet(_pictures(data), size)
+
+
+def _pictures(data: str) -> Pictures:
+    kind, colon, name = data.partition(":")
     if data in {"", "hf:"}:
-        raise InputError(f"--data: '{data}' names nothing; expected digits, a folder of images, or hf:NAME")
+        raise InputError(f"--data: '{data}' names nothing; expected {KINDS}")
     if data == "digits":
-        return ImageSet(_digits(), size)
-    return ImageSet(_hub(data.removeprefix("hf:")) if data.startswith("hf:") else _folder(Path(data)), size)
+        return _digits()
+    if kind == "photos":
+        return _photos(name if colon else None)
+    return _hub(name) if kind == "hf" and colon else _folder(Path(data))
 
 
 def _digits() -> Pictures:
@@ -114,10 +132,35 @@ def _digits() -> Pictures:
     return Pictures(len(pixels), lambda row: f"digit {row}", lambda row: Image.fromarray(pixels[row]))
 
 
+def _photos(name: str | None) -> Pictures:
+    """Square crops of scikit-learn's photographs, or of the one called `name`: always the same ones.
+
+    They have random places, and sides from a quarter of the photograph's shorter side to all of it.
+    """
+    from sklearn.datasets import load_sample_images
+
+    sample = load_sample_images()
+    photos = {Path(file).stem: photo for file, photo in zip(sample.filenames, sample.images, strict=True)}
+    if name is not None and name not in photos:
+        raise InputError(f"--data: no photos:{name}; expected photos, {', '.join(f'photos:{each}' for each in photos)}")
+    chosen = list(photos) if name is None else [name]
+    places = np.random.default_rng(0).random((CROPS, 3))
+
+    def crop(row: int) -> Image.Image:
+        photo = photos[chosen[row // CROPS]]
+        height, width = photo.shape[:2]
+        scale, down, across = places[row % CROPS]
+        side = round(min(height, width) * (1 + 3 * scale) / 4)
+        top, left = round(down * (height - side)), round(across * (width - side))
+        return Image.fromarray(photo[top : top + side, left : left + side])
+
+    return Pictures(CROPS * len(chosen), lambda row: f"crop {row % CROPS} of photos:{chosen[row // CROPS]}", crop)
+
+
 def _folder(path: Path) -> Pictures:
     """Files that Pillow reads, by their names. Hidden ones do not count, nor do those in linked folders or archives."""
     if not path.is_dir():
-        raise InputError(f"--data: {path} is no folder; expected digits, a folder of images, or hf:NAME")
+        raise InputError(f"--data: {path} is no folder; expected {KINDS}")
     readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
     def counts(file: Path) -> bool:

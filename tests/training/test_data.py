@@ -39,6 +39,30 @@ def test_digits_are_all_there_and_span_the_range():
     assert len(np.unique(pixels.reshape(1797, -1), axis=0)) > 1700
 
 
+def test_photos_are_crops_of_both_photographs_and_always_the_same():
+    both, again = load_images("photos", 16), load_images("photos", 16)
+    each = [load_images(f"photos:{name}", 16) for name in ("china", "flower")]
+    assert both.pixels.shape == (2 * data.CROPS, 3, 16, 16) and [len(one) for one in each] == [data.CROPS] * 2
+    np.testing.assert_array_equal(both.pixels, np.concatenate([one.pixels for one in each]))
+    np.testing.assert_array_equal(both.pixels, again.pixels)
+    assert len(np.unique(both.pixels.reshape(len(both), -1), axis=0)) == len(both)
+
+
+def test_crops_have_many_places_and_sizes_inside_their_photograph():
+    pictures = load_images("photos:flower", 8).pictures
+    crops = [pictures.open(row) for row in range(pictures.count)]
+    assert all(crop.width == crop.height for crop in crops)
+    sides = [crop.width for crop in crops]
+    assert min(sides) == pytest.approx(427 / 4, abs=2) and max(sides) == pytest.approx(427, abs=2)
+    assert pictures.name(3) == "crop 3 of photos:flower"
+
+
+@pytest.mark.parametrize("name", ["photos:", "photos:rome"])
+def test_a_photograph_that_does_not_exist_is_named(name):
+    with pytest.raises(InputError, match=f"^--data: no {name}; expected photos, photos:china, photos:flower$"):
+        load_images(name, 8)
+
+
 def test_a_mixed_folder_becomes_rgb(folder):
     plain("L", 100).save(folder / "gray.png")
     plain("RGB", (255, 0, 0), (20, 10)).save(folder / "wide.jpg", quality=100)
@@ -171,7 +195,7 @@ def test_a_folder_without_images_is_refused(folder, content):
 
 
 def test_a_missing_folder_is_refused(folder):
-    with pytest.raises(InputError, match=r"^--data: .*nowhere is no folder; expected digits, a folder of"):
+    with pytest.raises(InputError, match=r"^--data: .*nowhere is no folder; expected digits, photos, a folder of"):
         load_images(str(folder / "nowhere"), 8)
 
 
