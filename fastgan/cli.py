@@ -179,7 +179,8 @@ def stylegan(
         int | None, typer.Option(help="Steps for each of which R1 is computed once.", show_default="1")
     ] = None,
     features: Annotated[
-        int | None, typer.Option(help="Channels up to 32x32, halved at each doubling; the paper has 512.")
+        int | None,
+        typer.Option(help="Channels up to 32x32, halved at each doubling; the paper has 512.", show_default="32"),
     ] = None,
     latent_dim: Annotated[int | None, typer.Option(help="Of z; the paper has 512.", show_default="64")] = None,
     w_dim: Annotated[int | None, typer.Option(help="Of w; the paper has 512.", show_default="64")] = None,

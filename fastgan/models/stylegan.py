@@ -163,9 +163,7 @@ class SynthesisBlock(nn.Module):
         if inside is None:
             self.constant = nn.Parameter(torch.randn(1, channels, resolution, resolution))
         else:
-            self.up = nn.Sequential(
-                nn.Upsample(scale_factor=2), EqualConv2d(inside, channels, 3, bias=False), Blur()
-            )
+            self.up = nn.Sequential(nn.Upsample(scale_factor=2), EqualConv2d(inside, channels, 3, bias=False), Blur())
         self.epilogue1 = LayerEpilogue(channels, resolution, w_dim)
         self.conv = EqualConv2d(channels, channels, 3, bias=False)
         self.epilogue2 = LayerEpilogue(channels, resolution, w_dim)

@@ -28,7 +28,7 @@ class StyleGANSettings(LatentSettings):
     latent_dim: int = 64
     w_dim: int = 64
     mapping_layers: int = 8
-    features: int = 64
+    features: int = 32
     gamma: float = 10.0
     penalty_every: int = 1
     mixing_probability: float = 0.9
@@ -65,6 +65,7 @@ class StyleGAN(LatentSystem[StyleGANSettings]):
 
     name = "stylegan"
     settings_type = StyleGANSettings
+    generator: Generator
 
     def __init__(self, settings: StyleGANSettings, channels: int, accelerator: Accelerator):
         super().__init__(settings, channels, accelerator)
@@ -102,7 +103,7 @@ class StyleGAN(LatentSystem[StyleGANSettings]):
         mixed: tuple[Any, ...] = ()
         # Drawn on the CPU, so that no step waits for the device.
         if torch.rand(()).item() < self.settings.mixing_probability:
-            mixed = self.noise(count), int(torch.randint(1, self.generator.layers, ()))
+            mixed = self.noise(count), int(torch.randint(1, self.generator.layers, (1,)))
         with self.accelerator.autocast():
             return self.generator(latents, *mixed).float()
 
