@@ -170,7 +170,7 @@ class SynthesisBlock(nn.Module):
         self.resolution = resolution
 
     def forward(self, x: Tensor | None, w1: Tensor, w2: Tensor) -> Tensor:
-        x = self.constant.expand(len(w1), -1, -1, -1) if x is None else self.up(x)
+        x = self.constant.repeat(len(w1), 1, 1, 1) if x is None else self.up(x)
         x = self.epilogue1(x, w1, self.draw(x))
         x = self.conv(x)
         return self.epilogue2(x, w2, self.draw(x))

@@ -15,7 +15,6 @@ from fastgan.training.system import require
 CHUNK = 64
 STRIPS, FRAMES = 4, 12
 
-
 ROWS, COLUMNS = 5, 8
 """Of the matrix of mixed styles."""
 
@@ -39,9 +38,9 @@ def generate(
     if checkpoint.is_dir():
         checkpoint = RunFolder(checkpoint).checkpoint
     state = read_checkpoint(checkpoint)
-    styled = state["system"] == StyleGAN.name
-    for option, value in (("--truncation", truncation), ("--style-mix", style_mix or None)):
-        require(styled or value is None, option, f"a checkpoint of {state['system']}", f"one of {StyleGAN.name}")
+    for option, given in (("--truncation", truncation is not None), ("--style-mix", style_mix)):
+        fits = state["system"] == StyleGAN.name or not given
+        require(fits, option, f"a checkpoint of {state['system']}", f"one of {StyleGAN.name}")
     require(truncation is None or math.isfinite(truncation), "--truncation", truncation, "a number, 1 for none")
     out = out or checkpoint.parent / "generated"
     check_writable(out)
@@ -50,8 +49,7 @@ def generate(
     system = system_type(settings, state["channels"], make_accelerator("cpu", "fp32"))
     restore(system, state, checkpoint)
     assert isinstance(system, LatentSystem)
-    if truncation is not None:
-        assert isinstance(system, StyleGAN)
+    if isinstance(system, StyleGAN) and truncation is not None:
         system.truncation = truncation
 
     random = torch.Generator().manual_seed(seed)
@@ -61,8 +59,7 @@ def generate(
     paths = [out / "samples.png", out / "interpolation.png"]
     save_grid(torch.cat(samples), paths[0])
     save_grid(torch.cat(walks), paths[1], columns=FRAMES)
-    if style_mix:
-        assert isinstance(system, StyleGAN)
+    if isinstance(system, StyleGAN) and style_mix:
         paths.append(out / "style-mix.png")
         matrix = system.style_matrix(system.noise(ROWS, random), system.noise(COLUMNS, random))
         save_grid(matrix, paths[-1], columns=COLUMNS + 1)

@@ -99,5 +99,5 @@ def test_options_of_another_system_are_refused(trained, options, message):
 
 
 def test_a_truncation_that_is_no_number_is_refused(styled):
-    with pytest.raises(InputError, match="^--truncation: nan does not fit"):
+    with pytest.raises(InputError, match=r"^--truncation: nan does not fit"):
         generate(styled, truncation=float("nan"))
