@@ -174,7 +174,9 @@ def stylegan(
     steps: Steps = None,
     epochs: Epochs = None,
     lr: Annotated[float | None, typer.Option(help="Adam's learning rate.", show_default="0.001")] = None,
-    gamma: Annotated[float | None, typer.Option(help="Weight of the R1 penalty.", show_default="10")] = None,
+    gamma: Annotated[
+        float | None, typer.Option(help="Weight of R1; the paper has 10, at 1024x1024.", show_default="1")
+    ] = None,
     penalty_every: Annotated[
         int | None, typer.Option(help="Steps for each of which R1 is computed once.", show_default="1")
     ] = None,
@@ -192,7 +194,7 @@ def stylegan(
         int | None,
         typer.Option(
             help="Images per process in which a resolution settles, and its double fades in; 0: no growing.",
-            show_default="10000",
+            show_default="6000",
         ),
     ] = None,
     average_images: Annotated[

@@ -29,10 +29,10 @@ class StyleGANSettings(LatentSettings):
     w_dim: int = 64
     mapping_layers: int = 8
     features: int = 32
-    gamma: float = 10.0
+    gamma: float = 1.0
     penalty_every: int = 1
     mixing_probability: float = 0.9
-    phase_images: int = 10_000
+    phase_images: int = 6_000
     average_images: int = 2_000
 
     def check(self) -> None:
