@@ -24,6 +24,7 @@ class Setup:
 
     reals: list[Tensor]
     latent_dim: int
+    """0 where generators start from images."""
     lr: float
     autocast: bool
     dtype: torch.dtype = torch.float32
@@ -37,6 +38,9 @@ class Setup:
 
     def noise(self) -> Tensor:
         return torch.randn(len(self.reals[0]), self.latent_dim, 1, 1, device=self.device).to(self.dtype)
+
+    def generator_input(self) -> Tensor:
+        return self.noise() if self.latent_dim else self.reals[0]
 
     def accelerator(self) -> Accelerator:
         """A new one: its precision is one for the whole process."""
@@ -55,9 +59,10 @@ class Stock:
 
 
 class Trainer:
-    """Two networks and their step."""
+    """The networks and their step."""
 
     generator: nn.Module
+    """The one that is looked at, where there are several."""
     step: Callable[[], object]
 
 
@@ -118,6 +123,6 @@ class StepCase(Case):
 def saved_by_generator(generator: nn.Module, setup: Setup) -> int:
     def forward() -> Tensor:
         with setup.precision():
-            return generator(setup.noise())
+            return generator(setup.generator_input())
 
     return saved_bytes(forward, generator.parameters())

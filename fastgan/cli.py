@@ -15,6 +15,7 @@ from fastgan.training import generate as generating
 from fastgan.training import run
 from fastgan.training.errors import Diverged, InputError, Interrupted, OutputError, one_line
 from fastgan.training.latent import LARGEST
+from fastgan.training.system import require
 
 UsageError: Any = typer.BadParameter.__base__
 """click's, or that of typer's own copy of click, as typer's version has it."""
@@ -76,12 +77,12 @@ train = typer.Typer(no_args_is_help=True, help="Train a reference system.")
 app.add_typer(train, name="train")
 
 
+SOURCES = "digits, photos, photos:china, photos:flower, a folder of images, or hf:NAME for the Hugging Face hub"
+
 # What every system takes. None stands for the setting's default, or for what a resumed checkpoint keeps.
 Data = Annotated[
     str | None,
-    typer.Option(
-        help="digits, photos, a folder of images, or hf:NAME for the Hugging Face hub.", show_default="digits"
-    ),
+    typer.Option(help=f"{SOURCES}.", show_default="digits"),
 ]
 ImageSize = Annotated[int | None, typer.Option(help=f"A power of two from 8 to {LARGEST}.", show_default="32")]
 BatchSize = Annotated[int | None, typer.Option(help="Images per batch and process.", show_default="64")]
@@ -129,6 +130,50 @@ def dcgan(
 ) -> None:
     """Train a DCGAN, by default on scikit-learn's handwritten digits."""
     _train("dcgan", **locals())
+
+
+@train.command()
+def cyclegan(
+    data_a: Annotated[
+        str | None, typer.Option(help=f"The first domain: {SOURCES}.", show_default="photos:china")
+    ] = None,
+    data_b: Annotated[
+        str | None, typer.Option(help="The other domain, likewise.", show_default="photos:flower")
+    ] = None,
+    image_size: Annotated[int | None, typer.Option(help="A multiple of 4, 24 or more.", show_default="32")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images of each domain per batch and process.", show_default="1")
+    ] = None,
+    steps: Steps = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over the larger of the two domains.", show_default="2")
+    ] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Adam's learning rate; over the second half it falls to zero.", show_default="0.0002"),
+    ] = None,
+    generator: Annotated[str | None, typer.Option(help="resnet, or unet for pix2pix's.", show_default="resnet")] = None,
+    blocks: Annotated[
+        int | None, typer.Option(help="Of the resnet; the paper takes 6 at 128, 9 from 256 on.", show_default="6")
+    ] = None,
+    features: Annotated[int | None, typer.Option(help="Channels of the largest maps.", show_default="32")] = None,
+    loss: Annotated[str | None, typer.Option(help="lsgan for least squares, or log.", show_default="lsgan")] = None,
+    cycle_weight: Annotated[float | None, typer.Option(help="Of the cycle term.", show_default="10")] = None,
+    identity_weight: Annotated[
+        float | None, typer.Option(help="Of the identity term, as a part of --cycle-weight.", show_default="0.5")
+    ] = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    precision: Precision = None,
+    out: Out = Path("runs/cyclegan"),
+    checkpoint_every: CheckpointEvery = 500,
+    resume: Resume = False,
+    fuse: Fuse = None,
+    compare: Compare = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Train a CycleGAN, by default between crops of scikit-learn's two photographs."""
+    _train("cyclegan", **locals())
 
 
 @train.command()
@@ -270,8 +315,10 @@ def _summary(system: str, result: run.Result) -> Table:
 def generate(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or the folder of a run.")],
     out: Annotated[Path | None, typer.Option(help="Folder for them.", show_default="generated, beside it")] = None,
-    num: Annotated[int, typer.Option(help="Images in the grid.")] = 64,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same images.")] = 0,
+    num: Annotated[int | None, typer.Option(help="Images in the grid.", show_default="64")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same images.", show_default="0")] = None,
+    source: Annotated[Path | None, typer.Option("--input", help="Folder of images to translate, for CycleGAN.")] = None,
+    direction: Annotated[str | None, typer.Option(help="a2b or b2a, beside --input.", show_default="a2b")] = None,
     truncation: Annotated[
         float | None, typer.Option(help="StyleGAN: 0 for the mean style, 1 for styles as they are.", show_default="1")
     ] = None,
@@ -279,8 +326,25 @@ def generate(
         bool, typer.Option("--style-mix", help="StyleGAN: also a matrix of coarse styles by fine ones.")
     ] = False,
 ) -> None:
-    """Write a grid of samples and a strip of latent interpolations."""
-    for path in generating.generate(checkpoint, out, num, seed, truncation, style_mix):
+    """Write a grid of samples and a strip of latent interpolations; or, with --input, a folder of images translated."""
+    options: dict[str, Any] = {
+        "num": num, "seed": seed, "direction": direction, "truncation": truncation, "style_mix": style_mix or None,
+    }  # fmt: skip
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in given:
+        fits = (name == "direction") == (source is not None)
+        require(
+            fits,
+            f"--{name.replace('_', '-')}",
+            given[name],
+            "it only beside --input" if name == "direction" else "no --input beside it",
+        )
+    paths = (
+        generating.translate(checkpoint, source, out, **given)
+        if source
+        else generating.generate(checkpoint, out, **given)
+    )
+    for path in paths:
         typer.echo(path)
 
 

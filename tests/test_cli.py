@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from fastgan.cli import app
 from fastgan.training import checkpoint, loop, run
+from fastgan.training.dcgan import DCGAN
 from fastgan.training.loop import KEPT
 
 TINY = ["--image-size", "8", "--batch-size", "256", "--device", "cpu"]
@@ -136,6 +137,40 @@ def test_generate_prints_what_it_wrote():
     assert all(Path(path).is_file() for path in result.stdout.split())
 
 
+TINY_CYCLEGAN = ["--image-size", 24, "--features", 2, "--blocks", 1, "--device", "cpu"]
+
+
+def test_cyclegan_trains_and_translates_a_folder():
+    options = ["--lr", 0.001, "--generator", "unet", "--loss", "log", "--cycle-weight", 5, "--identity-weight", 0]
+    options += ["--data-a", "digits", "--data-b", "photos:flower", "--batch-size", 2, "--seed", 3, "--no-fuse"]
+    assert fastgan("train", "cyclegan", *TINY_CYCLEGAN, *options, "--steps", 2).exit_code == 0
+    settings = checkpoint.load(Path("runs/cyclegan/checkpoint.pt"))["settings"]
+    expected = {"data_a": "digits", "data_b": "photos:flower", "lr": 0.001, "generator": "unet", "loss": "log"}
+    expected |= {"cycle_weight": 5, "identity_weight": 0, "batch_size": 2, "seed": 3, "features": 2, "blocks": 1}
+    assert expected.items() <= settings.items()
+    images("mine", 2, (20, 30))
+    result = fastgan("generate", "runs/cyclegan", "--input", "mine", "--direction", "b2a", "--out", "theirs")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.split() == ["theirs/0.png", "theirs/1.png"]
+    assert Image.open("theirs/0.png").size == (20, 30)
+
+
+@pytest.mark.parametrize(
+    ("args", "parts"),
+    [
+        (["--direction", "a2b"], ["--direction", "beside --input"]),
+        (["--input", "mine", "--seed", 1], ["--seed", "no --input"]),
+        (["--input", "mine", "--num", 1], ["--num", "no --input"]),
+        (["--input", "mine"], ["--input", "dcgan"]),
+    ],
+    ids=lambda value: " ".join(map(str, value)),
+)
+def test_options_of_the_other_kind_of_system_are_refused(args, parts):
+    dcgan(*TINY, "--steps", 1, "--no-fuse")
+    images("mine")
+    assert_refused(fastgan("generate", "runs/dcgan", *args), *parts)
+
+
 @pytest.mark.parametrize(
     ("args", "parts"),
     [
@@ -232,7 +267,7 @@ def with_setting(**settings):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        *((without(key), f"entry {key} is missing") for key in KEPT if key != "system"),
+        *((without(key), f"entry {key} is missing") for key in {**KEPT, **DCGAN.kept} if key != "system"),
         (without("system"), "a checkpoint of no system, expected one of dcgan"),
         (lambda state: state.update(ema={}), "entry ema is unknown"),
         (lambda state: state.update(step="4"), "entry step is of type str, not int"),

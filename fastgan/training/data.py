@@ -51,11 +51,15 @@ class Pictures:
 
 
 class ImageSet:
-    """Images of one size: `images[rows]` is `(len(rows), channels, size, size)` in uint8."""
+    """Images of one size: `images[rows]` is `(len(rows), channels, size, size)` in uint8.
 
-    def __init__(self, pictures: Pictures, size: int):
+    `option` is the one that named them, for errors.
+    """
+
+    def __init__(self, pictures: Pictures, size: int, option: str = "--data"):
         self.pictures = pictures
         self.size = size
+        self.option = option
         self.pool = ThreadPoolExecutor(thread_name_prefix="decode")
         rows = range(len(self))
         self.channels = 1 if all(self.pool.map(self._is_gray, rows)) else 3
@@ -69,6 +73,12 @@ class ImageSet:
     def __getitem__(self, rows: Rows) -> Pixels:
         return self._decode(rows.tolist()) if self.pixels is None else self.pixels[rows]
 
+    def add_color(self) -> None:
+        """Has three channels from now on, equal ones where there was one."""
+        self.channels = 3
+        if self.pixels is not None:
+            self.pixels = np.broadcast_to(self.pixels, (len(self), 3, self.size, self.size))
+
     def _is_gray(self, row: int) -> bool:
         return _is_gray(self._read(row, lambda picture: picture.mode))
 
@@ -79,11 +89,7 @@ class ImageSet:
         return pixels
 
     def _prepare(self, picture: Image.Image) -> Pixels:
-        picture = _to_8_bits(ImageOps.exif_transpose(picture))
-        if picture.has_transparency_data:
-            layer = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-        picture = picture.convert("L" if self.channels == 1 else "RGB")
+        picture = normalize(picture, self.channels)
         return np.asarray(ImageOps.fit(picture, (self.size, self.size), Image.Resampling.BICUBIC))
 
     def _read(self, row: int, use: Callable[[Image.Image], Any]) -> Any:
@@ -91,7 +97,17 @@ class ImageSet:
             with self.pictures.open(row) as picture:
                 return use(picture)
         except Exception as error:  # Pillow's readers raise whatever a broken file makes them trip over
-            raise InputError(f"--data: cannot read image {self.pictures.name(row)} ({one_line(error)})") from error
+            name = self.pictures.name(row)
+            raise InputError(f"{self.option}: cannot read image {name} ({one_line(error)})") from error
+
+
+def normalize(picture: Image.Image, channels: int) -> Image.Image:
+    """The picture upright, in 8 bits, on white where it is transparent, and with `channels` 1 or 3."""
+    picture = _to_8_bits(ImageOps.exif_transpose(picture))
+    if picture.has_transparency_data:
+        layer = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    return picture.convert("L" if channels == 1 else "RGB")
 
 
 def _is_gray(mode: str) -> bool:
@@ -106,18 +122,22 @@ def _to_8_bits(picture: Image.Image) -> Image.Image:
     return picture
 
 
-def load_images(data: str, size: int) -> ImageSet:
+def load_images(data: str, size: int, option: str = "--data") -> ImageSet:
     """Opens `data` at `size` x `size` pixels.
 
     `data` is "digits", "photos", "photos:china", "photos:flower", "hf:NAME" or a folder, searched with its subfolders.
     """
-    return ImageSet(_pictures(data), size)
+    try:
+        pictures = _pictures(data)
+    except InputError as error:
+        raise InputError(f"{option}: {error}") from error
+    return ImageSet(pictures, size, option)
 
 
 def _pictures(data: str) -> Pictures:
     kind, colon, name = data.partition(":")
     if data in {"", "hf:"}:
-        raise InputError(f"--data: '{data}' names nothing; expected {KINDS}")
+        raise InputError(f"'{data}' names nothing; expected {KINDS}")
     if data == "digits":
         return _digits()
     if kind == "photos":
@@ -142,7 +162,7 @@ def _photos(name: str | None) -> Pictures:
     sample = load_sample_images()
     photos = {Path(file).stem: photo for file, photo in zip(sample.filenames, sample.images, strict=True)}
     if name is not None and name not in photos:
-        raise InputError(f"--data: no photos:{name}; expected photos, {', '.join(f'photos:{each}' for each in photos)}")
+        raise InputError(f"no photos:{name}; expected photos, {', '.join(f'photos:{each}' for each in photos)}")
     chosen = list(photos) if name is None else [name]
     places = np.random.default_rng(0).random((CROPS, 3))
 
@@ -157,10 +177,11 @@ def _photos(name: str | None) -> Pictures:
     return Pictures(CROPS * len(chosen), lambda row: f"crop {row % CROPS} of photos:{chosen[row // CROPS]}", crop)
 
 
-def _folder(path: Path) -> Pictures:
-    """Files that Pillow reads, by their names. Hidden ones do not count, nor do those in linked folders or archives."""
-    if not path.is_dir():
-        raise InputError(f"--data: {path} is no folder; expected {KINDS}")
+def image_files(path: Path) -> list[Path]:
+    """Files in a folder and below that Pillow reads, by their names.
+
+    Hidden ones do not count, nor do those in linked folders or archives.
+    """
     readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
     def counts(file: Path) -> bool:
@@ -169,7 +190,14 @@ def _folder(path: Path) -> Pictures:
 
     files = sorted(filter(counts, path.rglob("*")))
     if not files:
-        raise InputError(f"--data: no images found in {path} or below; archives are not opened")
+        raise InputError(f"no images found in {path} or below; archives are not opened")
+    return files
+
+
+def _folder(path: Path) -> Pictures:
+    if not path.is_dir():
+        raise InputError(f"{path} is no folder; expected {KINDS}")
+    files = image_files(path)
     return Pictures(len(files), lambda row: str(files[row]), lambda row: Image.open(files[row]))
 
 
@@ -181,10 +209,10 @@ def _hub(name: str) -> Pictures:
     try:
         table = datasets.load_dataset(name, split="train")
     except Exception as error:  # no network, no such name, no access, no such split: each raises its own
-        raise InputError(f"--data: cannot load hf:{name} ({one_line(error)})") from error
+        raise InputError(f"cannot load hf:{name} ({one_line(error)})") from error
     column = next((key for key, kind in table.features.items() if isinstance(kind, datasets.Image)), None)
     if column is None:
-        raise InputError(f"--data: hf:{name} has no column of images, only {', '.join(table.features)}")
+        raise InputError(f"hf:{name} has no column of images, only {', '.join(table.features)}")
     return _table(table, column)
 
 
@@ -209,16 +237,17 @@ class Batches(Iterator[Tensor]):
 
     Each epoch is a new order, decided by the seed and the epoch's number, and drops what does not fill a batch. So
     `drawn` is all there is to save: `seek` continues from there. Processes take alternate batches of one order. The
-    next batch is read while the current one is used.
+    next batch is read while the current one is used. Another `stream` has other orders.
     """
 
-    def __init__(self, images: ImageSet, batch_size: int, seed: int, accelerator: Accelerator):
+    def __init__(self, images: ImageSet, batch_size: int, seed: int, accelerator: Accelerator, stream: int = 0):
         together = batch_size * accelerator.num_processes
         if len(images) < together:
-            raise InputError(f"--batch-size: {together} is more than the {len(images)} images in --data")
+            raise InputError(f"--batch-size: {together} is more than the {len(images)} images in {images.option}")
         self.images = images
         self.batch_size = batch_size
         self.seed = seed
+        self.stream = stream
         self.accelerator = accelerator
         self.per_epoch = len(images) // together
         self.epoch = -1
@@ -237,11 +266,41 @@ class Batches(Iterator[Tensor]):
         device = self.accelerator.device
         if device.type == "cuda":
             pixels = pixels.pin_memory()
-        return pixels.to(device, non_blocking=True).float().div_(127.5).sub_(1)
+        return to_floats(pixels.to(device, non_blocking=True))
 
     def _read(self, number: int) -> Pixels:
         epoch, place = divmod(number, self.per_epoch)
         if epoch != self.epoch:
-            self.epoch, self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.images))
+            random = np.random.default_rng((self.seed, epoch, self.stream))
+            self.epoch, self.order = epoch, random.permutation(len(self.images))
         start = (place * self.accelerator.num_processes + self.accelerator.process_index) * self.batch_size
         return self.images[self.order[start : start + self.batch_size]]
+
+
+def to_floats(pixels: Tensor) -> Tensor:
+    """uint8 as float32 from -1 to 1."""
+    return pixels.float().div_(127.5).sub_(1)
+
+
+class Turns(Iterator[Tensor]):
+    """Batches of one data set after the other, in turn and without end: unaligned, for each has an order of its own.
+
+    An epoch lasts until the largest set has been seen.
+    """
+
+    def __init__(self, sets: Sequence[ImageSet], batch_size: int, seed: int, accelerator: Accelerator):
+        self.sets = sets
+        self.parts = [Batches(images, batch_size, seed, accelerator, stream) for stream, images in enumerate(sets)]
+        self.per_epoch = len(sets) * max(part.per_epoch for part in self.parts)
+        self.drawn = 0
+
+    def seek(self, drawn: int) -> None:
+        """Goes to where `drawn` batches have been drawn, of all sets together."""
+        self.drawn = drawn
+        for place, part in enumerate(self.parts):
+            part.seek((drawn + len(self.parts) - 1 - place) // len(self.parts))
+
+    def __next__(self) -> Tensor:
+        part = self.parts[self.drawn % len(self.parts)]
+        self.drawn += 1
+        return next(part)

@@ -1,19 +1,30 @@
-"""Images from a checkpoint: a grid of samples, walks from one latent to another, and styles of one in those of others."""
+"""Images from a checkpoint: samples, walks from one latent to another and mixed styles, or a folder of images translated."""
 
 import math
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import pad
 
+from fastgan.training.checkpoint import atomic_write
+from fastgan.training.cyclegan import CycleGAN, Direction
+from fastgan.training.data import image_files, normalize, to_floats
+from fastgan.training.errors import InputError, one_line
 from fastgan.training.folder import RunFolder, check_writable
-from fastgan.training.images import save_grid
+from fastgan.training.images import save_grid, to_image
 from fastgan.training.latent import LatentSystem
 from fastgan.training.run import SYSTEMS, make_accelerator, read_checkpoint, restore
 from fastgan.training.stylegan import StyleGAN
-from fastgan.training.system import require
+from fastgan.training.system import System, require
 
 CHUNK = 64
 STRIPS, FRAMES = 4, 12
+SMALLEST = 8
+"""Pixels of a side that CycleGAN's generators need: their innermost map is then of 2, which reflects and has a variance."""
 
 ROWS, COLUMNS = 5, 8
 """Of the matrix of mixed styles."""
@@ -35,23 +46,16 @@ def generate(
     """
     require(num >= 1, "--num", num, "1 or more")
     require(0 <= seed < 2**63, "--seed", seed, "from 0 to 2**63 - 1")
-    if checkpoint.is_dir():
-        checkpoint = RunFolder(checkpoint).checkpoint
-    state = read_checkpoint(checkpoint)
-    for option, given in (("--truncation", truncation is not None), ("--style-mix", style_mix)):
-        fits = state["system"] == StyleGAN.name or not given
-        require(fits, option, f"a checkpoint of {state['system']}", f"one of {StyleGAN.name}")
     require(truncation is None or math.isfinite(truncation), "--truncation", truncation, "a number, 1 for none")
-    out = out or checkpoint.parent / "generated"
-    check_writable(out)
-    system_type = SYSTEMS[state["system"]]
-    settings = system_type.settings_type(**state["settings"])
-    system = system_type(settings, state["channels"], make_accelerator("cpu", "fp32"))
-    restore(system, state, checkpoint)
-    assert isinstance(system, LatentSystem)
+    system, checkpoint = _load(checkpoint)
+    if not isinstance(system, LatentSystem):
+        raise InputError(f"{checkpoint}: {system.name} translates images; name a folder of them by --input")
+    for option, given in (("--truncation", truncation is not None), ("--style-mix", style_mix)):
+        fits = isinstance(system, StyleGAN) or not given
+        require(fits, option, f"a checkpoint of {system.name}", f"one of {StyleGAN.name}")
     if isinstance(system, StyleGAN) and truncation is not None:
         system.truncation = truncation
-
+    out = _output(out, checkpoint)
     random = torch.Generator().manual_seed(seed)
     samples = [system.sample(noise) for noise in system.noise(num, random).split(CHUNK)]
     starts, ends = system.noise(STRIPS, random), system.noise(STRIPS, random)
@@ -64,3 +68,73 @@ def generate(
         matrix = system.style_matrix(system.noise(ROWS, random), system.noise(COLUMNS, random))
         save_grid(matrix, paths[-1], columns=COLUMNS + 1)
     return paths
+
+
+def translate(checkpoint: Path, folder: Path, out: Path | None = None, direction: Direction = "a2b") -> list[Path]:
+    """Writes a PNG of each image in `folder` and below, translated at its own size, to the same place below `out`.
+
+    `out` is by default `generated` beside `checkpoint`, which may also be a run's folder. All images are read once before
+    the first is written: a broken one raises `InputError`, and nothing is written.
+    """
+    require(direction in {"a2b", "b2a"}, "--direction", direction, "a2b or b2a")
+    system, checkpoint = _load(checkpoint)
+    if not isinstance(system, CycleGAN):
+        raise InputError(f"--input: {checkpoint} is of {system.name}, which makes images from noise, not from images")
+    try:
+        files = image_files(folder)
+    except InputError as error:
+        raise InputError(f"--input: {error}") from error
+    for file in files:
+        _read(file, system.channels)
+    if out and out.resolve() == folder.resolve():
+        raise InputError(f"--out: {out} is the folder of --input; expected another")
+    out = _output(out, checkpoint)
+    stems = Counter(file.with_suffix("") for file in files)
+    paths = []
+    for file in files:
+        name = file.with_suffix("") if stems[file.with_suffix("")] == 1 else file
+        path = out / f"{name.relative_to(folder)}.png"
+        with atomic_write(path) as png:
+            to_image(_translated(system, _read(file, system.channels), direction)).save(png, format="PNG")
+        paths.append(path)
+    return paths
+
+
+def _load(checkpoint: Path) -> tuple[System, Path]:
+    """The system of a checkpoint or of a run's folder, and the checkpoint."""
+    if checkpoint.is_dir():
+        checkpoint = RunFolder(checkpoint).checkpoint
+    state = read_checkpoint(checkpoint)
+    system_type = SYSTEMS[state["system"]]
+    settings = system_type.settings_type(**state["settings"])
+    system = system_type(settings, state["channels"], make_accelerator("cpu", "fp32"))
+    restore(system, state, checkpoint)
+    return system, checkpoint
+
+
+def _output(out: Path | None, checkpoint: Path) -> Path:
+    out = out or checkpoint.parent / "generated"
+    check_writable(out)
+    return out
+
+
+def _read(file: Path, channels: int) -> Tensor:
+    """An image file as `(1, channels, H, W)` from -1 to 1."""
+    try:
+        with Image.open(file) as picture:
+            pixels = np.array(normalize(picture, channels))
+    except Exception as error:  # Pillow's readers raise whatever a broken file makes them trip over
+        raise InputError(f"--input: cannot read image {file} ({one_line(error)})") from error
+    height, width = pixels.shape[:2]
+    require(min(height, width) >= SMALLEST, "--input", f"{file}, {width}x{height},", f"sides of {SMALLEST} or more")
+    return to_floats(torch.from_numpy(pixels).view(1, height, width, channels).permute(0, 3, 1, 2))
+
+
+def _translated(system: CycleGAN, image: Tensor, direction: Direction) -> Tensor:
+    """The translation, of any size: the border is repeated up to what the generator halves, and cut off again."""
+    height, width = image.shape[2:]
+    multiple = system.generators[direction].multiple
+    padded = pad(image, (0, -width % multiple, 0, -height % multiple), mode="replicate")
+    with torch.no_grad():
+        (fake,) = system.translate(direction, padded)
+    return fake[..., :height, :width]

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 from torch import Tensor
@@ -12,16 +13,35 @@ from fastgan.training.checkpoint import atomic_write
 GAP = 2
 
 
+class Grid(NamedTuple):
+    """Images `(N, 1 or 3, H, W)` in [-1, 1], and how many stand in a row."""
+
+    images: Tensor
+    columns: int | None = None
+
+
 def to_grid(images: Tensor, columns: int | None = None) -> Image.Image:
     """Lays out `(N, 1 or 3, H, W)` images in [-1, 1] row by row, with a black gap around each; square by default."""
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
-    pixels = images.detach().float().add(1).mul(127.5).round().clamp(0, 255).byte().cpu()
-    pixels = pad(pixels, (0, GAP, 0, GAP, 0, 0, 0, rows * columns - len(images)))
+    pixels = pad(_pixels(images), (0, GAP, 0, GAP, 0, 0, 0, rows * columns - len(images)))
     channels, height, width = pixels.shape[1:]
     tiles = pixels.view(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)
-    grid = pad(tiles.reshape(rows * height, columns * width, channels), (0, 0, GAP, 0, GAP, 0)).numpy()
-    return Image.fromarray(grid[..., 0] if channels == 1 else grid)
+    return _picture(pad(tiles.reshape(rows * height, columns * width, channels), (0, 0, GAP, 0, GAP, 0)))
+
+
+def to_image(image: Tensor) -> Image.Image:
+    """An image `(1, 1 or 3, H, W)` in [-1, 1]."""
+    return _picture(_pixels(image)[0].permute(1, 2, 0))
+
+
+def _pixels(images: Tensor) -> Tensor:
+    return images.detach().float().add(1).mul(127.5).round().clamp(0, 255).byte().cpu()
+
+
+def _picture(pixels: Tensor) -> Image.Image:
+    """uint8 of shape `(H, W, 1 or 3)`."""
+    return Image.fromarray(pixels.squeeze(2).contiguous().numpy())
 
 
 def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:

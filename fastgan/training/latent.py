@@ -1,28 +1,38 @@
 """What systems share whose generator turns noise into images, and whose other network scores images."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fastgan.models.dcgan import doublings
+from fastgan.training.data import ImageSet
 from fastgan.training.errors import InputError
+from fastgan.training.images import Grid
 from fastgan.training.system import Settings, System, require
 
 LARGEST = 1024
 """Pixels. Each doubling makes DCGAN's widest layer twice as wide: 8192 channels here, and 23 GB of networks with Adam."""
+
+GRID = 64
+"""Images in a sample grid."""
 
 
 @dataclass(frozen=True)
 class LatentSettings(Settings):
     """`Settings`, and the sizes of such networks."""
 
+    sources: ClassVar[tuple[str, ...]] = ("data",)
+
+    data: str = "digits"
     latent_dim: int = 100
     features: int = 64
 
     def check(self) -> None:
         super().check()
+        require(self.batch_size >= 2, "--batch-size", self.batch_size, "2 or more, as batch norm needs")
         try:
             doublings(self.image_size)
         except ValueError as error:
@@ -39,11 +49,13 @@ class LatentSystem(System[L]):
     generator: nn.Module
 
     def noise(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """`count` latents on the system's device; from a CPU `generator`, if given, so that devices agree."""
         device = self.accelerator.device
         shape = (count, self.settings.latent_dim, 1, 1)
         return torch.randn(shape, generator=generator, device=generator.device if generator else device).to(device)
 
     def sample(self, noise: Tensor) -> Tensor:
+        """Images in [-1, 1] for `noise`, changing nothing in the system."""
         self.generator.eval()
         with torch.no_grad():
             images = self.generator(noise)
@@ -54,11 +66,10 @@ class LatentSystem(System[L]):
         """Images of `frames` latents from `start` to `end`."""
         return self.sample(slerp(start, end, frames))
 
-    def judge(self, network: nn.Module, images: Tensor) -> Tensor:
-        """The network's scores, in float32. Each call has its own autocast: weights change in between."""
-        with self.accelerator.autocast():
-            scores = network(images)
-        return scores.float()
+    def sample_grid(self, sets: Sequence[ImageSet]) -> Callable[[], Grid]:
+        """Images of the same latents."""
+        noise = self.noise(GRID, torch.Generator().manual_seed(self.settings.seed))
+        return lambda: Grid(self.sample(noise))
 
 
 def slerp(start: Tensor, end: Tensor, frames: int) -> Tensor:

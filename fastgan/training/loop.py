@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fastgan.training import checkpoint
-from fastgan.training.data import Batches
+from fastgan.training.data import Turns
 from fastgan.training.errors import Interrupted
 from fastgan.training.folder import RunFolder
 from fastgan.training.images import save_grid
@@ -23,23 +23,17 @@ from fastgan.training.system import System
 LOOK_EVERY = 10
 """Steps between two looks at the losses. Each look waits for the device."""
 
-GRID = 64
-"""Images in a sample grid."""
-
-
 KEPT: dict[str, type] = {
     "system": str,
     "settings": dict,
     "channels": int,
-    "images": int,
+    "images": list,
     "step": int,
     "steps": int,
     "drawn": int,
     "rng": list,
-    "networks": dict,
-    "optimizers": dict,
 }
-"""What `Training.save` puts into a checkpoint."""
+"""What `Training.save` puts into a checkpoint, besides `System.kept`."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +48,7 @@ class Plan:
 class Training:
     """A system on its way through the data: what a checkpoint holds and `run` moves forward."""
 
-    def __init__(self, system: System, batches: Batches, folder: RunFolder, plan: Plan, console: Console):
+    def __init__(self, system: System, batches: Turns, folder: RunFolder, plan: Plan, console: Console):
         self.system = system
         self.batches = batches
         self.folder = folder
@@ -63,7 +57,7 @@ class Training:
         self.accelerator = system.accelerator
         self.step = 0
         self.saved: int | None = None
-        self.noise = system.noise(GRID, torch.Generator().manual_seed(system.settings.seed))
+        self.grid = system.sample_grid(batches.sets)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from a checkpoint: exactly, on the same device with the same number of processes."""
@@ -80,7 +74,7 @@ class Training:
             "system": self.system.name,
             "settings": asdict(self.system.settings),
             "channels": self.system.channels,
-            "images": len(self.batches.images),
+            "images": [len(images) for images in self.batches.sets],
             "step": self.step,
             "steps": self.plan.steps,
             "drawn": self.batches.drawn,
@@ -100,6 +94,7 @@ class Training:
         with stop_signals() as received, self._bar() as bar:
             task = bar.add_task("", total=self.plan.steps, completed=self.step, losses="")
             while self.step < self.plan.steps and not stop:
+                self.system.begin_step(self.step, self.plan.steps)
                 curves.add(self.system.step(self.batches))
                 self.step += 1
                 bar.update(task, completed=self.step)
@@ -137,7 +132,8 @@ class Training:
 
     def _save_grid(self, path: Path) -> None:
         if self.accelerator.is_main_process:
-            save_grid(self.system.sample(self.noise), path)
+            grid = self.grid()
+            save_grid(grid.images, path, grid.columns)
 
     def _bar(self) -> Progress:
         columns = (

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_origin
 
 import torch
 from accelerate import Accelerator
@@ -14,7 +14,8 @@ from fastgan import backend
 from fastgan.fuse import fuse
 from fastgan.training import checkpoint
 from fastgan.training.compare import Comparison, compare
-from fastgan.training.data import Batches, load_images
+from fastgan.training.cyclegan import CycleGAN
+from fastgan.training.data import ImageSet, Turns, load_images
 from fastgan.training.dcgan import DCGAN
 from fastgan.training.errors import Diverged, InputError, Interrupted, OutputError, one_line
 from fastgan.training.folder import RunFolder, check_writable
@@ -23,10 +24,7 @@ from fastgan.training.stylegan import StyleGAN
 from fastgan.training.system import Settings, System, require
 from fastgan.training.wgan_gp import WGANGP
 
-SYSTEMS: dict[str, type[System]] = {system.name: system for system in (DCGAN, WGANGP, StyleGAN)}
-
-EPOCHS = 40
-"""How long a run is that was told neither steps nor epochs."""
+SYSTEMS: dict[str, type[System]] = {system.name: system for system in (DCGAN, WGANGP, StyleGAN, CycleGAN)}
 
 COMPARE_SECONDS = {False: 4.0, True: 40.0}
 """How long the comparison with stock PyTorch takes, without and with `--compare`."""
@@ -84,17 +82,21 @@ def train(
         check_writable(out)
     console.quiet |= not accelerator.is_main_process
 
-    with console.status(f"Reading {settings.data}"):
-        images = load_images(settings.data, settings.image_size)
-    if state and (len(images), images.channels) != (state["images"], state["channels"]):
-        raise InputError(
-            f"--data: {len(images)} images with {images.channels} channels, but {folder.checkpoint} was trained on "
-            f"{state['images']} with {state['channels']}; resume with the same images"
-        )
-    batches = Batches(images, settings.batch_size, settings.seed, accelerator)
+    sets = []
+    for source in settings.sources:
+        data = getattr(settings, source)
+        with console.status(f"Reading {data}"):
+            sets.append(load_images(data, settings.image_size, _option(source)))
+    channels = max(images.channels for images in sets)
+    for images in sets:
+        if images.channels < channels:
+            images.add_color()
+    if state:
+        _check_same(sets, channels, state, folder.checkpoint)
+    batches = Turns(sets, settings.batch_size, settings.seed, accelerator)
 
     def build(fused: bool) -> System:
-        system = system_type(settings, images.channels, accelerator)
+        system = system_type(settings, channels, accelerator)
         for network in system.networks.values() if fused else ():
             fuse(network)
         return system
@@ -110,7 +112,7 @@ def train(
     elif steps is None and epochs is None and state:
         steps = state["steps"]
     elif steps is None:
-        steps = (epochs or EPOCHS) * steps_per_epoch
+        steps = (epochs or system.epochs) * steps_per_epoch
     if state and state["step"] >= steps:
         return None
     previous = None
@@ -139,6 +141,16 @@ def train(
     return Result(None if dry_run else folder, training.step, images_per_s, curves.seconds, comparison, previous)
 
 
+def _check_same(sets: list[ImageSet], channels: int, state: dict[str, Any], path: Path) -> None:
+    """Raises `InputError` unless the checkpoint was trained on as many images."""
+    for images, count in zip(sets, state["images"], strict=False):
+        if (len(images), channels) != (count, state["channels"]):
+            raise InputError(
+                f"{images.option}: {len(images)} images with {channels} channels, but {path} was trained on {count} with "
+                f"{state['channels']}; resume with the same images"
+            )
+
+
 def _kept(error: Exception, training: Training) -> str:
     """What is left of a run that ended in `error`."""
     if isinstance(error, Interrupted):
@@ -154,7 +166,7 @@ def read_checkpoint(path: Path, system_name: str | None = None) -> dict[str, Any
     if name not in expected:
         raise InputError(f"{path}: a checkpoint of {name}, expected one of {', '.join(expected)}")
     settings_type = SYSTEMS[name].settings_type
-    _check_kinds(path, "entry", state, {"format": str, **KEPT})
+    _check_kinds(path, "entry", state, {"format": str, **KEPT, **SYSTEMS[name].kept})
     _check_kinds(path, "setting", state["settings"], {field.name: field.type for field in fields(settings_type)})
     try:
         settings_type(**state["settings"]).check()
@@ -164,14 +176,18 @@ def read_checkpoint(path: Path, system_name: str | None = None) -> dict[str, Any
 
 
 def _check_kinds(path: Path, what: str, found: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
-    """Raises `InputError` unless the checkpoint has just the names of `kinds`, with values of those kinds."""
+    """Raises `InputError` unless the checkpoint has just the names of `kinds`, with values of those kinds.
+
+    A `Literal` is of kind str here: which words it takes is for `Settings.check` to say.
+    """
     for name in [*kinds, *found]:
+        kind = str if get_origin(kinds.get(name)) is Literal else kinds.get(name)
         if name not in found:
             problem = "is missing"
-        elif name not in kinds:
+        elif kind is None:
             problem = "is unknown"
-        elif not isinstance(found[name], (int, float) if kinds[name] is float else kinds[name]):
-            problem = f"is of type {type(found[name]).__name__}, not {kinds[name].__name__}"
+        elif not isinstance(found[name], (int, float) if kind is float else kind):
+            problem = f"is of type {type(found[name]).__name__}, not {kind.__name__}"
         else:
             continue
         raise InputError(f"{path}: {what} {name} {problem}; {OTHER_VERSION}")
@@ -208,27 +224,32 @@ def _check_backend(device: torch.device) -> None:
 
 
 def _settings(kind: type[Settings], given: Mapping[str, Any], state: dict[str, Any] | None, path: Path) -> Settings:
-    """`given` over the defaults, or over the checkpoint's settings: then only `data`, which may have moved, changes."""
+    """`given` over the defaults, or over the checkpoint's settings: then only `sources`, which may have moved, change."""
     if state is None:
         settings = kind(**given)
     else:
         settings = kind(**state["settings"])
         for name, value in given.items():
             kept = getattr(settings, name)
-            if name != "data" and value != kept:
-                given_option, kept_option = _option(name, value), _option(name, kept)
+            if name not in kind.sources and value != kept:
+                given_option, kept_option = _typed(name, value), _typed(name, kept)
                 raise InputError(
                     f"{given_option} does not fit {path}, trained with {kept_option}; a resumed run keeps it"
                 )
-        settings = replace(settings, data=given.get("data", settings.data))
+        settings = replace(settings, **{name: given[name] for name in kind.sources if name in given})
     settings.check()
     return settings
 
 
-def _option(name: str, value: Any) -> str:
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _typed(name: str, value: Any) -> str:
     """Setting `name` as typed on the command line."""
-    words = name.replace("_", "-")
-    return f"--{'' if value else 'no-'}{words}" if isinstance(value, bool) else f"--{words} {value}"
+    if isinstance(value, bool):
+        return _option(name if value else f"no_{name}")
+    return f"{_option(name)} {value}"
 
 
 def _check_schedule(steps: int | None, epochs: int | None, checkpoint_every: int) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -11,7 +11,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
+from fastgan.training.data import ImageSet
 from fastgan.training.errors import InputError
+from fastgan.training.images import Grid
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,9 @@ class Settings:
     A system adds its own by inheriting. Field `image_size` is option `--image-size`, `fuse` is `--fuse` or `--no-fuse`.
     """
 
-    data: str = "digits"
+    sources: ClassVar[tuple[str, ...]]
+    """The fields that say where real images come from: one for each data set that the system draws from."""
+
     image_size: int = 32
     batch_size: int = 64
     lr: float = 2e-4
@@ -31,7 +35,7 @@ class Settings:
 
     def check(self) -> None:
         """Raises `InputError` for the first value that does not fit."""
-        require(self.batch_size >= 2, "--batch-size", self.batch_size, "2 or more, as batch norm needs")
+        require(self.batch_size >= 1, "--batch-size", self.batch_size, "1 or more")
         require(0 < self.lr < math.inf, "--lr", self.lr, "a number above 0")
         require(0 <= self.seed < 2**63, "--seed", self.seed, "from 0 to 2**63 - 1")
         require(self.precision in {"fp32", "bf16"}, "--precision", self.precision, "fp32 or bf16")
@@ -56,8 +60,12 @@ class System(ABC, Generic[S]):
 
     name: ClassVar[str]
     settings_type: ClassVar[type[Settings]]
+    kept: ClassVar[dict[str, type]] = {"networks": dict, "optimizers": dict}
+    """What `state_dict` puts into a checkpoint."""
+    epochs: ClassVar[int] = 40
+    """How long a run is that was told neither steps nor epochs."""
     draws: int = 1
-    """Batches of real images that one step takes."""
+    """Batches of real images that one step takes; where there are several data sets, from each in turn."""
 
     is_stock: bool = False
     """Whether a step is what stock PyTorch does: one side of a comparison."""
@@ -70,17 +78,25 @@ class System(ABC, Generic[S]):
         self.channels = channels
         self.accelerator = accelerator
 
+    def begin_step(self, step: int, steps: int) -> None:
+        """Called before each step of a run, the first being `step` 0 of `steps`: what follows a schedule follows it here."""
+
     @abstractmethod
     def step(self, reals: Iterator[Tensor]) -> dict[str, Tensor]:
         """Takes `draws` batches from `reals`, updates every network, and returns scalars without waiting for them."""
 
     @abstractmethod
-    def noise(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """`count` latents on the system's device; from a CPU `generator`, if given, so that devices agree."""
+    def sample_grid(self, sets: Sequence[ImageSet]) -> Callable[[], Grid]:
+        """Decides by the seed what all sample grids of a run show, given its data sets.
 
-    @abstractmethod
-    def sample(self, noise: Tensor) -> Tensor:
-        """Images in [-1, 1] for `noise`, changing nothing in the system."""
+        The result draws them with the weights of the moment, and changes nothing in the system.
+        """
+
+    def judge(self, network: nn.Module, images: Tensor) -> Tensor:
+        """The network's scores, in float32. Each call has its own autocast: weights change in between."""
+        with self.accelerator.autocast():
+            scores = network(images)
+        return scores.float()
 
     def update(self, name: str) -> Tensor:
         """Steps the optimiser of network `name`; returns the norm of its gradient, averaged over processes."""

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from fastgan.training import data
-from fastgan.training.data import Batches, load_images
+from fastgan.training.data import Batches, Turns, load_images
 from fastgan.training.errors import InputError
 
 
@@ -255,3 +255,52 @@ def test_processes_share_an_epoch_without_overlap(numbered):
 def test_fewer_images_than_a_batch_are_refused(numbered):
     with pytest.raises(InputError, match=r"^--batch-size: 21 is more than the 20 images in --data$"):
         Batches(numbered, 21, 0, processes(1))
+
+
+@pytest.fixture
+def bright(tmp_path):
+    """5 images of brightness 200 to 240, beside the 20 of `numbered`, 0 to 190."""
+    folder = tmp_path / "bright"
+    folder.mkdir()
+    for number in range(5):
+        plain("L", 200 + 10 * number).save(folder / f"{number}.png")
+    return load_images(str(folder), 8, "--data-b")
+
+
+def test_two_sets_are_drawn_from_in_turn_until_the_larger_has_been_seen(numbered, bright):
+    turns = Turns([numbered, bright], 4, 0, processes(1))
+    assert turns.per_epoch == 10
+    epoch = [brightness(next(turns)) for _ in range(10)]
+    assert sorted(value for batch in epoch[0::2] for value in batch) == list(range(20))
+    assert all(len(set(batch)) == 4 and min(batch) >= 20 for batch in epoch[1::2])
+
+
+def test_sets_of_one_size_are_not_aligned(numbered):
+    turns = Turns([numbered, numbered], 20, 0, processes(1))
+    assert brightness(next(turns)) != brightness(next(turns))
+
+
+def test_turns_continue_where_drawing_stopped(numbered, bright):
+    turns = Turns([numbered, bright], 3, 0, processes(1))
+    drawn = [brightness(next(turns)) for _ in range(15)]
+    for place in range(15):
+        resumed = Turns([numbered, bright], 3, 0, processes(1))
+        resumed.seek(place)
+        assert [brightness(next(resumed)) for _ in range(15 - place)] == drawn[place:]
+        assert resumed.drawn == turns.drawn == 15
+
+
+def test_a_set_smaller_than_a_batch_is_named_by_its_option(numbered, bright):
+    with pytest.raises(InputError, match=r"^--batch-size: 6 is more than the 5 images in --data-b$"):
+        Turns([numbered, bright], 6, 0, processes(1))
+
+
+@pytest.mark.parametrize("memory", [None, 0])
+def test_color_can_be_added_to_a_grayscale_set(numbered, folder, monkeypatch, memory):
+    rows = np.array([3, 1])
+    gray = numbered[rows]
+    if memory is not None:
+        monkeypatch.setattr(data, "IN_MEMORY", memory)
+    images = load_images(str(folder), 8)
+    images.add_color()
+    np.testing.assert_array_equal(images[rows], np.repeat(gray, 3, axis=1))

@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from fastgan.training import run
+from fastgan.models.cyclegan import ResNetGenerator, UNetGenerator
+from fastgan.training import checkpoint, run
 from fastgan.training.errors import InputError
-from fastgan.training.generate import COLUMNS, FRAMES, ROWS, STRIPS, generate
+from fastgan.training.generate import COLUMNS, FRAMES, ROWS, STRIPS, generate, translate
 
 
 @pytest.fixture
@@ -101,3 +103,98 @@ def test_options_of_another_system_are_refused(trained, options, message):
 def test_a_truncation_that_is_no_number_is_refused(styled):
     with pytest.raises(InputError, match=r"^--truncation: nan does not fit"):
         generate(styled, truncation=float("nan"))
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Files of several kinds and sizes, as a folder to translate."""
+    folder = tmp_path / "pictures"
+    (folder / "below").mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for name, shape in (
+        ("a.png", (32, 24, 3)),
+        ("a.jpg", (9, 30, 3)),
+        ("below/odd.png", (33, 26)),
+        ("b.bmp", (8, 8, 3)),
+    ):
+        Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8)).save(folder / name)
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+@pytest.fixture
+def cyclegan(tmp_path):
+    """Trains a small one; `cyclegan(generator="unet")` is the folder of its run."""
+
+    def make(**settings):
+        given = {"image_size": 24, "features": 2, "blocks": 1, "fuse": False} | settings
+        run.train("cyclegan", given, out=tmp_path / "cyclegan", steps=1, device="cpu")
+        return tmp_path / "cyclegan"
+
+    return make
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
+
+
+@pytest.mark.parametrize("generator", ["resnet", "unet"])
+def test_a_folder_is_translated_each_image_at_its_own_size(cyclegan, pictures, generator):
+    folder = cyclegan(generator=generator)
+    paths = translate(folder, pictures)
+    names = [path.relative_to(folder / "generated").as_posix() for path in paths]
+    assert names == ["a.jpg.png", "a.png.png", "b.png", "below/odd.png"]
+    sizes = [Image.open(path).size for path in paths]
+    assert sizes == [(30, 9), (24, 32), (8, 8), (26, 33)]
+
+
+@pytest.mark.parametrize("direction", ["a2b", "b2a"])
+def test_a_translation_is_what_the_directions_generator_makes(cyclegan, pictures, direction):
+    folder = cyclegan()
+    paths = translate(folder, pictures, direction=direction)
+    network = ResNetGenerator(3, 2, 1)
+    network.load_state_dict(checkpoint.load(folder / "checkpoint.pt")["networks"][f"generator_{direction}"])
+    image = torch.from_numpy(pixels(pictures / "a.png").copy()).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.no_grad():
+        expected = (network(image)[0].permute(1, 2, 0) + 1) * 127.5
+    assert np.abs(pixels(paths[1]) - expected.numpy()).max() <= 0.51
+
+
+def test_a_size_that_does_not_halve_is_translated_with_its_border_repeated(cyclegan, pictures):
+    folder = cyclegan(generator="unet")
+    network = UNetGenerator(3, 2, 3)
+    network.load_state_dict(checkpoint.load(folder / "checkpoint.pt")["networks"]["generator_a2b"])
+    image = np.repeat(pixels(pictures / "below" / "odd.png")[..., None], 3, axis=2)
+    padded = torch.from_numpy(np.pad(image, ((0, 7), (0, 6), (0, 0)), mode="edge")).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.no_grad():
+        expected = (network(padded)[0, :, :33, :26].permute(1, 2, 0) + 1) * 127.5
+    assert np.abs(pixels(translate(folder, pictures)[3]) - expected.numpy()).max() <= 0.51
+
+
+def test_a_broken_or_a_small_image_is_named_and_nothing_written(cyclegan, pictures):
+    folder = cyclegan()
+    (pictures / "text.png").write_text("text")
+    with pytest.raises(InputError, match=r"^--input: cannot read image .*text\.png \("):
+        translate(folder, pictures)
+    Image.new("RGB", (40, 7)).save(pictures / "text.png")
+    with pytest.raises(InputError, match=r"^--input: .*text\.png, 40x7, does not fit; expected sides of 8 or more$"):
+        translate(folder, pictures)
+    assert not (folder / "generated").exists()
+
+
+def test_folders_and_directions_that_do_not_fit_are_named(cyclegan, pictures, tmp_path):
+    folder = cyclegan()
+    with pytest.raises(InputError, match=r"^--input: no images found in .*empty"):
+        (tmp_path / "empty").mkdir()
+        translate(folder, tmp_path / "empty")
+    with pytest.raises(InputError, match=r"^--out: .*pictures is the folder of --input"):
+        translate(folder, pictures, pictures)
+    with pytest.raises(InputError, match=r"^--direction: back does not fit; expected a2b or b2a"):
+        translate(folder, pictures, direction="back")
+
+
+def test_what_a_system_does_not_do_is_said(cyclegan, trained, pictures):
+    with pytest.raises(InputError, match=r"cyclegan translates images; name a folder of them by --input$"):
+        generate(cyclegan())
+    with pytest.raises(InputError, match=r"^--input: .* is of dcgan, which makes images from noise, not from images$"):
+        translate(trained, pictures)

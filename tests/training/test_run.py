@@ -87,7 +87,7 @@ def test_a_run_leaves_a_grid_per_epoch_a_row_per_step_and_a_checkpoint(train, tm
     assert list(rows(out)[0]) == names
     state = checkpoint.load(out / "checkpoint.pt")
     assert state["step"] == result.steps == 28
-    assert state.keys() == {"format", *KEPT}
+    assert state.keys() == {"format", *KEPT, *DCGAN.kept}
     assert result.images_per_s * result.seconds == pytest.approx(28 * 128)
 
 
@@ -330,7 +330,7 @@ def test_a_checkpoint_of_another_system_is_refused(train, tmp_path):
     with pytest.raises(InputError, match=r"checkpoint\.pt: a checkpoint of biggan, expected one of dcgan$"):
         train(tmp_path, resume=True)
     with pytest.raises(
-        InputError, match=r"checkpoint\.pt: a checkpoint of biggan, expected one of dcgan, wgan-gp, stylegan$"
+        InputError, match=r"checkpoint\.pt: a checkpoint of biggan, expected one of dcgan, wgan-gp, stylegan, cyclegan$"
     ):
         run.read_checkpoint(tmp_path / "checkpoint.pt")
 

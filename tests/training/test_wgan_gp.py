@@ -2,12 +2,14 @@
 
 import itertools
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 from critics import CountConvolutions
 
 from fastgan.fuse import fuse
+from fastgan.training import checkpoint, run
 from fastgan.training.errors import InputError
 from fastgan.training.wgan_gp import WGANGP, WGANGPSettings
 
@@ -104,6 +106,17 @@ def test_batch_norm_in_the_critic_draws_a_warning_that_says_why(make_system):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make_system(critic_norm="layer")
+
+
+@pytest.mark.parametrize(("architecture", "fits"), [("residual", True), ("resnet", False), (3, False)])
+def test_a_checkpoint_is_read_again_if_its_words_are_known(tmp_path, architecture, fits):
+    run.train("wgan-gp", TINY | {"fuse": False, "architecture": "residual"}, out=tmp_path, steps=1, device="cpu")
+    path = tmp_path / "checkpoint.pt"
+    state = checkpoint.load(path)
+    state["settings"]["architecture"] = architecture
+    checkpoint.save(path, state)
+    with nullcontext() if fits else pytest.raises(InputError, match=r"checkpoint\.pt: .*architecture.* (resnet|int)"):
+        assert run.read_checkpoint(path)["step"] == 1
 
 
 BAD = {
