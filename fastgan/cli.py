@@ -211,6 +211,54 @@ def wgan_gp(
     _train("wgan-gp", **locals())
 
 
+@train.command()
+def stylegan(
+    data: Data = None,
+    image_size: ImageSize = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per batch and process.", show_default="32")] = None,
+    steps: Steps = None,
+    epochs: Epochs = None,
+    lr: Annotated[float | None, typer.Option(help="Adam's learning rate.", show_default="0.001")] = None,
+    gamma: Annotated[
+        float | None, typer.Option(help="Weight of R1; the paper has 10, at 1024x1024.", show_default="1")
+    ] = None,
+    penalty_every: Annotated[
+        int | None, typer.Option(help="Steps for each of which R1 is computed once.", show_default="1")
+    ] = None,
+    features: Annotated[
+        int | None,
+        typer.Option(help="Channels up to 32x32, halved at each doubling; the paper has 512.", show_default="32"),
+    ] = None,
+    latent_dim: Annotated[int | None, typer.Option(help="Of z; the paper has 512.", show_default="64")] = None,
+    w_dim: Annotated[int | None, typer.Option(help="Of w; the paper has 512.", show_default="64")] = None,
+    mapping_layers: Annotated[int | None, typer.Option(help="From z to w.", show_default="8")] = None,
+    mixing_probability: Annotated[
+        float | None, typer.Option(help="How often images have the styles of two latents.", show_default="0.9")
+    ] = None,
+    phase_images: Annotated[
+        int | None,
+        typer.Option(
+            help="Images per process in which a resolution settles, and its double fades in; 0: no growing.",
+            show_default="6000",
+        ),
+    ] = None,
+    average_images: Annotated[
+        int | None, typer.Option(help="Half-life of the averaged generator, in images.", show_default="2000")
+    ] = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    precision: Precision = None,
+    out: Out = Path("runs/stylegan"),
+    checkpoint_every: CheckpointEvery = 500,
+    resume: Resume = False,
+    fuse: Fuse = None,
+    compare: Compare = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Train a StyleGAN that grows from 8x8, by default on scikit-learn's handwritten digits."""
+    _train("stylegan", **locals())
+
+
 def _train(
     system: str,
     *,
@@ -271,14 +319,25 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same images.", show_default="0")] = None,
     source: Annotated[Path | None, typer.Option("--input", help="Folder of images to translate, for CycleGAN.")] = None,
     direction: Annotated[str | None, typer.Option(help="a2b or b2a, beside --input.", show_default="a2b")] = None,
+    truncation: Annotated[
+        float | None, typer.Option(help="StyleGAN: 0 for the mean style, 1 for styles as they are.", show_default="1")
+    ] = None,
+    style_mix: Annotated[
+        bool, typer.Option("--style-mix", help="StyleGAN: also a matrix of coarse styles by fine ones.")
+    ] = False,
 ) -> None:
     """Write a grid of samples and a strip of latent interpolations; or, with --input, a folder of images translated."""
-    options: dict[str, Any] = {"num": num, "seed": seed, "direction": direction}
+    options: dict[str, Any] = {
+        "num": num, "seed": seed, "direction": direction, "truncation": truncation, "style_mix": style_mix or None,
+    }  # fmt: skip
     given = {name: value for name, value in options.items() if value is not None}
     for name in given:
         fits = (name == "direction") == (source is not None)
         require(
-            fits, f"--{name}", given[name], "it only beside --input" if name == "direction" else "no --input beside it"
+            fits,
+            f"--{name.replace('_', '-')}",
+            given[name],
+            "it only beside --input" if name == "direction" else "no --input beside it",
         )
     paths = (
         generating.translate(checkpoint, source, out, **given)

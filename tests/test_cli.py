@@ -77,6 +77,27 @@ def test_options_reach_the_run():
     assert state["drawn"] == 2 * state["step"]
 
 
+def test_stylegan_s_options_reach_the_run_and_its_images():
+    options = {
+        "gamma": 1.0, "penalty_every": 2, "features": 4, "latent_dim": 5, "w_dim": 6, "mapping_layers": 3,
+        "mixing_probability": 0.5, "phase_images": 300, "average_images": 100, "lr": 0.002, "image_size": 16,
+    }  # fmt: skip
+    typed = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
+    result = fastgan("train", "stylegan", *typed, "--batch-size", 256, "--steps", 2, "--device", "cpu", "--no-fuse")
+    assert result.exit_code == 0, result.output
+    state = checkpoint.load(Path("runs/stylegan/checkpoint.pt"))
+    assert options.items() <= state["settings"].items()
+    result = fastgan("generate", "runs/stylegan", "--num", 4, "--truncation", 0.5, "--style-mix", "--out", "images")
+    assert result.stdout.split() == [f"images/{name}.png" for name in ("samples", "interpolation", "style-mix")]
+
+
+def test_stylegan_refuses_what_does_not_fit():
+    assert_refused(fastgan("train", "stylegan", "--mixing-probability", 2), "--mixing-probability", "from 0 to 1")
+    assert_refused(fastgan("train", "stylegan", "--image-size", 24), "--image-size", "power of two")
+    assert_refused(fastgan("train", "dcgan", "--gamma", 1), "--gamma")
+    assert os.listdir() == []
+
+
 def test_resume_alone_continues_and_says_when_there_is_nothing_left():
     dcgan(*TINY, "--steps", 2, "--no-fuse", "--precision", "bf16")
     assert dcgan("--resume", "--steps", 3).exit_code == 0

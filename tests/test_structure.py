@@ -72,7 +72,7 @@ LEVELS = {
     "tests/ops/test_{}.py": {"avg_pool"},  # among the activations' cases
     "benchmarks/bench_{}.py": {"conv"} | LEAN,
 }
-SHARED = {"kernels", "simd", "tiles", "conv_tiles", "__init__", "training", "wgan_gp", "cyclegan"}
+SHARED = {"kernels", "simd", "tiles", "conv_tiles", "__init__", "training", "wgan_gp", "stylegan", "cyclegan"}
 
 
 def operators() -> set[str]:

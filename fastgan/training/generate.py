@@ -1,5 +1,6 @@
-"""Images from a checkpoint: samples and walks from one latent to another, or a folder of images translated."""
+"""Images from a checkpoint: samples, walks from one latent to another and mixed styles, or a folder of images translated."""
 
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from fastgan.training.folder import RunFolder, check_writable
 from fastgan.training.images import save_grid, to_image
 from fastgan.training.latent import LatentSystem
 from fastgan.training.run import SYSTEMS, make_accelerator, read_checkpoint, restore
+from fastgan.training.stylegan import StyleGAN
 from fastgan.training.system import System, require
 
 CHUNK = 64
@@ -24,25 +26,47 @@ STRIPS, FRAMES = 4, 12
 SMALLEST = 8
 """Pixels of a side that CycleGAN's generators need: their innermost map is then of 2, which reflects and has a variance."""
 
+ROWS, COLUMNS = 5, 8
+"""Of the matrix of mixed styles."""
 
-def generate(checkpoint: Path, out: Path | None = None, num: int = 64, seed: int = 0) -> list[Path]:
+
+def generate(
+    checkpoint: Path,
+    out: Path | None = None,
+    num: int = 64,
+    seed: int = 0,
+    truncation: float | None = None,
+    style_mix: bool = False,
+) -> list[Path]:
     """Writes `samples.png` (`num` images) and `interpolation.png` to `out`, by default `generated` beside `checkpoint`.
 
-    `checkpoint` may also be a run's folder. The same seed gives the same images.
+    `checkpoint` may also be a run's folder. The same seed gives the same images. Of a StyleGAN, `truncation` draws all
+    styles towards the mean, and `style_mix` writes `style-mix.png` too: images with the coarse styles of the first in
+    their row and the fine styles of the first in their column.
     """
     require(num >= 1, "--num", num, "1 or more")
     require(0 <= seed < 2**63, "--seed", seed, "from 0 to 2**63 - 1")
+    require(truncation is None or math.isfinite(truncation), "--truncation", truncation, "a number, 1 for none")
     system, checkpoint = _load(checkpoint)
     if not isinstance(system, LatentSystem):
         raise InputError(f"{checkpoint}: {system.name} translates images; name a folder of them by --input")
+    for option, given in (("--truncation", truncation is not None), ("--style-mix", style_mix)):
+        fits = isinstance(system, StyleGAN) or not given
+        require(fits, option, f"a checkpoint of {system.name}", f"one of {StyleGAN.name}")
+    if isinstance(system, StyleGAN) and truncation is not None:
+        system.truncation = truncation
     out = _output(out, checkpoint)
     random = torch.Generator().manual_seed(seed)
     samples = [system.sample(noise) for noise in system.noise(num, random).split(CHUNK)]
     starts, ends = system.noise(STRIPS, random), system.noise(STRIPS, random)
-    walk = torch.cat([slerp(start, end, FRAMES) for start, end in zip(starts, ends, strict=True)])
+    walks = [system.walk(start, end, FRAMES) for start, end in zip(starts, ends, strict=True)]
     paths = [out / "samples.png", out / "interpolation.png"]
     save_grid(torch.cat(samples), paths[0])
-    save_grid(system.sample(walk), paths[1], columns=FRAMES)
+    save_grid(torch.cat(walks), paths[1], columns=FRAMES)
+    if isinstance(system, StyleGAN) and style_mix:
+        paths.append(out / "style-mix.png")
+        matrix = system.style_matrix(system.noise(ROWS, random), system.noise(COLUMNS, random))
+        save_grid(matrix, paths[-1], columns=COLUMNS + 1)
     return paths
 
 
@@ -114,13 +138,3 @@ def _translated(system: CycleGAN, image: Tensor, direction: Direction) -> Tensor
     with torch.no_grad():
         (fake,) = system.translate(direction, padded)
     return fake[..., :height, :width]
-
-
-def slerp(start: Tensor, end: Tensor, frames: int) -> Tensor:
-    """`frames` points on the great circle from `start` to `end`: normal latents stay as long as normal latents are.
-
-    A straight line would pass closer to the origin than the generator has ever seen.
-    """
-    angle = torch.acos(torch.cosine_similarity(start.flatten(), end.flatten(), dim=0).clamp(-1, 1))
-    t = torch.linspace(0, 1, frames, device=start.device).view(-1, *[1] * start.dim())
-    return (torch.sin((1 - t) * angle) * start + torch.sin(t * angle) * end) / torch.sin(angle)

@@ -62,7 +62,21 @@ class LatentSystem(System[L]):
         self.generator.train()
         return images
 
+    def walk(self, start: Tensor, end: Tensor, frames: int) -> Tensor:
+        """Images of `frames` latents from `start` to `end`."""
+        return self.sample(slerp(start, end, frames))
+
     def sample_grid(self, sets: Sequence[ImageSet]) -> Callable[[], Grid]:
         """Images of the same latents."""
         noise = self.noise(GRID, torch.Generator().manual_seed(self.settings.seed))
         return lambda: Grid(self.sample(noise))
+
+
+def slerp(start: Tensor, end: Tensor, frames: int) -> Tensor:
+    """`frames` points on the great circle from `start` to `end`: normal latents stay as long as normal latents are.
+
+    A straight line would pass closer to the origin than the generator has ever seen.
+    """
+    angle = torch.acos(torch.cosine_similarity(start.flatten(), end.flatten(), dim=0).clamp(-1, 1))
+    t = torch.linspace(0, 1, frames, device=start.device).view(-1, *[1] * start.dim())
+    return (torch.sin((1 - t) * angle) * start + torch.sin(t * angle) * end) / torch.sin(angle)

@@ -20,10 +20,11 @@ from fastgan.training.dcgan import DCGAN
 from fastgan.training.errors import Diverged, InputError, Interrupted, OutputError, one_line
 from fastgan.training.folder import RunFolder, check_writable
 from fastgan.training.loop import KEPT, Plan, Training
+from fastgan.training.stylegan import StyleGAN
 from fastgan.training.system import Settings, System, require
 from fastgan.training.wgan_gp import WGANGP
 
-SYSTEMS: dict[str, type[System]] = {system.name: system for system in (DCGAN, WGANGP, CycleGAN)}
+SYSTEMS: dict[str, type[System]] = {system.name: system for system in (DCGAN, WGANGP, StyleGAN, CycleGAN)}
 
 COMPARE_SECONDS = {False: 4.0, True: 40.0}
 """How long the comparison with stock PyTorch takes, without and with `--compare`."""

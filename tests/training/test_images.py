@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 
 from fastgan.training.errors import OutputError
-from fastgan.training.generate import slerp
 from fastgan.training.images import GAP, save_grid, to_grid
+from fastgan.training.latent import slerp
 
 
 @pytest.mark.parametrize("channels", [1, 3])

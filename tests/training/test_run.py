@@ -114,6 +114,30 @@ def test_a_resumed_run_continues_exactly(train, tmp_path, settings, fuse):
     assert_same_run(whole, parts)
 
 
+STYLEGAN = {"image_size": 16, "batch_size": 128, "features": 4, "latent_dim": 5, "w_dim": 5, "phase_images": 512}
+"""It fades in its last resolution from step 4 to step 8."""
+
+
+@pytest.mark.parametrize("settings", [{}, {"penalty_every": 4}, {"precision": "bf16", "fuse": False}], ids=str)
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_resumed_stylegan_continues_exactly_with_its_growth_and_averages(tmp_path, settings, step):
+    for name, steps in (("whole", [10]), ("parts", [step, 10])):
+        for number, until in enumerate(steps):
+            AcceleratorState._reset_state(reset_partial_state=True)
+            given = {} if number else STYLEGAN | settings
+            run.train("stylegan", given, out=tmp_path / name, steps=until, device="cpu", resume=bool(number))
+    state = checkpoint.load(tmp_path / "parts" / "checkpoint.pt")
+    average, generator = state["networks"]["average"], state["networks"]["generator"]
+    assert_same(average["w_avg"], generator["w_avg"])
+    assert not torch.equal(average["mapping.1.weight"], generator["mapping.1.weight"])
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_dry_run_of_a_stylegan_leaves_nothing(tmp_path):
+    assert run.train("stylegan", STYLEGAN, out=tmp_path / "out", dry_run=True, device="cpu").steps == 2
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 @pytest.mark.parametrize("step", [1, 5, 14])
 def test_a_stopped_run_finishes_the_step_saves_and_continues_exactly(train, tmp_path, monkeypatch, step, number):
@@ -302,11 +326,11 @@ def test_a_resumed_run_keeps_its_settings(train, tmp_path, name, value, given, k
 
 
 def test_a_checkpoint_of_another_system_is_refused(train, tmp_path):
-    checkpoint.save(tmp_path / "checkpoint.pt", {"system": "stylegan"})
-    with pytest.raises(InputError, match=r"checkpoint\.pt: a checkpoint of stylegan, expected one of dcgan$"):
+    checkpoint.save(tmp_path / "checkpoint.pt", {"system": "biggan"})
+    with pytest.raises(InputError, match=r"checkpoint\.pt: a checkpoint of biggan, expected one of dcgan$"):
         train(tmp_path, resume=True)
     with pytest.raises(
-        InputError, match=r"checkpoint\.pt: a checkpoint of stylegan, expected one of dcgan, wgan-gp, cyclegan$"
+        InputError, match=r"checkpoint\.pt: a checkpoint of biggan, expected one of dcgan, wgan-gp, stylegan, cyclegan$"
     ):
         run.read_checkpoint(tmp_path / "checkpoint.pt")
 
