@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 # A package may import those further down only, and itself.
-LAYERS = ["cli", "doctor", "training", "penalties", "lean", "fuse", "models", "nn", "ops", "backend", "_C"]
+LAYERS = ["cli", "doctor", "training", "penalties", "lean", "fuse", "tracing", "models", "nn", "ops", "backend", "_C"]
 BESIDE = {("training", "models"), ("fuse", "models")}
 
 
