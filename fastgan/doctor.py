@@ -12,6 +12,7 @@ from fastgan import backend
 OPERATORS = {
     "batch_norm_act": "normalisation, residual, activation",
     "group_norm_act": "likewise by group, instance or layer",
+    "sample_squares": "norms of samples, for gradient penalties",
     "convolution": "both convolutions and their gradients",
 }
 _MEANINGS = {"cpp": "C++", "triton": "Triton", "reference": "plain torch"}
@@ -75,8 +76,6 @@ def _served(operator: str, device: str) -> tuple[str, str]:
         return "[red]error[/red]", str(error)
     if operator == "convolution" and serving != "reference":
         return _convolution(device, serving)
-    if operator == "group_norm_act" and serving == "triton":
-        return _MEANINGS["reference"], "it has no Triton kernel"
     if serving != "reference":
         return _MEANINGS[serving], "FASTGAN_BACKEND names it" if backend.requested() == serving else "automatic"
     if backend.requested() == "reference":

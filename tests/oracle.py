@@ -63,3 +63,42 @@ def two_orders(function, inputs: list[Tensor | None], rounding: torch.dtype = to
     total = sum((g * arange_like(g, rounding)).sum() for g in first)
     second = torch.autograd.grad(total, [*leaves, grad_y], allow_unused=True)
     return [y, *first, *second]
+
+
+# ── Kernels by themselves ────────────────────────────────────────────────────────────────────────────────────────────
+# Their results are dictionaries of named tensors, and a problem holds their inputs: `x`, and `to(dtype)` for a copy.
+
+
+def rms(t: Tensor) -> float:
+    return t.double().square().mean().sqrt().item()
+
+
+def assert_kernels_are_as_exact_as_eager(ours: dict[str, Tensor], by_autograd, p, terms: dict[str, float]) -> None:
+    """Error at most twice that of eager torch in the same dtype, and one rounding step; `by_autograd(p, dtype)` is eager.
+
+    float64 is also what the truth is computed in; there, eager's error is its error in float32, scaled. A parameter's
+    gradient is given one rounding step of the `terms` that it sums besides, in the dtype of accumulation: the order of
+    adding is free. The interpreter truncates to bfloat16, and adds the rows of a tile one after the other: that is a step
+    more.
+    """
+    dtype = p.x.dtype
+    eager_dtype = torch.float32 if dtype == torch.float64 else dtype
+    scale = torch.finfo(dtype).eps / torch.finfo(eager_dtype).eps
+    rounding = torch.finfo(dtype).eps * (1 if p.x.is_cuda else 2)
+    truth = by_autograd(p, torch.float64)
+    eager, eager_truth = by_autograd(p, eager_dtype), by_autograd(p.to(eager_dtype), torch.float64)
+    for name, found in ours.items():
+        error = rms(found - truth[name])
+        eager_error = scale * rms(eager[name] - eager_truth[name])
+        size = rms(truth[name])
+        free = min(torch.finfo(dtype).eps, 2**-23) * terms.get(name, 0.0)
+        assert error <= 2 * eager_error + rounding * size + free, (
+            f"{name}: error / size = {error / size:.2e}, eager's {eager_error / size:.2e}, rounding {rounding:.1e}"
+        )
+
+
+def assert_same(ours: dict[str, Tensor], expected: dict[str, Tensor], names: tuple[str, ...]) -> None:
+    for name in names:
+        torch.testing.assert_close(
+            ours[name], expected[name], rtol=0, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
+        )

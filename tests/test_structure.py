@@ -67,12 +67,14 @@ def test_no_torch_header_in_csrc():
 LEAN = {"activation", "avg_pool"}
 LEVELS = {
     "fastgan/nn/{}.py": {"conv", "penalty"} | LEAN,
-    "kernels/fastgan_kernels/{}.py": {"conv", "conv_norm_act", "group_norm_act", "penalty"} | LEAN,
+    "kernels/fastgan_kernels/{}.py": {"conv", "conv_norm_act"} | LEAN,
     "csrc/cpu/{}.h": {"conv_norm_act"} | LEAN,
     "tests/ops/test_{}.py": {"avg_pool"},  # among the activations' cases
     "benchmarks/bench_{}.py": {"conv"} | LEAN,
 }
-SHARED = {"kernels", "simd", "tiles", "conv_tiles", "__init__", "training", "wgan_gp", "stylegan", "cyclegan"}
+SHARED = {
+    "_norm", "kernels", "simd", "tiles", "conv_tiles", "__init__", "training", "wgan_gp", "stylegan", "cyclegan",
+}  # fmt: skip
 
 
 def operators() -> set[str]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastgan import backend
 from fastgan.ops._autograd import is_transformed, register_gradient
+from fastgan.ops._kernels import register_kernels
 from fastgan.ops._norm import (
     NormCall,
     activate,
@@ -17,7 +18,6 @@ from fastgan.ops._norm import (
     check_parameter,
     check_residual,
     check_settings,
-    empty_statistics,
     third_derivative,
 )
 from fastgan.ops._tensors import accumulation_dtype, check_input, dense, is_channels_last, remember_edges, will_use
@@ -86,9 +86,15 @@ def _empty_like_parameter(x: Tensor, weight: Tensor | None, bias: Tensor | None)
     return x.new_empty(shape, dtype=accumulation_dtype(x.dtype) if weight is None else weight.dtype)
 
 
+def _empty_statistics(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """float64: where a unit is narrow and far from zero, rounding its mean would be the largest error of all."""
+    mean, var = (x.new_empty((x.shape[0], num_groups), dtype=torch.float64) for _ in range(2))
+    return mean, var
+
+
 @torch.library.register_fake("fastgan::group_norm_act")
 def _(x, weight, bias, residual, num_groups, eps, act, negative_slope):
-    mean, var = (empty_statistics(x, x.shape[0], num_groups) for _ in range(2))
+    mean, var = _empty_statistics(x, num_groups)
     return torch.empty_like(dense(x, is_channels_last(x))), mean, var
 
 
@@ -199,7 +205,6 @@ register_gradient("group_norm_act_double_backward", _triple_backward, _save_doub
 
 
 # ── Kernels ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-# C++ for CPU tensors; elsewhere the definition runs.
 
 
 def _call(x, weight, bias, residual, mean, var, *settings) -> NormCall:
@@ -209,20 +214,24 @@ def _call(x, weight, bias, residual, mean, var, *settings) -> NormCall:
     return NormCall(x, weight, bias, residual, mean, var, True, *settings, groups=groups, per_element=per_element)
 
 
-@torch.library.impl("fastgan::group_norm_act", "cpu")
-def _(x, weight, bias, residual, num_groups, *settings):
-    mean, var = (empty_statistics(x, x.shape[0], num_groups) for _ in range(2))
+def _cpp_forward(x, weight, bias, residual, num_groups, *settings):
+    mean, var = _empty_statistics(x, num_groups)
     return _call(x, weight, bias, residual, mean, var, *settings).forward(), mean, var
 
 
-@torch.library.impl("fastgan::group_norm_act_backward", "cpu")
-def _(grad_y, *arguments):
+def _cpp_backward(grad_y, *arguments):
     return _call(*arguments[:-3]).backward(grad_y, *arguments[-3:])
 
 
-@torch.library.impl("fastgan::group_norm_act_double_backward", "cpu")
-def _(ggx, ggw, ggb, ggr, grad_y, *arguments):
+def _cpp_double_backward(ggx, ggw, ggb, ggr, grad_y, *arguments):
     return _call(*arguments).double_backward(ggx, ggw, ggb, ggr, grad_y)
+
+
+register_kernels("group_norm_act", "group_norm_act", "group_norm_act_forward", _cpp_forward)
+register_kernels("group_norm_act_backward", "group_norm_act", "group_norm_act_backward", _cpp_backward)
+register_kernels(
+    "group_norm_act_double_backward", "group_norm_act", "group_norm_act_double_backward", _cpp_double_backward
+)
 
 
 # ── The functions ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -319,7 +328,7 @@ def normalise(
     lean: bool = False,
 ) -> Tensor:
     """`group_norm_act` on checked arguments. With `lean` the operator serves be stock torch faster in the forward or not."""
-    stock = x.numel() == 0 or is_transformed() or backend.serving(x.device.type) != "cpp"
+    stock = x.numel() == 0 or is_transformed() or backend.serving(x.device.type) == "reference"
     if stock or (not lean and _stock_is_faster(x)):
         return reference(x, num_groups, weight, bias, eps, act=act, negative_slope=negative_slope, residual=residual)
     y, _, _ = torch.ops.fastgan.group_norm_act(x, weight, bias, residual, num_groups, eps, act, negative_slope)
@@ -332,8 +341,8 @@ _SMALL, _SMALL_CHANNELS_LAST = 1 << 17, 1 << 15
 
 
 def _stock_is_faster(x: Tensor) -> bool:
-    if torch.compiler.is_compiling() or not backend.is_automatic():
-        return x.numel() == 0
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or not backend.is_automatic():
+        return False
     small = _SMALL_CHANNELS_LAST if is_channels_last(x) else _SMALL
     return x.numel() <= small * torch.get_num_threads()
 

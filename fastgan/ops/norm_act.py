@@ -1,6 +1,5 @@
 """Batch normalisation, residual addition and activation in one operator, exact to the second derivative."""
 
-import importlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from fastgan import backend
 from fastgan.ops._autograd import is_transformed, register_gradient
+from fastgan.ops._kernels import register_kernels
 from fastgan.ops._norm import (
     NormCall,
     activate,
@@ -204,41 +204,24 @@ register_gradient("batch_norm_act_double_backward", _triple_backward, _save_doub
 # ── Kernels ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class _Cpp:
-    """The operators by fastgan._C, for CPU tensors."""
-
-    @staticmethod
-    def batch_norm_act_forward(x, weight, bias, residual, mean, var, *settings):
-        found_mean, found_var = (empty_statistics(x, x.shape[1] if mean is None else 0) for _ in range(2))
-        statistics = (found_mean, found_var, True) if mean is None else (mean, var, False)
-        y = NormCall(x, weight, bias, residual, *statistics, *settings).forward()
-        return y, found_mean, found_var
-
-    @staticmethod
-    def batch_norm_act_backward(grad_y, *arguments):
-        return NormCall(*arguments[:-3]).backward(grad_y, *arguments[-3:])
-
-    @staticmethod
-    def batch_norm_act_double_backward(ggx, ggw, ggb, ggr, grad_y, *arguments):
-        return NormCall(*arguments).double_backward(ggx, ggw, ggb, ggr, grad_y)
+def _cpp_forward(x, weight, bias, residual, mean, var, *settings):
+    found_mean, found_var = (empty_statistics(x, x.shape[1] if mean is None else 0) for _ in range(2))
+    statistics = (found_mean, found_var, True) if mean is None else (mean, var, False)
+    y = NormCall(x, weight, bias, residual, *statistics, *settings).forward()
+    return y, found_mean, found_var
 
 
-def _register_kernels(operator: str, kernel: str) -> None:
-    cpp = getattr(_Cpp, kernel)
-
-    def triton(*args):
-        return getattr(importlib.import_module("fastgan_kernels.norm_act"), kernel)(*args)
-
-    def cpu(*args):
-        return (cpp if backend.serving("cpu") == "cpp" else triton)(*args)
-
-    torch.library.impl(f"fastgan::{operator}", "cpu", cpu)
-    torch.library.impl(f"fastgan::{operator}", "cuda", triton)
+def _cpp_backward(grad_y, *arguments):
+    return NormCall(*arguments[:-3]).backward(grad_y, *arguments[-3:])
 
 
-_register_kernels("batch_norm_act", "batch_norm_act_forward")
-_register_kernels("batch_norm_act_backward", "batch_norm_act_backward")
-_register_kernels("batch_norm_act_double_backward", "batch_norm_act_double_backward")
+def _cpp_double_backward(ggx, ggw, ggb, ggr, grad_y, *arguments):
+    return NormCall(*arguments).double_backward(ggx, ggw, ggb, ggr, grad_y)
+
+
+register_kernels("batch_norm_act", "norm_act", "batch_norm_act_forward", _cpp_forward)
+register_kernels("batch_norm_act_backward", "norm_act", "batch_norm_act_backward", _cpp_backward)
+register_kernels("batch_norm_act_double_backward", "norm_act", "batch_norm_act_double_backward", _cpp_double_backward)
 
 
 # ── The function ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -6,8 +6,8 @@ Two bilinear operators, each of whose gradients is one of the two: Σ x·y over 
 import torch
 from torch import Tensor
 
-from fastgan import backend
 from fastgan.ops._autograd import is_transformed, register_gradient
+from fastgan.ops._kernels import register_kernels
 from fastgan.ops._tensors import (
     DTYPES,
     accumulation_dtype,
@@ -86,8 +86,6 @@ register_gradient("sample_scale", _scale_backward, _save)
 
 
 def _cpp_dot(x, y):
-    if backend.serving("cpu") != "cpp":
-        return dot_reference(x, y)
     from fastgan import _C
 
     x = dense(x, is_channels_last(x))
@@ -98,8 +96,6 @@ def _cpp_dot(x, y):
 
 
 def _cpp_scale(x, factors):
-    if backend.serving("cpu") != "cpp":
-        return scale_reference(x, factors)
     from fastgan import _C
 
     x = dense(x, is_channels_last(x))
@@ -114,10 +110,8 @@ def _samples(x: Tensor):
     return _C.Samples(DTYPES[x.dtype], x.shape[0], x.numel() // max(x.shape[0], 1))
 
 
-torch.library.impl("fastgan::sample_dot", "CompositeExplicitAutograd", dot_reference)
-torch.library.impl("fastgan::sample_dot", "cpu", _cpp_dot)
-torch.library.impl("fastgan::sample_scale", "CompositeExplicitAutograd", scale_reference)
-torch.library.impl("fastgan::sample_scale", "cpu", _cpp_scale)
+register_kernels("sample_dot", "penalty", "sample_dot", _cpp_dot, dot_reference)
+register_kernels("sample_scale", "penalty", "sample_scale", _cpp_scale, scale_reference)
 
 
 # ── The functions ────────────────────────────────────────────────────────────────────────────────────────────────────

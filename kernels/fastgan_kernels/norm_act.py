@@ -20,16 +20,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgan_kernels._norm import (
+    MAX_SPLITS,
+    PROGRAMS,
+    ROW_CHANNELS,
+    activate,
+    combine,
+    dense,
+    is_channels_last,
+    load,
+)
+
 # Eight elements to a thread: one 16-byte load in bfloat16, and no register spilled in any kernel.
 _TILE = 2048
 _ELEMENTS_PER_WARP = 256
-# Channels to a tile of rows: 64 bytes in bfloat16, one access to HBM.
-_ROW_CHANNELS = 32
-# Eight programs to each of the 132 multiprocessors of an H100 or H200.
-_PROGRAMS = 1056
-# What one program can combine in its registers: partial results, and channels.
-_MAX_SPLITS = 512
-_COMBINED_CHANNELS = 8
 # A program waits for memory once per tile and pass; up to here that costs less than two more launches.
 _TILES_IN_ONE_PROGRAM = 8
 
@@ -65,43 +69,28 @@ def _tile(t, group, shape, ROWS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.c
     return at, ok
 
 
-@triton.jit
-def _load(pointer, at, ok, absent, ACC: tl.constexpr):
-    return tl.full(at.shape, absent, ACC) if pointer is None else tl.load(pointer + at, mask=ok, other=0).to(ACC)
-
-
 # ---------------------------------------------------------------------------------------------------------- mathematics
 
 
 @triton.jit
 def _affine(mean, var, weight, bias, c, c_ok, eps, ACC: tl.constexpr):
     r = tl.rsqrt(var + tl.full(var.shape, eps, ACC))
-    return mean, r, _load(weight, c, c_ok, 1.0, ACC), _load(bias, c, c_ok, 0.0, ACC)
+    return mean, r, load(weight, c, c_ok, 1.0, ACC), load(bias, c, c_ok, 0.0, ACC)
 
 
 @triton.jit
 def _normalise(x, residual, affine, at, ok, ACC: tl.constexpr):
     """The normalised xh, and what the activation is applied to."""
     mean, r, w, b = affine
-    xh = (_load(x, at, ok, 0.0, ACC) - mean) * r
-    return xh, xh * w + b + _load(residual, at, ok, 0.0, ACC)
-
-
-@triton.jit
-def _activate(pre, value, slope, ACT: tl.constexpr, ACC: tl.constexpr):
-    """act'(pre) * value. As act is piecewise linear, act(pre) is _activate(pre, pre). A NaN passes, as in torch."""
-    if ACT == "relu":
-        value = tl.where(pre <= 0, 0.0, value)
-    elif ACT == "leaky_relu":
-        value = tl.where(pre > 0, value, value * tl.full(value.shape, slope, ACC))
-    return value
+    xh = (load(x, at, ok, 0.0, ACC) - mean) * r
+    return xh, xh * w + b + load(residual, at, ok, 0.0, ACC)
 
 
 @triton.jit
 def _gradient(grad_y, x, residual, affine, slope, at, ok, ACT: tl.constexpr, ACC: tl.constexpr):
-    g = _load(grad_y, at, ok, 0.0, ACC)
+    g = load(grad_y, at, ok, 0.0, ACC)
     xh, pre = _normalise(x, residual, affine, at, ok, ACC)
-    return xh, pre, _activate(pre, g, slope, ACT, ACC)
+    return xh, pre, activate(pre, g, slope, ACT, ACC)
 
 
 @triton.jit
@@ -118,13 +107,13 @@ def _moments(x, group, shape, tiles, ROWS: tl.constexpr, HEIGHT: tl.constexpr, W
     """
     t = tl.program_id(1)
     at, ok = _tile(t, group, shape, ROWS, HEIGHT, WIDTH)
-    shift = _sum(_load(x, at, ok, 0.0, ACC), ROWS) / _sum(ok.to(ACC), ROWS)
+    shift = _sum(load(x, at, ok, 0.0, ACC), ROWS) / _sum(ok.to(ACC), ROWS)
     count = tl.zeros([HEIGHT, WIDTH], ACC)
     total = tl.zeros([HEIGHT, WIDTH], ACC)
     square = tl.zeros([HEIGHT, WIDTH], ACC)
     while t < tiles:
         at, ok = _tile(t, group, shape, ROWS, HEIGHT, WIDTH)
-        d = tl.where(ok, _load(x, at, ok, 0.0, ACC) - shift, 0.0)
+        d = tl.where(ok, load(x, at, ok, 0.0, ACC) - shift, 0.0)
         count += ok.to(ACC)
         total += d
         square += d * d
@@ -150,7 +139,7 @@ def _sums(grad_y, x, residual, ggx, affine, slope, group, shape, tiles, ACT: tl.
         g_sum += g
         gx_sum += g * xh
         if ggx is not None:
-            v = _load(ggx, at, ok, 0.0, ACC)
+            v = load(ggx, at, ok, 0.0, ACC)
             v_sum += v
             vx_sum += v * xh
             vg_sum += v * g
@@ -175,28 +164,6 @@ def _moments_kernel(x, partial, shape, tiles, ROWS: tl.constexpr, HEIGHT: tl.con
 
 
 @triton.jit
-def _combine_kernel(partial, mean, var, C, splits, SPLITS: tl.constexpr, WIDTH: tl.constexpr):
-    """Mean and biased variance of each channel from those of its splits, by Chan's formula."""
-    p = tl.arange(0, SPLITS)[:, None]
-    c = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)[None, :]
-    at = partial + p * C + c
-    ok = (p < splits) & (c < C)
-    field = splits * C
-    n = tl.load(at, ok, 0.0)
-    shift = tl.load(at + field, ok, 0.0)
-    offset = tl.load(at + 2 * field, ok, 0.0)
-    square = tl.load(at + 3 * field, ok, 0.0)
-    count = tl.sum(n, 0, keep_dims=True)
-    # Means relative to one of the shifts: subtracting nearly equal shifts is exact, however huge these are.
-    anchor = tl.load(partial + field + c, c < C, 0.0)
-    m = shift - anchor + offset
-    center = tl.sum(n * m, 0, keep_dims=True) / count
-    square = tl.sum(square + n * (m - center) * (m - center), 0, keep_dims=True)
-    tl.store(mean + c, anchor + center, c < C)
-    tl.store(var + c, square / count, c < C)
-
-
-@triton.jit
 def _forward_kernel(x, weight, bias, residual, mean, var, y, eps: tl.float64, slope: tl.float64, shape, tiles,
                     REDUCE: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, HEIGHT: tl.constexpr,
                     WIDTH: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
@@ -208,14 +175,14 @@ def _forward_kernel(x, weight, bias, residual, mean, var, y, eps: tl.float64, sl
         tl.store(mean + c, center, c_ok)
         tl.store(var + c, spread, c_ok)
     else:
-        center = _load(mean, c, c_ok, 0.0, ACC)
-        spread = _load(var, c, c_ok, 0.0, ACC)
+        center = load(mean, c, c_ok, 0.0, ACC)
+        spread = load(var, c, c_ok, 0.0, ACC)
     affine = _affine(center, spread, weight, bias, c, c_ok, eps, ACC)
     t = tl.program_id(1)
     while t < tiles:
         at, ok = _tile(t, group, shape, ROWS, HEIGHT, WIDTH)
         _, pre = _normalise(x, residual, affine, at, ok, ACC)
-        tl.store(y + at, _activate(pre, pre, slope, ACT, ACC), ok)
+        tl.store(y + at, activate(pre, pre, slope, ACT, ACC), ok)
         t += tl.num_programs(1)
 
 
@@ -224,8 +191,8 @@ def _sums_kernel(grad_y, x, weight, bias, residual, mean, var, ggx, partial, eps
                  tiles, ACT: tl.constexpr, ROWS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
                  ACC: tl.constexpr):  # fmt: skip
     group, c, c_ok = _channels(shape, ROWS, WIDTH)
-    center = _load(mean, c, c_ok, 0.0, ACC)
-    spread = _load(var, c, c_ok, 0.0, ACC)
+    center = load(mean, c, c_ok, 0.0, ACC)
+    spread = load(var, c, c_ok, 0.0, ACC)
     affine = _affine(center, spread, weight, bias, c, c_ok, eps, ACC)
     g, gx, v, vx, vg = _sums(
         grad_y, x, residual, ggx, affine, slope, group, shape, tiles, ACT, ROWS, HEIGHT, WIDTH, ACC
@@ -246,16 +213,16 @@ def _backward_kernel(grad_y, x, weight, bias, residual, mean, var, sums, grad_x,
                      REDUCE: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, HEIGHT: tl.constexpr,
                      WIDTH: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     group, c, c_ok = _channels(shape, ROWS, WIDTH)
-    center = _load(mean, c, c_ok, 0.0, ACC)
-    spread = _load(var, c, c_ok, 0.0, ACC)
+    center = load(mean, c, c_ok, 0.0, ACC)
+    spread = load(var, c, c_ok, 0.0, ACC)
     affine = _affine(center, spread, weight, bias, c, c_ok, eps, ACC)
     if REDUCE:
         g_sum, gx_sum, _, _, _ = _sums(
             grad_y, x, residual, None, affine, slope, group, shape, tiles, ACT, ROWS, HEIGHT, WIDTH, ACC
         )
     else:
-        g_sum = _load(sums, c, c_ok, 0.0, ACC)
-        gx_sum = _load(sums, c + shape[1], c_ok, 0.0, ACC)
+        g_sum = load(sums, c, c_ok, 0.0, ACC)
+        gx_sum = load(sums, c + shape[1], c_ok, 0.0, ACC)
     if grad_weight is not None:  # noqa: SIM102, decided when compiling; the next line when running
         if tl.program_id(1) == 0:
             tl.store(grad_weight + c, gx_sum, c_ok)
@@ -282,24 +249,24 @@ def _double_backward_kernel(ggx, ggw, ggb, ggr, grad_y, x, weight, bias, residua
                             TRAINING: tl.constexpr, REDUCE: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr,
                             HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     group, c, c_ok = _channels(shape, ROWS, WIDTH)
-    center = _load(mean, c, c_ok, 0.0, ACC)
-    spread = _load(var, c, c_ok, 0.0, ACC)
+    center = load(mean, c, c_ok, 0.0, ACC)
+    spread = load(var, c, c_ok, 0.0, ACC)
     affine = _affine(center, spread, weight, bias, c, c_ok, eps, ACC)
     _, r, w, _ = affine
     scale = w * r
-    dw = _load(ggw, c, c_ok, 0.0, ACC)
-    db = _load(ggb, c, c_ok, 0.0, ACC)
+    dw = load(ggw, c, c_ok, 0.0, ACC)
+    db = load(ggb, c, c_ok, 0.0, ACC)
     if REDUCE:
         g_sum, gx_sum, v_sum, vx_sum, vg_sum = _sums(
             grad_y, x, residual, ggx, affine, slope, group, shape, tiles, ACT, ROWS, HEIGHT, WIDTH, ACC
         )
     else:
-        g_sum = _load(sums, c, c_ok, 0.0, ACC)
-        gx_sum = _load(sums, c + shape[1], c_ok, 0.0, ACC)
+        g_sum = load(sums, c, c_ok, 0.0, ACC)
+        gx_sum = load(sums, c + shape[1], c_ok, 0.0, ACC)
         v_sums = sums if ggx is not None else None
-        v_sum = _load(v_sums, c + 2 * shape[1], c_ok, 0.0, ACC)
-        vx_sum = _load(v_sums, c + 3 * shape[1], c_ok, 0.0, ACC)
-        vg_sum = _load(v_sums, c + 4 * shape[1], c_ok, 0.0, ACC)
+        v_sum = load(v_sums, c + 2 * shape[1], c_ok, 0.0, ACC)
+        vx_sum = load(v_sums, c + 3 * shape[1], c_ok, 0.0, ACC)
+        vg_sum = load(v_sums, c + 4 * shape[1], c_ok, 0.0, ACC)
 
     gw = r * vg_sum
     g_mean = tl.zeros(c.shape, ACC)
@@ -324,9 +291,9 @@ def _double_backward_kernel(ggx, ggw, ggb, ggr, grad_y, x, weight, bias, residua
     while t < tiles:
         at, ok = _tile(t, group, shape, ROWS, HEIGHT, WIDTH)
         xh, pre, g = _gradient(grad_y, x, residual, affine, slope, at, ok, ACT, ACC)
-        v = _load(ggx, at, ok, 0.0, ACC) - v_mean
-        gg = scale * v + slant * xh + db + _load(ggr, at, ok, 0.0, ACC)
-        tl.store(g_grad_y + at, _activate(pre, gg, slope, ACT, ACC), ok)
+        v = load(ggx, at, ok, 0.0, ACC) - v_mean
+        gg = scale * v + slant * xh + db + load(ggr, at, ok, 0.0, ACC)
+        tl.store(g_grad_y + at, activate(pre, gg, slope, ACT, ACC), ok)
         gx = slant * (g - g_mean)
         if TRAINING:
             gx -= scale * gx_mean * v + xh * curvature
@@ -347,12 +314,12 @@ class _Plan:
         self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
 
         outer, inner = (n * s, c) if self.rows else (n, s)
-        width = min(triton.next_power_of_2(max(inner, 1)), _ROW_CHANNELS if self.rows else _TILE)
+        width = min(triton.next_power_of_2(max(inner, 1)), ROW_CHANNELS if self.rows else _TILE)
         height = min(triton.next_power_of_2(max(outer, 1)), _TILE // width)
         down, across = triton.cdiv(outer, height), triton.cdiv(inner, width)
         groups, tiles = (across, down) if self.rows else (c, down * across)
         alone = reduces and tiles <= _TILES_IN_ONE_PROGRAM
-        self.splits = 1 if alone else max(1, min(tiles, _MAX_SPLITS, triton.cdiv(_PROGRAMS, max(groups, 1))))
+        self.splits = 1 if alone else max(1, min(tiles, MAX_SPLITS, triton.cdiv(PROGRAMS, max(groups, 1))))
         self.reduces_first = reduces and self.splits > 1
         self.reduces_within = reduces and self.splits == 1
 
@@ -369,25 +336,14 @@ class _Plan:
 
     def dense(self, *tensors: Tensor | None) -> list[Any]:
         """The tensors, copied where their memory is not in the plan's order."""
-        return [None if t is None else _rows(t) if self.rows else t.contiguous() for t in tensors]
+        return dense(self.rows, *tensors)
 
 
 _cached_plan = lru_cache(maxsize=4096)(_Plan)
 
 
 def _plan(x: Tensor, reduces: bool) -> _Plan:
-    return _cached_plan(x.shape, x.dim() > 3 and not x.is_contiguous() and x.stride(1) == 1, x.dtype, reduces)
-
-
-def _rows(t: Tensor) -> Tensor:
-    """t, contiguous along its channels."""
-    if t.dim() < 4:
-        return t.contiguous()
-    return t.contiguous(memory_format=torch.channels_last if t.dim() == 4 else torch.channels_last_3d)
-
-
-def _contiguous(*tensors: Tensor | None) -> list[Any]:
-    return [None if t is None else t.contiguous() for t in tensors]
+    return _cached_plan(x.shape, is_channels_last(x), x.dtype, reduces)
 
 
 def batch_norm_act_forward(
@@ -412,7 +368,7 @@ def batch_norm_act_forward(
     training = mean is None
     plan = _plan(x, reduces=training)
     x, residual = plan.dense(x, residual)
-    weight, bias, mean, var = _contiguous(weight, bias, mean, var)
+    weight, bias, mean, var = dense(False, weight, bias, mean, var)
     y = torch.empty_like(x)
     batch_mean, batch_var = (x.new_empty(plan.channels if training else 0, dtype=plan.dtype) for _ in range(2))
     if training:
@@ -421,10 +377,7 @@ def batch_norm_act_forward(
         if plan.reduces_first:
             partial = x.new_empty((4, plan.splits, plan.channels), dtype=plan.dtype)
             _moments_kernel[plan.grid](x, partial, **plan.options)
-            _combine_kernel[(triton.cdiv(plan.channels, _COMBINED_CHANNELS),)](
-                partial, mean, var, plan.channels, plan.splits,
-                SPLITS=triton.next_power_of_2(plan.splits), WIDTH=_COMBINED_CHANNELS, num_warps=8,
-            )  # fmt: skip
+            combine(partial, mean, var)
         _forward_kernel[plan.grid](
             x, weight, bias, residual, mean, var, y, eps, negative_slope,
             REDUCE=plan.reduces_within, ACT=act, **plan.options,
@@ -461,7 +414,7 @@ def batch_norm_act_backward(
     """
     plan = _plan(x, reduces=needs_params or (training and needs_x))
     grad_y, x, residual = plan.dense(grad_y, x, residual)
-    inputs = (grad_y, x, *_contiguous(weight, bias), residual, *_contiguous(mean, var))
+    inputs = (grad_y, x, *dense(False, weight, bias), residual, *dense(False, mean, var))
     dtype = plan.dtype if weight is None else weight.dtype
     grad_x, grad_residual = (torch.empty_like(x) if needed else None for needed in (needs_x, needs_residual))
     grad_weight, grad_bias = (x.new_empty(plan.channels, dtype=dtype) if needs_params else None for _ in range(2))
@@ -510,8 +463,8 @@ def batch_norm_act_double_backward(
     """
     plan = _plan(x, reduces=training or ggx is not None)
     ggx, ggr, grad_y, x, residual = plan.dense(ggx, ggr, grad_y, x, residual)
-    ggw, ggb = _contiguous(ggw, ggb)
-    inputs = (grad_y, x, *_contiguous(weight, bias), residual, *_contiguous(mean, var))
+    ggw, ggb = dense(False, ggw, ggb)
+    inputs = (grad_y, x, *dense(False, weight, bias), residual, *dense(False, mean, var))
     g_grad_y, g_x = torch.empty_like(x), torch.empty_like(x)
     g_weight = x.new_empty(plan.channels, dtype=plan.dtype if weight is None else weight.dtype)
     with torch.cuda.device_of(x):

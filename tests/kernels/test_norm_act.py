@@ -1,29 +1,24 @@
 """The kernels of norm_act against its definition in plain torch, differentiated by autograd in float64."""
 
-import json
-import os
-import re
-import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
-from io import StringIO
-from pathlib import Path
 
+import ahead_of_time
+import oracle
 import pytest
 import torch
 import triton
 import triton.language as tl
-from fastgan_kernels import norm_act
+from fastgan_kernels import _norm, norm_act
 from fastgan_kernels.norm_act import (
     batch_norm_act_backward,
     batch_norm_act_double_backward,
     batch_norm_act_forward,
 )
+from oracle import assert_kernels_are_as_exact_as_eager, rms
 from torch import Tensor
 from torch.nn import functional as F
-from triton.backends.compiler import GPUTarget
 
 # The interpreter computes masked elements too, and NaN are put in on purpose: NumPy's warnings say nothing.
 pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
@@ -142,46 +137,21 @@ def by_kernels(p: Problem) -> dict[str, Tensor]:
     return dict(zip(NAMES, (y, *grads, *seconds), strict=True))
 
 
-def rms(t: Tensor) -> float:
-    return t.double().square().mean().sqrt().item()
-
-
-def assert_as_exact_as_eager(p: Problem, names: tuple[str, ...] = NAMES) -> None:
-    """Error at most twice that of eager torch in the same dtype, and one rounding step.
-
-    float64 is also what the truth is computed in; there, eager's error is its error in float32, scaled. A sum over a
-    channel is given one rounding step of its terms besides, in the dtype of accumulation: the order of adding is free.
-    The interpreter truncates to bfloat16, and adds the rows of a tile one after the other: that is a step more.
-    """
-    dtype = p.x.dtype
-    eager_dtype = torch.float32 if dtype == torch.float64 else dtype
-    scale = torch.finfo(dtype).eps / torch.finfo(eager_dtype).eps
-    rounding = torch.finfo(dtype).eps * (1 if DEVICE == "cuda" else 2)
-    ours, truth = by_kernels(p), by_autograd(p, torch.float64)
-    eager, eager_truth = by_autograd(p, eager_dtype), by_autograd(p.to(eager_dtype), torch.float64)
-    for name in names:
-        error = rms(ours[name] - truth[name])
-        eager_error = scale * rms(eager[name] - eager_truth[name])
-        size = rms(truth[name])
-        terms = p.x[:, 0].numel() * rms(p.grad_y) if name in SUMS else 0.0
-        assert error <= 2 * eager_error + rounding * size + min(torch.finfo(dtype).eps, 2**-23) * terms, (
-            f"{name}: error / size = {error / size:.2e}, eager's {eager_error / size:.2e}, rounding {rounding:.1e}"
-        )
+def assert_as_exact_as_eager(p: Problem) -> None:
+    terms = p.x[:, 0].numel() * rms(p.grad_y)
+    assert_kernels_are_as_exact_as_eager(by_kernels(p), by_autograd, p, dict.fromkeys(SUMS, terms))
 
 
 def assert_same(ours: dict[str, Tensor], expected: dict[str, Tensor], names: tuple[str, ...] = NAMES) -> None:
-    for name in names:
-        torch.testing.assert_close(
-            ours[name], expected[name], rtol=0, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
-        )
+    oracle.assert_same(ours, expected, names)
 
 
 def cut_into_small_tiles(monkeypatch) -> None:
     """Several programs to a channel, each with several tiles, on tensors that the interpreter can cover."""
     monkeypatch.setattr(norm_act, "_TILE", 64)
-    monkeypatch.setattr(norm_act, "_ROW_CHANNELS", 2)
+    monkeypatch.setattr(norm_act, "ROW_CHANNELS", 2)
     monkeypatch.setattr(norm_act, "_TILES_IN_ONE_PROGRAM", 1)
-    monkeypatch.setattr(norm_act, "_PROGRAMS", 6)
+    monkeypatch.setattr(norm_act, "PROGRAMS", 6)
     monkeypatch.setattr(norm_act, "_cached_plan", norm_act._Plan)
 
 
@@ -461,44 +431,6 @@ def test_offsets_past_two_to_the_31_are_exact(rows, t, group, shape, first):
 # ---------------------------------------------------------------------------------------------- ahead of time, and CUDA
 
 
-CAPABILITIES = (80, 90, 100)
-
-
-def compile_every_kernel(capability: int) -> None:
-    """Print, a line of JSON each, what ptxas makes of the kernels that the operator would launch on such a GPU."""
-
-    class Driver:
-        get_current_device = get_current_stream = staticmethod(lambda *_: 0)
-        get_current_target = staticmethod(lambda: GPUTarget("cuda", capability, 32))
-
-    compiled = []
-
-    def compile_instead(kernel, grid):
-        def launch(*args, **options):
-            with redirect_stdout(StringIO()) as log:
-                ptx = kernel.run(*args, grid=grid, warmup=True, **options).asm["ptx"]
-            if log.getvalue():
-                compiled.append({
-                    "kernel": kernel.__name__,
-                    "bytes spilled": int(re.search(r"(\d+) bytes spill stores", log.getvalue())[1]),
-                    "registers": int(re.search(r"Used (\d+) registers", log.getvalue())[1]),
-                    "float64": bool(re.search(r"\b(add|sub|mul|fma|div|sqrt|rsqrt)\S*\.f64", ptx)),
-                    "16-byte loads": bool(re.search(r"ld\.global\S*\.(v4\.b32|v2\.b64)", ptx)),
-                })  # fmt: skip
-
-        return launch
-
-    triton.runtime.driver.set_active(Driver())
-    triton.knobs.nvidia.dump_ptxas_log = True
-    triton.knobs.compilation.always_compile = True
-    triton.runtime.jit.KernelInterface.__getitem__ = compile_instead
-    for case, p in compiled_problems():
-        compiled.clear()
-        by_kernels(p)
-        for properties in compiled:
-            print(json.dumps({"case": case, **properties}))
-
-
 def compiled_problems() -> Iterator[tuple[str, Problem]]:
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         for rows in (False, True):
@@ -511,30 +443,16 @@ def compiled_problems() -> Iterator[tuple[str, Problem]]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compilations(tmp_path_factory) -> Iterator[dict[int, subprocess.Popen]]:
-    """Compilers that run beside the other tests, as they take as long."""
-    path = os.pathsep.join([str(Path(norm_act.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
-    environment.pop("TRITON_INTERPRET", None)
-    started = {
-        capability: subprocess.Popen(
-            [sys.executable, __file__, str(capability)], env=environment, stdout=subprocess.PIPE, text=True
-        )
-        for capability in CAPABILITIES
-    }
-    yield started
-    for process in started.values():
-        process.kill()
-        process.wait()
-        process.stdout.close()
+def compilations(tmp_path_factory) -> Iterator[dict]:
+    with ahead_of_time.compilers(__file__, tmp_path_factory.mktemp("triton")) as started:
+        yield started
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", ahead_of_time.CAPABILITIES)
 def test_every_kernel_compiles_without_spilling(compilations, capability):
-    output, _ = compilations[capability].communicate()
-    assert compilations[capability].returncode == 0
-    compiled = [json.loads(line) for line in output.splitlines()]
-    assert {c["kernel"] for c in compiled} == {name for name in dir(norm_act) if name.endswith("_kernel")}
+    compiled = ahead_of_time.compiled_by(compilations[capability])
+    kernels = ahead_of_time.kernels_of(norm_act) | ahead_of_time.kernels_of(_norm)
+    assert {c["kernel"] for c in compiled} == kernels
     assert not [c for c in compiled if c["bytes spilled"]]
     assert not [c for c in compiled if c["float64"] and "float64" not in c["case"]]
     streaming = [c for c in compiled if c["kernel"] != "_combine_kernel" and "bare" not in c["case"]]
@@ -568,4 +486,5 @@ def test_data_past_two_to_the_31_elements(rows):
 
 
 if __name__ == "__main__":
-    compile_every_kernel(int(sys.argv[1]))
+    cases = ((case, lambda p=p: by_kernels(p)) for case, p in compiled_problems())
+    ahead_of_time.compile_every_kernel(cases, int(sys.argv[1]))

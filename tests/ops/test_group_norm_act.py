@@ -388,6 +388,17 @@ def test_every_instruction_set_passes_the_same_checks(capability):
     assert run.returncode == 0, run.stdout[-3000:]
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_triton_kernels_serve_the_operator(norm, layout, use_backend):
+    """Through the interpreter where there is no GPU."""
+    use_backend("triton")
+    inputs = leaves(inputs_of((2, 4, 2, 3), norm, layout=LAYOUTS[layout]))
+    present = [t for t in inputs if t is not None]
+    assert torch.autograd.gradcheck(ours(norm, 2, "leaky_relu"), present, fast_mode=True)
+    assert torch.autograd.gradgradcheck(ours(norm, 2, "leaky_relu"), present, fast_mode=True)
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_compiled_whole(norm):
     def step(x, weight, bias):

@@ -38,7 +38,11 @@ def test_values_and_both_derivatives_are_as_exact_as_eager(ours, stock, dtype, p
     errors.check()
 
 
-def test_gradcheck_and_gradgradcheck():
+@pytest.mark.parametrize("served_by", ["automatic", "triton", "reference"])
+def test_gradcheck_and_gradgradcheck(served_by, use_backend):
+    """Triton through the interpreter where there is no GPU."""
+    if served_by != "automatic":
+        use_backend(served_by)
     x, y = (torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
     factors = torch.randn(3, dtype=torch.float64, requires_grad=True)
     ops = torch.ops.fastgan

@@ -1,0 +1,80 @@
+"""What the norm kernels share: how a tile is read, the activation, and how the statistics of several programs become one."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Eight programs to each of the 132 multiprocessors of an H100 or H200.
+PROGRAMS = 1056
+# What one program can combine in its registers: partial results, and columns of them.
+MAX_SPLITS = 512
+_COMBINED_COLUMNS = 8
+# Channels to a tile of rows: 64 bytes in bfloat16, one access to HBM.
+ROW_CHANNELS = 32
+
+
+@triton.jit
+def load(pointer, at, ok, absent, ACC: tl.constexpr):
+    return tl.full(at.shape, absent, ACC) if pointer is None else tl.load(pointer + at, mask=ok, other=0).to(ACC)
+
+
+@triton.jit
+def activate(pre, value, slope, ACT: tl.constexpr, ACC: tl.constexpr):
+    """act'(pre) * value. As act is piecewise linear, act(pre) is activate(pre, pre). A NaN passes, as in torch."""
+    if ACT == "relu":
+        value = tl.where(pre <= 0, 0.0, value)
+    elif ACT == "leaky_relu":
+        value = tl.where(pre > 0, value, value * tl.full(value.shape, slope, ACC))
+    return value
+
+
+@triton.jit
+def _combine_kernel(partial, mean, var, columns, splits, SPLITS: tl.constexpr, WIDTH: tl.constexpr):
+    """Mean and biased variance of each column from those of its splits, by Chan's formula."""
+    p = tl.arange(0, SPLITS)[:, None]
+    c = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)[None, :]
+    at = partial + p * columns + c
+    ok = (p < splits) & (c < columns)
+    field = splits * columns
+    n = tl.load(at, ok, 0.0)
+    shift = tl.load(at + field, ok, 0.0)
+    offset = tl.load(at + 2 * field, ok, 0.0)
+    square = tl.load(at + 3 * field, ok, 0.0)
+    count = tl.sum(n, 0, keep_dims=True)
+    # Means relative to one of the shifts: subtracting nearly equal shifts is exact, however huge these are.
+    anchor = tl.load(partial + field + c, c < columns, 0.0)
+    m = shift - anchor + offset
+    center = tl.sum(n * m, 0, keep_dims=True) / count
+    square = tl.sum(square + n * (m - center) * (m - center), 0, keep_dims=True)
+    tl.store(mean + c, anchor.to(mean.dtype.element_ty) + center.to(mean.dtype.element_ty), c < columns)
+    tl.store(var + c, square / count, c < columns)
+
+
+def combine(partial: Tensor, mean: Tensor, var: Tensor) -> None:
+    """mean and var, of as many elements as partial has columns, from its count, shift, offset and square of each split.
+
+    partial: (4, splits, columns). The mean of a split is shift + offset; its square is Σ (x - mean)².
+    """
+    _, splits, columns = partial.shape
+    _combine_kernel[(triton.cdiv(columns, _COMBINED_COLUMNS),)](
+        partial, mean, var, columns, splits,
+        SPLITS=triton.next_power_of_2(splits), WIDTH=_COMBINED_COLUMNS, num_warps=8,
+    )  # fmt: skip
+
+
+def is_channels_last(x: Tensor) -> bool:
+    return x.dim() in (4, 5) and not x.is_contiguous() and x.stride(1) == 1
+
+
+def dense(rows: bool, *tensors: Tensor | None) -> list[Any]:
+    """The tensors, copied where their memory is not in order; in rows, with their channels innermost."""
+    return [None if t is None else _rows(t) if rows else t.contiguous() for t in tensors]
+
+
+def _rows(t: Tensor) -> Tensor:
+    if t.dim() < 4:
+        return t.contiguous()
+    return t.contiguous(memory_format=torch.channels_last if t.dim() == 4 else torch.channels_last_3d)
