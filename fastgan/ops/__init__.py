@@ -3,6 +3,7 @@
 from fastgan.ops.activation import hardtanh, leaky_relu, prelu, relu
 from fastgan.ops.adain import adain, adain_from_features
 from fastgan.ops.avg_pool import adaptive_avg_pool2d, avg_pool2d
+from fastgan.ops.bias_act import bias_act
 from fastgan.ops.conv import conv2d, conv_transpose2d
 from fastgan.ops.conv_norm_act import conv2d_batch_norm_act, conv_transpose2d_batch_norm_act
 from fastgan.ops.group_norm_act import group_norm_act, instance_norm_act, layer_norm_act
@@ -15,6 +16,7 @@ __all__ = [
     "adaptive_avg_pool2d",
     "avg_pool2d",
     "batch_norm_act",
+    "bias_act",
     "conv2d",
     "conv2d_batch_norm_act",
     "conv_transpose2d",
