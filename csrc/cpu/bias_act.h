@@ -73,7 +73,7 @@ template <class Acc> FASTGAN_INLINE Smooth<Acc> smooth(BiasActivation act, typen
   const vec sigmoid = u < 0 ? far : near, rest = u < 0 ? near : far, slope = sigmoid * rest;
   if (act == BiasActivation::sigmoid) return {sigmoid, slope, slope * (rest - sigmoid)};
   if (act == BiasActivation::softplus)
-    return {u > 20 ? u : (u < 0 ? zero : u) + log1p<Acc>(z), u > 20 ? one : sigmoid, u < 20 ? slope : zero};
+    return {u > 20 ? u : (u < 0 ? zero : u) + log1p<Acc>(z), u > 20 ? one : sigmoid, u >= 20 ? zero : slope};
   return {u * sigmoid, sigmoid * (1 + u * rest), slope * (2 + u * (rest - sigmoid))}; // swish
 }
 
@@ -85,26 +85,30 @@ template <class T> __attribute__((noinline)) Smooth<acc_t<T>> smooth_derivatives
   return smooth<acc_t<T>>(act, u);
 }
 
-// What a gain and a clamp make of a value, and of a derivative where y, or what the clamp makes y of, is.
+// What a gain and a clamp make of a value, and of a derivative where y, or what the clamp makes y of, is. The clamp stops
+// the gradient of a nan as well, as torch's hardtanh does.
 template <class T> struct Range {
   using vec = vec_t<T>;
+  using mask = typename Lanes<acc_t<T>>::mask;
   vec gain, clamp; // nan, which no number is above: no clamp
+  mask unlimited;
 
-  explicit Range(const BiasAct& a) : gain(broadcast<acc_t<T>>(a.gain)), clamp(broadcast<acc_t<T>>(a.clamp)) {}
+  explicit Range(const BiasAct& a)
+      : gain(broadcast<acc_t<T>>(a.gain)), clamp(broadcast<acc_t<T>>(a.clamp)), unlimited(clamp != clamp) {}
 
   inline __attribute__((always_inline)) vec value(vec v) const {
     const vec y = v * gain;
     return y > clamp ? clamp : y < -clamp ? -clamp : y;
   }
   inline __attribute__((always_inline)) vec derivative(vec y, vec g) const {
-    return keep(~((y >= clamp) | (y <= -clamp)), g * gain);
+    return keep(((y < clamp) & (y > -clamp)) | unlimited, g * gain);
   }
 };
 
 // linear, relu and lrelu. NaN as in torch: relu passes its gradient, lrelu multiplies it by alpha.
 template <class T> struct PiecewiseLinear : Range<T> {
   using vec = vec_t<T>;
-  using mask = typename Lanes<acc_t<T>>::mask;
+  using typename Range<T>::mask;
   vec slope;    // of the negative side
   mask rectify; // all ones for relu, whose negative side is 0 whatever comes in
 

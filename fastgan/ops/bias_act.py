@@ -1,6 +1,5 @@
 """Bias, activation, gain and clamp in one operator, exact to the second derivative."""
 
-import importlib
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from fastgan import backend
 from fastgan.ops._autograd import is_transformed, register_gradient, with_zeros
+from fastgan.ops._kernels import register_kernels
 from fastgan.ops._norm import check_parameter, third_derivative
 from fastgan.ops._tensors import (
     DTYPES,
@@ -133,7 +133,7 @@ def _save_forward(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_y):
-    grads: list[Tensor | None] = [None] * 7
+    grads: list[Any] = [None] * 7
     if grad_y is None:
         return tuple(grads)
     side, b = ctx.saved_tensors
@@ -250,57 +250,38 @@ class _CppCall:
         return self.like.new_empty(self.like.shape[dim] if needed else 0, dtype=self.acc)
 
 
-class _Cpp:
-    """The operators by fastgan._C, for CPU tensors."""
-
-    @staticmethod
-    def bias_act_forward(x, b, *settings):
-        call = _CppCall(x, b, b is not None, *settings)
-        y = torch.empty_like(call.like)
-        call.C.bias_act_forward(call.arguments, call.like.data_ptr(), y.data_ptr())
-        return y
-
-    @staticmethod
-    def bias_act_backward(grad_y, side, b, dim, *arguments):
-        *settings, needs_x, needs_b = arguments
-        call = _CppCall(grad_y if side is None else side, b, b is not None or needs_b, dim, *settings)
-        grad_y, side = call.laid_out(grad_y), None if side is None else call.like
-        grad_x = torch.empty_like(call.like) if needs_x else call.like.new_empty(0)
-        grad_b = call.empty_vector(dim, needs_b)
-        # An empty tensor has the address 0, which stands for an absent one.
-        call.C.bias_act_backward(call.arguments, *map(address, (grad_y, side, grad_x, grad_b)))
-        return grad_x, grad_b
-
-    @staticmethod
-    def bias_act_double_backward(ggx, ggb, grad_y, side, b, dim, *arguments):
-        *settings, needs_x, needs_b = arguments
-        has_channels = b is not None or ggb is not None
-        call = _CppCall(grad_y if side is None else side, b, has_channels, dim, *settings)
-        ggx, grad_y, side = call.laid_out(ggx), call.laid_out(grad_y), None if side is None else call.like
-        ggb, g_grad_y, g_b = call.vector(ggb), torch.empty_like(call.like), call.empty_vector(dim, needs_b)
-        g_x = torch.empty_like(call.like) if needs_x else call.like.new_empty(0)
-        call.C.bias_act_double_backward(
-            call.arguments, *map(address, (ggx, ggb, grad_y, side, g_grad_y, g_x, g_b))
-        )  # fmt: skip
-        return g_grad_y, g_x, g_b
+def _cpp_forward(x, b, *settings):
+    call = _CppCall(x, b, b is not None, *settings)
+    y = torch.empty_like(call.like)
+    call.C.bias_act_forward(call.arguments, call.like.data_ptr(), y.data_ptr())
+    return y
 
 
-def _register_kernels(operator: str, kernel: str) -> None:
-    cpp = getattr(_Cpp, kernel)
-
-    def triton(*args):
-        return getattr(importlib.import_module("fastgan_kernels.bias_act"), kernel)(*args)
-
-    def cpu(*args):
-        return (cpp if backend.serving("cpu") == "cpp" else triton)(*args)
-
-    torch.library.impl(f"fastgan::{operator}", "cpu", cpu)
-    torch.library.impl(f"fastgan::{operator}", "cuda", triton)
+def _cpp_backward(grad_y, side, b, dim, *arguments):
+    *settings, needs_x, needs_b = arguments
+    call = _CppCall(grad_y if side is None else side, b, b is not None or needs_b, dim, *settings)
+    grad_y, side = call.laid_out(grad_y), None if side is None else call.like
+    grad_x = torch.empty_like(call.like) if needs_x else call.like.new_empty(0)
+    grad_b = call.empty_vector(dim, needs_b)
+    # An empty tensor has the address 0, which stands for an absent one.
+    call.C.bias_act_backward(call.arguments, *map(address, (grad_y, side, grad_x, grad_b)))
+    return grad_x, grad_b
 
 
-_register_kernels("bias_act", "bias_act_forward")
-_register_kernels("bias_act_backward", "bias_act_backward")
-_register_kernels("bias_act_double_backward", "bias_act_double_backward")
+def _cpp_double_backward(ggx, ggb, grad_y, side, b, dim, *arguments):
+    *settings, needs_x, needs_b = arguments
+    has_channels = b is not None or ggb is not None
+    call = _CppCall(grad_y if side is None else side, b, has_channels, dim, *settings)
+    ggx, grad_y, side = call.laid_out(ggx), call.laid_out(grad_y), None if side is None else call.like
+    ggb, g_grad_y, g_b = call.vector(ggb), torch.empty_like(call.like), call.empty_vector(dim, needs_b)
+    g_x = torch.empty_like(call.like) if needs_x else call.like.new_empty(0)
+    call.C.bias_act_double_backward(call.arguments, *map(address, (ggx, ggb, grad_y, side, g_grad_y, g_x, g_b)))
+    return g_grad_y, g_x, g_b
+
+
+register_kernels("bias_act", "bias_act", "bias_act_forward", _cpp_forward)
+register_kernels("bias_act_backward", "bias_act", "bias_act_backward", _cpp_backward)
+register_kernels("bias_act_double_backward", "bias_act", "bias_act_double_backward", _cpp_double_backward)
 
 
 # ── The function ─────────────────────────────────────────────────────────────────────────────────────────────────────

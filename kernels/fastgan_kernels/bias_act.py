@@ -1,6 +1,6 @@
 """Bias, activation, gain and clamp in one operator, with its first and second derivatives.
 
-    y = clamp(gain * act(x + b)),    act in {"linear", "relu", "lrelu", "tanh", "sigmoid", "elu", "selu", "softplus", "swish"}
+    y = clamp(gain * act(x + b)),    act: linear, relu, lrelu, tanh, sigmoid, elu, selu, softplus or swish
 
 Every order is one pass, in which the gradients of b are summed as well. The data are cut into tiles, and the tiles of a
 channel (an index of the axis that b lies along) dealt out to programs, each of which leaves one partial sum:
@@ -70,11 +70,12 @@ def _load(pointer, at, ok, ACC: tl.constexpr):
 @triton.jit
 def _exponential(x, ACC: tl.constexpr):
     """exp(x) and exp(x) - 1 of x <= 0: 2^k exp(r), where r is small, and exp(r) - 1 a short Taylor series."""
-    TERMS: tl.constexpr = 13 if ACC == tl.float64 else 7
-    x = tl.where(x < -700, -700.0, x) if ACC == tl.float64 else tl.where(x < -104, -104.0, x)
+    IS_DOUBLE: tl.constexpr = ACC.primitive_bitwidth == 64
+    TERMS: tl.constexpr = 13 if IS_DOUBLE else 7
+    x = tl.where(x < -746, -746.0, x) if IS_DOUBLE else tl.where(x < -104, -104.0, x)
     k = tl.floor(x * 1.4426950408889634 + 0.5)
     # ln 2 in two parts, of which k times the first is exact.
-    if ACC == tl.float64:
+    if IS_DOUBLE:
         r = (x - k * 0.6931471803691238) - k * 1.9082149292705877e-10
     else:
         r = (x - k * 0.693145751953125) - k * 1.428606820309417e-06
@@ -89,7 +90,7 @@ def _exponential(x, ACC: tl.constexpr):
 @triton.jit
 def _log1p(z, ACC: tl.constexpr):
     """log(1 + z) of 0 <= z <= 1, as 2 artanh(z / (2 + z))."""
-    TERMS: tl.constexpr = 17 if ACC == tl.float64 else 8
+    TERMS: tl.constexpr = 17 if ACC.primitive_bitwidth == 64 else 8
     s = z / (z + 2.0)
     series = tl.zeros(z.shape, ACC)
     for i in tl.static_range(TERMS):
@@ -124,7 +125,7 @@ def _smooth(u, ACT: tl.constexpr, ACC: tl.constexpr):
         elif ACT == "softplus":
             value = tl.where(u > 20, u, tl.where(u < 0, 0.0, u) + _log1p(z, ACC))
             first = tl.where(u > 20, 1.0, sigmoid)
-            second = tl.where(u < 20, slope, 0.0)
+            second = tl.where(u >= 20, 0.0, slope)
         else:
             value = u * sigmoid
             first = sigmoid * (1.0 + u * rest)
@@ -144,9 +145,9 @@ def _piecewise(side, value, alpha, ACT: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def _inside(y, value, clamp, CLAMPS: tl.constexpr, ACC: tl.constexpr):
-    """value where the clamp leaves y as it is, else 0."""
+    """value where the clamp leaves y as it is, else 0, also where y is NaN."""
     if CLAMPS:
-        value = tl.where(tl.abs(y) >= tl.full(value.shape, clamp, ACC), 0.0, value)
+        value = tl.where(tl.abs(y) < tl.full(value.shape, clamp, ACC), value, 0.0)
     return value
 
 
@@ -268,7 +269,7 @@ _cached_plan = lru_cache(maxsize=4096)(_Plan)
 
 
 class _Call:
-    """A launch whose tensors are laid out, and cut, as `like` is. has_channels: some argument has a value for each channel."""
+    """A launch whose tensors are laid out and cut as `like` is; has_channels: an argument has a value for each channel."""
 
     def __init__(self, like: Tensor, has_channels: bool, dim: int, act: str, clamp: float | None) -> None:
         self.channels_last = like.dim() > 3 and not like.is_contiguous() and like.stride(1) == 1

@@ -1,0 +1,36 @@
+"""Which kernel runs when an operator is called: PyTorch's dispatcher tells the device, and the backend that serves it does
+the rest."""
+
+import importlib
+from collections.abc import Callable
+
+import torch
+
+from fastgan import backend
+
+
+def register_kernels(
+    operator: str, module: str, kernel: str, cpp: Callable, definition: Callable | None = None
+) -> None:
+    """Serve `fastgan::operator` by `cpp` or by `kernel` of `fastgan_kernels.<module>`, whichever backend serves the device.
+
+    Where the definition does, and elsewhere than on CPU and CUDA, `definition`. An operator without one is not called there:
+    its function runs the definition in its place.
+    """
+
+    def triton(*args):
+        return getattr(importlib.import_module(f"fastgan_kernels.{module}"), kernel)(*args)
+
+    def register(device: str) -> None:
+        def serve(*args):
+            serving = backend.serving(device)
+            if serving == "reference" and definition is not None:
+                return definition(*args)
+            return (cpp if serving == "cpp" else triton)(*args)
+
+        torch.library.impl(f"fastgan::{operator}", device, serve)
+
+    register("cpu")
+    register("cuda")
+    if definition is not None:
+        torch.library.impl(f"fastgan::{operator}", "CompositeExplicitAutograd", definition)
