@@ -7,8 +7,10 @@ from fastgan.ops.bias_act import bias_act
 from fastgan.ops.conv import conv2d, conv_transpose2d
 from fastgan.ops.conv_norm_act import conv2d_batch_norm_act, conv_transpose2d_batch_norm_act
 from fastgan.ops.group_norm_act import group_norm_act, instance_norm_act, layer_norm_act
+from fastgan.ops.minibatch_stddev import minibatch_stddev
 from fastgan.ops.norm_act import batch_norm_act
 from fastgan.ops.penalty import sample_norms, sample_squares
+from fastgan.ops.pixel_norm import pixel_norm
 
 __all__ = [
     "adain",
@@ -26,6 +28,8 @@ __all__ = [
     "instance_norm_act",
     "layer_norm_act",
     "leaky_relu",
+    "minibatch_stddev",
+    "pixel_norm",
     "prelu",
     "relu",
     "sample_norms",

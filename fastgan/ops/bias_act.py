@@ -329,7 +329,16 @@ def bias_act(
         or _stock_is_faster(x)
     ):
         return reference(x, b, dim, act, alpha, gain, clamp)
-    return torch.ops.fastgan.bias_act(x, b, dim, act, alpha, gain, clamp)
+    return torch.ops.fastgan.bias_act(x, b, dim, act, alpha, gain, _limit(clamp, x.dtype))
+
+
+def _limit(clamp: float | None, dtype: torch.dtype) -> float | None:
+    """The clamp as y has it where it reaches it, rounded to its dtype: backward tells by y what was clamped."""
+    if clamp is None or clamp > torch.finfo(dtype).max:
+        return None
+    eps = torch.finfo(dtype).eps
+    step = max(math.ldexp(eps, math.frexp(clamp)[1] - 1), torch.finfo(dtype).tiny * eps)
+    return round(clamp / step) * step
 
 
 _SMALL = 1 << 14
