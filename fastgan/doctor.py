@@ -12,6 +12,7 @@ from fastgan import backend
 OPERATORS = {
     "batch_norm_act": "normalisation, residual, activation",
     "group_norm_act": "likewise by group, instance or layer",
+    "bias_act": "bias, activation, gain, clamp",
     "convolution": "both convolutions and their gradients",
 }
 _MEANINGS = {"cpp": "C++", "triton": "Triton", "reference": "plain torch"}
