@@ -79,6 +79,12 @@ Convolution convolution_of(const Patches& patches, int64_t channels, std::array<
   return {patches, channels, weight_strides[0], weight_strides[1], weight_strides[2]};
 }
 
+BiasAct bias_act_of(int dtype, std::array<int64_t, 3> shape, int act, double alpha, double gain, double clamp,
+                    Address bias) {
+  return {static_cast<DType>(dtype), shape[0], shape[1], shape[2], static_cast<BiasActivation>(act),
+          alpha, gain, clamp, at(bias)};
+}
+
 Samples samples_of(int dtype, int64_t count, int64_t size) { return {static_cast<DType>(dtype), count, size}; }
 
 } // namespace
@@ -108,6 +114,17 @@ PYBIND11_MODULE(_C, m) {
                                     Address g_scale, Address g_noise_weight, Address g_bias) {
     kernels.adain_double_backward({a, at(grad_out), at(ggx), at(gg_scale), at(gg_shift), at(gg_noise_weight), at(gg_bias),
                                    at(g_grad_out), at(g_x), at(g_scale), at(g_noise_weight), at(g_bias)});
+  }, release());
+  py::class_<BiasAct>(m, "BiasAct").def(py::init(&bias_act_of));
+  m.def("bias_act_forward", [](const BiasAct& a, Address x, Address y) {
+    kernels.bias_act_forward(a, at(x), at(y));
+  }, release());
+  m.def("bias_act_backward", [](const BiasAct& a, Address grad_y, Address side, Address grad_x, Address grad_bias) {
+    kernels.bias_act_backward(a, at(grad_y), at(side), at(grad_x), at(grad_bias));
+  }, release());
+  m.def("bias_act_double_backward", [](const BiasAct& a, Address ggx, Address ggb, Address grad_y, Address side,
+                                       Address g_grad_y, Address g_x, Address g_bias) {
+    kernels.bias_act_double_backward(a, at(ggx), at(ggb), at(grad_y), at(side), at(g_grad_y), at(g_x), at(g_bias));
   }, release());
   m.def("image_to_patches", [](const Patches& p, Address image, Address patches) {
     kernels.image_to_patches(p, at(image), at(patches));

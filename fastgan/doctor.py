@@ -13,6 +13,7 @@ OPERATORS = {
     "batch_norm_act": "normalisation, residual, activation",
     "group_norm_act": "likewise by group, instance or layer",
     "sample_squares": "norms of samples, for gradient penalties",
+    "bias_act": "bias, activation, gain, clamp",
     "convolution": "both convolutions and their gradients",
 }
 _MEANINGS = {"cpp": "C++", "triton": "Triton", "reference": "plain torch"}

@@ -94,6 +94,17 @@ struct Samples {
   int64_t N, S;
 };
 
+enum class BiasActivation : int { linear, relu, lrelu, tanh, sigmoid, elu, selu, softplus, swish };
+
+// y = clamp(gain · act(x + bias)) on memory (N, C, S), of which bias has the middle axis.
+struct BiasAct {
+  DType dtype;
+  int64_t N, C, S;
+  BiasActivation act;
+  double alpha, gain, clamp; // clamp: nan for none
+  const void* bias;          // (C,) acc, or null
+};
+
 // Convolution as a matrix product: patches of a channels_last image are the rows of a matrix.
 struct Patches {
   DType dtype;
@@ -130,6 +141,13 @@ struct Kernels {
   void (*adain_forward)(const AdaINForward&);
   void (*adain_backward)(const AdaINBackward&);
   void (*adain_double_backward)(const AdaINDoubleBackward&);
+  // `side` tells the derivative: it is y of linear, relu and lrelu, x of the other activations, and may be null where the
+  // derivative is a constant. Any of grad_x, grad_bias, ggx, ggb, g_x and g_bias may be null; of those named for bias all
+  // are (C,) acc. Of linear, relu and lrelu the double backward has no g_x and g_bias.
+  void (*bias_act_forward)(const BiasAct&, const void* x, void* y);
+  void (*bias_act_backward)(const BiasAct&, const void* grad_y, const void* side, void* grad_x, void* grad_bias);
+  void (*bias_act_double_backward)(const BiasAct&, const void* ggx, const void* ggb, const void* grad_y,
+                                   const void* side, void* g_grad_y, void* g_x, void* g_bias);
   void (*image_to_patches)(const Patches&, const void* image, void* patches);
   void (*patches_to_image)(const Patches&, const void* patches, void* image);
   // Of samples x, y (N, S) dtype, and numbers for each (N,) acc: sums = Σ x·y, and y = factors·x.

@@ -3,11 +3,14 @@
 from fastgan.ops.activation import hardtanh, leaky_relu, prelu, relu
 from fastgan.ops.adain import adain, adain_from_features
 from fastgan.ops.avg_pool import adaptive_avg_pool2d, avg_pool2d
+from fastgan.ops.bias_act import bias_act
 from fastgan.ops.conv import conv2d, conv_transpose2d
 from fastgan.ops.conv_norm_act import conv2d_batch_norm_act, conv_transpose2d_batch_norm_act
 from fastgan.ops.group_norm_act import group_norm_act, instance_norm_act, layer_norm_act
+from fastgan.ops.minibatch_stddev import minibatch_stddev
 from fastgan.ops.norm_act import batch_norm_act
 from fastgan.ops.penalty import sample_norms, sample_squares
+from fastgan.ops.pixel_norm import pixel_norm
 
 __all__ = [
     "adain",
@@ -15,6 +18,7 @@ __all__ = [
     "adaptive_avg_pool2d",
     "avg_pool2d",
     "batch_norm_act",
+    "bias_act",
     "conv2d",
     "conv2d_batch_norm_act",
     "conv_transpose2d",
@@ -24,6 +28,8 @@ __all__ = [
     "instance_norm_act",
     "layer_norm_act",
     "leaky_relu",
+    "minibatch_stddev",
+    "pixel_norm",
     "prelu",
     "relu",
     "sample_norms",

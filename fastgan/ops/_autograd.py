@@ -53,12 +53,12 @@ def register_gradient(operator: str, backward: Callable, save: Callable) -> None
 # But optimisers and DistributedDataParallel tell zeros from None, so it hands the parameters their zeros at once.
 
 
-def with_zeros(ctx, grad: Tensor) -> Tensor:
-    """`grad`, the gradient of the running backward's first argument, whose own backward gives zeros to the leaves before
-    that argument."""
+def with_zeros(ctx, grad: Tensor, arguments: int = 1) -> Tensor:
+    """`grad`, a gradient of the running backward, whose own backward gives zeros to the leaves before the first `arguments`
+    tensors of the forward."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return grad
-    leaves = _leaves_before(ctx.next_functions[0][0])
+    leaves = [leaf for node, _ in ctx.next_functions[:arguments] for leaf in _leaves_before(node)]
     return _WithZeros.apply(grad, *leaves) if leaves else grad
 
 
