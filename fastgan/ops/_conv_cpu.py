@@ -129,7 +129,8 @@ _FEW_PRODUCTS = 1 << 27  # so little work that a product of two matrices does no
 # Multiplications with one element that pay for its packing into tiles. With one tap nothing is read twice from the L2.
 _PRODUCTS_PER_PACKED = {True: 128, False: 400}
 _FEW_PATCHES = 256  # for a weight's gradient: a weight as large as the work is better summed by one product
-_FILL = 0.6  # part of the tiles that has to be real
+_FILL = 0.75  # part of the tiles that has to be real
+_PATCH_OF_PHASE = 192  # elements of a patch, on average over the phases of a transposed convolution: their sums are read back
 _FEW_CHANNELS = 4  # images for which the transposed convolution of oneDNN leaves most vector lanes empty
 
 
@@ -167,6 +168,8 @@ def _tiles_pay(geometry: Geometry, result: Result) -> bool:
     if positions * geometry.patch < _PRODUCTS_PER_PACKED[several_taps] * packed:
         return False
     if _tiles(geometry).fill(result == "image", result == "weight") < _FILL:
+        return False
+    if result == "image" and geometry.patch < _PATCH_OF_PHASE * math.prod(geometry.stride):
         return False
     weight = geometry.positions[1] * geometry.patch
     short_lines = geometry.patches <= 64 * geometry.image[0]
