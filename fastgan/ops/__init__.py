@@ -8,6 +8,7 @@ from fastgan.ops.conv_norm_act import conv2d_batch_norm_act, conv_transpose2d_ba
 from fastgan.ops.group_norm_act import group_norm_act, instance_norm_act, layer_norm_act
 from fastgan.ops.norm_act import batch_norm_act
 from fastgan.ops.penalty import sample_norms, sample_squares
+from fastgan.ops.upfirdn2d import downsample2d, filter2d, setup_filter, upfirdn2d, upsample2d
 
 __all__ = [
     "adain",
@@ -19,6 +20,8 @@ __all__ = [
     "conv2d_batch_norm_act",
     "conv_transpose2d",
     "conv_transpose2d_batch_norm_act",
+    "downsample2d",
+    "filter2d",
     "group_norm_act",
     "hardtanh",
     "instance_norm_act",
@@ -28,4 +31,7 @@ __all__ = [
     "relu",
     "sample_norms",
     "sample_squares",
+    "setup_filter",
+    "upfirdn2d",
+    "upsample2d",
 ]

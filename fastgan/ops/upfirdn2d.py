@@ -275,7 +275,9 @@ def _parse_padding(padding: int | Sequence[int]) -> list[int]:
     if len(parts) == 2:
         parts = [parts[0], parts[0], parts[1], parts[1]]
     if len(parts) != 4:
-        raise ValueError(f"padding must be one integer, [x, y] or [x_before, x_after, y_before, y_after], not {padding}")
+        raise ValueError(
+            f"padding must be one integer, [x, y] or [x_before, x_after, y_before, y_after], not {padding}"
+        )
     return parts
 
 
