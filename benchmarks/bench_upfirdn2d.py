@@ -9,18 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.case import OURS, Case
-from benchmarks.op import Contender, Inputs, OpCase, Work
+from benchmarks.op import Contender, Function, Inputs, OpCase, Work
 from fastgan.ops import downsample2d, filter2d, setup_filter, upsample2d
 
 GOAL = (8, 128, 64, 64)
 SHAPES = (GOAL, (8, 512, 16, 16), (8, 512, 8, 8), (8, 3, 128, 128), (1, 64, 256, 256), (7, 33, 13, 17))
-OPS = ("upsample2d", "downsample2d", "filter2d")
+OPS: dict[str, Function] = {"upsample2d": upsample2d, "downsample2d": downsample2d, "filter2d": filter2d}
 TAPS = {"upsample2d": (1, 3, 3, 1), "downsample2d": (1, 3, 3, 1), "filter2d": (1, 2, 1)}
 WORKS: tuple[Work, ...] = ("forward", "forward+backward", "second order")
 
 
 def ours(x: Tensor, f: Tensor, op: str) -> Tensor:
-    return {"upsample2d": upsample2d, "downsample2d": downsample2d, "filter2d": filter2d}[op](x, f)
+    return OPS[op](x, f)
 
 
 def depthwise(x: Tensor, f: Tensor, op: str) -> Tensor:

@@ -100,11 +100,14 @@ def _cpp(x, f, up, down, padding, flip_filter, gain):
     channels_last = is_channels_last(x)
     x, f = dense(x, channels_last), f.to(accumulation_dtype(x.dtype)).contiguous()
     y = _empty_output(x, f, up, down, padding)
-    axes = [
+    horizontal, vertical = (
         (x.shape[3 - i], y.shape[3 - i], taps, up[i], down[i], padding[2 * i])
         for i, taps in enumerate(_get_filter_size(f))
-    ]
-    call = _C.UpFirDn2d(DTYPES[x.dtype], channels_last, *x.shape[:2], *axes[::-1], f.dim() == 1, flip_filter, gain)
+    )
+    n, channels = x.shape[:2]
+    call = _C.UpFirDn2d(
+        DTYPES[x.dtype], channels_last, n, channels, vertical, horizontal, f.dim() == 1, flip_filter, gain
+    )
     _C.upfirdn2d(call, x.data_ptr(), f.data_ptr(), y.data_ptr())
     return y
 

@@ -4,6 +4,7 @@ import itertools
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -76,7 +77,8 @@ def test_values_and_gradients_are_those_of_the_naive_sum(up, down, padding, filt
         x = inputs_of(shape, layout=layout).requires_grad_()
         for function in (upfirdn2d, reference):
             found, expected = (
-                two_orders(lambda x, g=g: g(x, f, up, down, padding, flip, 1.7), [x]) for g in (function, naive)
+                two_orders(partial(g, f=f, up=up, down=down, padding=padding, flip_filter=flip, gain=1.7), [x])
+                for g in (function, naive)
             )
             torch.testing.assert_close(found, expected)
 
@@ -333,7 +335,7 @@ def test_filtering_is_a_convolution_around_each_pixel():
 
 def test_setup_filter():
     assert torch.equal(setup_filter(None), torch.ones(1, 1))
-    assert torch.equal(setup_filter(3, normalize=False), torch.full((1, 1), 3.0))
+    assert torch.equal(setup_filter(3, normalize=False), torch.full((1, 1), 9.0)), "its outer product"
     taps = torch.tensor([1.0, 3, 3, 1])
     assert torch.equal(setup_filter([1, 3, 3, 1]), torch.outer(taps, taps) / 64)
     assert torch.equal(setup_filter(taps, separable=True, gain=4), taps / 4)
