@@ -87,6 +87,12 @@ BiasAct bias_act_of(int dtype, std::array<int64_t, 3> shape, int act, double alp
 
 Samples samples_of(int dtype, int64_t count, int64_t size) { return {static_cast<DType>(dtype), count, size}; }
 
+UpFirDn2d upfirdn2d_of(int dtype, bool rows, int64_t count, int64_t channels, std::array<int64_t, 6> y,
+                       std::array<int64_t, 6> x, bool separable, bool flip, double gain) {
+  const auto axis = [](const std::array<int64_t, 6>& a) { return Resampling{a[0], a[1], a[2], a[3], a[4], a[5]}; };
+  return {static_cast<DType>(dtype), rows, count, channels, axis(y), axis(x), separable, flip, gain};
+}
+
 } // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -139,6 +145,11 @@ PYBIND11_MODULE(_C, m) {
   }, release());
   m.def("sample_scale", [](const Samples& s, Address x, Address factors, Address y) {
     kernels.sample_scale(s, at(x), at(factors), at(y));
+  }, release());
+
+  py::class_<UpFirDn2d>(m, "UpFirDn2d").def(py::init(&upfirdn2d_of));
+  m.def("upfirdn2d", [](const UpFirDn2d& a, Address x, Address filter, Address y) {
+    kernels.upfirdn2d(a, at(x), at(filter), at(y));
   }, release());
 
   m.def("has_matrix_unit", [] { return matrix_kernels != nullptr; }, "Whether the functions of a Convolution can be called.");

@@ -12,7 +12,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 # A package may import those further down only, and itself.
-LAYERS = ["cli", "doctor", "training", "penalties", "lean", "fuse", "tracing", "models", "nn", "ops", "backend", "_C"]
+LAYERS = [
+    "cli", "doctor", "training", "penalties", "lean", "fuse", "tracing", "models", "nn", "compat", "ops", "backend", "_C",
+]  # fmt: skip
 BESIDE = {("training", "models"), ("fuse", "models")}
 
 

@@ -38,6 +38,7 @@ const Kernels avx2_kernels = {"avx2",
                                  avx2::image_to_patches,
                                  avx2::patches_to_image,
                                  avx2::sample_dot,
-                                 avx2::sample_scale};
+                                 avx2::sample_scale,
+                                 avx2::upfirdn2d};
 } // namespace fastgan
 #endif

@@ -38,6 +38,7 @@ const Kernels avx512_kernels = {"avx512",
                                  avx512::image_to_patches,
                                  avx512::patches_to_image,
                                  avx512::sample_dot,
-                                 avx512::sample_scale};
+                                 avx512::sample_scale,
+                                 avx512::upfirdn2d};
 } // namespace fastgan
 #endif

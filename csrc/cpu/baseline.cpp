@@ -28,5 +28,6 @@ const Kernels baseline_kernels = {"baseline",
                                  baseline::image_to_patches,
                                  baseline::patches_to_image,
                                  baseline::sample_dot,
-                                 baseline::sample_scale};
+                                 baseline::sample_scale,
+                                 baseline::upfirdn2d};
 } // namespace fastgan

@@ -44,10 +44,7 @@ template <class T> FASTGAN_INLINE void accumulate(acc_t<T>* into, const T* from,
   constexpr int W = lanes<Acc>;
   int64_t i = 0;
   for (; i + W <= count; i += W) store(into + i, load(into + i) + load(from + i));
-  if (i == count) return;
-  const int n = static_cast<int>(count - i);
-  const vec_t<T> rest = from + i + W <= end ? keep(first_lanes<Acc>(n), load(from + i)) : load_part(from + i, n);
-  store(into + i, load(into + i) + rest);
+  if (i < count) store(into + i, load(into + i) + load_within(from + i, count - i, end));
 }
 
 // Each row of the image is summed by one thread in the order of its patches: the same bits for any number of threads.

@@ -121,6 +121,22 @@ struct Convolution : Patches {
   int64_t weight_o, weight_c, weight_tap; // strides of the weight (O, C, kh·kw), in elements
 };
 
+// One axis of upfirdn2d: `up` places for each of `in` elements, `pad` zeros before them (or less than none), a filter of so
+// many taps at every `down`-th place.
+struct Resampling {
+  int64_t in, out, taps, up, down, pad;
+};
+
+struct UpFirDn2d {
+  DType dtype;
+  bool rows;       // true: an image is (H, W, C), channels innermost; false: (C, H, W)
+  int64_t N, C;
+  Resampling y, x;
+  bool separable;  // the filter is (taps,), for both axes; else (y.taps, x.taps)
+  bool flip;       // correlate instead of convolve
+  double gain;
+};
+
 struct MatrixKernels {
   // Each returns false, and leaves its result undefined, where float32 numbers are not sums of three bfloat16.
   bool (*image_to_positions)(const Convolution&, const void* image, const void* weight, const void* bias, void* positions);
@@ -153,6 +169,8 @@ struct Kernels {
   // Of samples x, y (N, S) dtype, and numbers for each (N,) acc: sums = Σ x·y, and y = factors·x.
   void (*sample_dot)(const Samples&, const void* x, const void* y, void* sums);
   void (*sample_scale)(const Samples&, const void* x, const void* factors, void* y);
+  // x and y (N, C, in, in) and (N, C, out, out) dtype, filter acc.
+  void (*upfirdn2d)(const UpFirDn2d&, const void* x, const void* filter, void* y);
 };
 
 extern const Kernels baseline_kernels, avx2_kernels, avx512_kernels;

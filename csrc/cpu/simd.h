@@ -121,6 +121,40 @@ template <class Acc> FASTGAN_INLINE typename Lanes<Acc>::mask first_lanes(int n)
 // v where the mask is set, else zero.
 template <class V, class M> FASTGAN_INLINE V keep(M mask, V v) { return bits_as<V>(mask & bits_as<M>(v)); }
 
+// The first n elements, other lanes zero, where what lies before `end` may be read.
+template <class T> FASTGAN_INLINE vec_t<T> load_within(const T* p, int64_t n, const T* end) {
+  constexpr int W = lanes<acc_t<T>>;
+  if (n >= W) return load(p);
+  return p + W <= end ? keep(first_lanes<acc_t<T>>(static_cast<int>(n)), load(p)) : load_part(p, static_cast<int>(n));
+}
+
+// The lanes of a pair by turns, a0 b0 a1 b1 …, and back.
+template <class Acc> struct Pair {
+  typename Lanes<Acc>::vec a, b;
+};
+template <class Acc> FASTGAN_INLINE Pair<Acc> shuffle(const Pair<Acc>& p, typename Lanes<Acc>::mask a, typename Lanes<Acc>::mask b) {
+#if defined(__clang__)
+  Pair<Acc> to;
+  for (int i = 0; i < lanes<Acc>; ++i) {
+    to.a[i] = a[i] < lanes<Acc> ? p.a[a[i]] : p.b[a[i] - lanes<Acc>];
+    to.b[i] = b[i] < lanes<Acc> ? p.a[b[i]] : p.b[b[i] - lanes<Acc>];
+  }
+  return to;
+#else
+  return {__builtin_shuffle(p.a, p.b, a), __builtin_shuffle(p.a, p.b, b)};
+#endif
+}
+template <class Acc> FASTGAN_INLINE Pair<Acc> interleave(const Pair<Acc>& p) {
+  typename Lanes<Acc>::mask a;
+  for (int i = 0; i < lanes<Acc>; ++i) a[i] = i / 2 + i % 2 * lanes<Acc>;
+  return shuffle(p, a, a + lanes<Acc> / 2);
+}
+template <class Acc> FASTGAN_INLINE Pair<Acc> deinterleave(const Pair<Acc>& p) {
+  typename Lanes<Acc>::mask a;
+  for (int i = 0; i < lanes<Acc>; ++i) a[i] = 2 * i;
+  return shuffle(p, a, a + 1);
+}
+
 // As many doubles as the vectors of Acc have lanes.
 template <class Acc> using doubles = typename VectorOf<double, FASTGAN_VECTOR_BYTES / sizeof(Acc) * sizeof(double)>::type;
 template <class Acc> FASTGAN_INLINE double sum(const doubles<Acc>& v) {

@@ -3,9 +3,11 @@
 from fastgan.nn.conv_norm_act import ConvBnAct2d, ConvTransposeBnAct2d
 from fastgan.nn.group_norm_act import GroupNormAct, InstanceNormAct2d, LayerNormAct
 from fastgan.nn.norm_act import BatchNormAct2d
+from fastgan.nn.upfirdn2d import Blur
 
 __all__ = [
     "BatchNormAct2d",
+    "Blur",
     "ConvBnAct2d",
     "ConvTransposeBnAct2d",
     "GroupNormAct",

@@ -11,6 +11,7 @@ from fastgan.ops.minibatch_stddev import minibatch_stddev
 from fastgan.ops.norm_act import batch_norm_act
 from fastgan.ops.penalty import sample_norms, sample_squares
 from fastgan.ops.pixel_norm import pixel_norm
+from fastgan.ops.upfirdn2d import downsample2d, filter2d, setup_filter, upfirdn2d, upsample2d
 
 __all__ = [
     "adain",
@@ -23,6 +24,8 @@ __all__ = [
     "conv2d_batch_norm_act",
     "conv_transpose2d",
     "conv_transpose2d_batch_norm_act",
+    "downsample2d",
+    "filter2d",
     "group_norm_act",
     "hardtanh",
     "instance_norm_act",
@@ -34,4 +37,7 @@ __all__ = [
     "relu",
     "sample_norms",
     "sample_squares",
+    "setup_filter",
+    "upfirdn2d",
+    "upsample2d",
 ]

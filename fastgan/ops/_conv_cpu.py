@@ -130,7 +130,9 @@ _FEW_PRODUCTS = 1 << 27  # so little work that a product of two matrices does no
 _PRODUCTS_PER_PACKED = {True: 128, False: 400}
 _FEW_PATCHES = 256  # for a weight's gradient: a weight as large as the work is better summed by one product
 _FILL = 0.75  # part of the tiles that has to be real
-_PATCH_OF_PHASE = 192  # elements of a patch, on average over the phases of a transposed convolution: their sums are read back
+_PATCH_OF_PHASE = (
+    192  # elements of a patch, on average over the phases of a transposed convolution: their sums are read back
+)
 _FEW_CHANNELS = 4  # images for which the transposed convolution of oneDNN leaves most vector lanes empty
 
 

@@ -27,26 +27,27 @@ from fastgan.ops._types import BiasActivation
 # ── Definition ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class _Activation(NamedTuple):
-    """An activation in stock torch, of (x, alpha), and the gain that keeps the variance of what passes it."""
+class Activation(NamedTuple):
+    """An activation in stock torch, of (x, alpha), the gain that keeps the variance of what passes it, and its alpha."""
 
-    function: Callable[[Tensor, float], Tensor]
-    gain: float = 1.0
+    func: Callable[[Tensor, float], Tensor]
+    def_gain: float = 1.0
+    def_alpha: float = 0.0
 
 
-_ACTIVATIONS: dict[str, _Activation] = {
-    "linear": _Activation(lambda x, alpha: x),
-    "relu": _Activation(lambda x, alpha: F.relu(x), math.sqrt(2)),
-    "lrelu": _Activation(F.leaky_relu, math.sqrt(2)),
-    "tanh": _Activation(lambda x, alpha: x.tanh()),
-    "sigmoid": _Activation(lambda x, alpha: x.sigmoid()),
-    "elu": _Activation(lambda x, alpha: F.elu(x)),
-    "selu": _Activation(lambda x, alpha: F.selu(x)),
-    "softplus": _Activation(lambda x, alpha: F.softplus(x)),
-    "swish": _Activation(lambda x, alpha: F.silu(x), math.sqrt(2)),
+# NVIDIA's networks look up default gains here, by these names.
+activation_funcs: dict[str, Activation] = {
+    "linear": Activation(lambda x, alpha: x),
+    "relu": Activation(lambda x, alpha: F.relu(x), math.sqrt(2)),
+    "lrelu": Activation(F.leaky_relu, math.sqrt(2), 0.2),
+    "tanh": Activation(lambda x, alpha: x.tanh()),
+    "sigmoid": Activation(lambda x, alpha: x.sigmoid()),
+    "elu": Activation(lambda x, alpha: F.elu(x)),
+    "selu": Activation(lambda x, alpha: F.selu(x)),
+    "softplus": Activation(lambda x, alpha: F.softplus(x)),
+    "swish": Activation(lambda x, alpha: F.silu(x), math.sqrt(2)),
 }
 _PIECEWISE_LINEAR = ("linear", "relu", "lrelu")
-_DEFAULT_ALPHA = 0.2
 
 
 def reference(
@@ -59,11 +60,11 @@ def reference(
     clamp: float | None = None,
 ) -> Tensor:
     """`bias_act` in plain torch."""
-    function, default_gain = _ACTIVATIONS[act]
+    func, def_gain, def_alpha = activation_funcs[act]
     if b is not None:
         x = x + b.to(x.dtype).view([-1 if i == dim else 1 for i in range(x.dim())])
-    y = function(x, _DEFAULT_ALPHA if alpha is None else alpha)
-    gain = default_gain if gain is None else gain
+    y = func(x, def_alpha if alpha is None else alpha)
+    gain = def_gain if gain is None else gain
     y = y if gain == 1 else y * gain
     return y if clamp is None else F.hardtanh(y, -clamp, clamp)
 
@@ -318,8 +319,8 @@ def bias_act(
         ValueError: shapes, devices or settings that do not fit. The message names the argument.
     """
     _check(x, b, dim, act, clamp)
-    alpha = _DEFAULT_ALPHA if alpha is None else float(alpha)
-    gain = _ACTIVATIONS[act].gain if gain is None else float(gain)
+    alpha = activation_funcs[act].def_alpha if alpha is None else float(alpha)
+    gain = activation_funcs[act].def_gain if gain is None else float(gain)
     tells_side = gain > 0 and (act != "lrelu" or alpha >= 0)  # whether y has the sign of x + b
     if (
         x.numel() == 0
@@ -354,8 +355,8 @@ def _stock_is_faster(x: Tensor) -> bool:
 
 def _check(x: Any, b: Any, dim: int, act: str, clamp: float | None) -> None:
     check_input(x)
-    if act not in _ACTIVATIONS:
-        raise ValueError(f"act must be one of {', '.join(_ACTIVATIONS)}, not {act!r}")
+    if act not in activation_funcs:
+        raise ValueError(f"act must be one of {', '.join(activation_funcs)}, not {act!r}")
     if clamp is not None and not clamp >= 0:
         raise ValueError(f"clamp must not be negative, not {clamp}")
     if b is None:
