@@ -10,7 +10,6 @@ from torch.optim import Adam
 
 from benchmarks.case import Case
 from benchmarks.training_step import Setup, StepCase, Stock, Trainer
-from fastgan.fuse import fuse
 from fastgan.models.cyclegan import PatchDiscriminator, ResNetGenerator, init_weights
 from fastgan.training.cyclegan import POOL, CycleGAN, CycleGANSettings, ImagePool
 
@@ -91,8 +90,7 @@ class FusedTrainer(Trainer):
         torch.manual_seed(0)
         settings = CycleGANSettings(image_size=SIZE, features=FEATURES, blocks=BLOCKS, lr=setup.lr)
         system = CycleGAN(settings, 3, setup.accelerator())
-        for network in system.networks.values():
-            fuse(network)
+        system.fuse()
         self.generator = system.generators["a2b"]
         reals = cycle(setup.reals)
         self.step = lambda: system.step(reals)

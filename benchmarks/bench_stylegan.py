@@ -10,7 +10,6 @@ from torch.optim import Adam
 
 from benchmarks.case import Case
 from benchmarks.training_step import Setup, StepCase, Stock, Trainer
-from fastgan.fuse import fuse
 from fastgan.models.stylegan import Discriminator, Generator
 from fastgan.training.stylegan import StyleGAN, StyleGANSettings
 
@@ -93,8 +92,7 @@ class FusedTrainer(Trainer):
             mapping_layers=MAPPING_LAYERS, features=width(setup.device), mixing_probability=0.0, phase_images=0,
         )  # fmt: skip
         system = StyleGAN(settings, 3, setup.accelerator())
-        for network in system.networks.values():
-            fuse(network)
+        system.fuse()
         self.generator = system.generator
         reals = cycle(setup.reals)
         self.step = lambda: system.step(reals)

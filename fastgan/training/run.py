@@ -11,7 +11,6 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from fastgan import backend
-from fastgan.fuse import fuse
 from fastgan.training import checkpoint
 from fastgan.training.compare import Comparison, compare
 from fastgan.training.cyclegan import CycleGAN
@@ -97,8 +96,8 @@ def train(
 
     def build(fused: bool) -> System:
         system = system_type(settings, channels, accelerator)
-        for network in system.networks.values() if fused else ():
-            fuse(network)
+        if fused:
+            system.fuse()
         return system
 
     torch.manual_seed(settings.seed)

@@ -80,6 +80,12 @@ class StyleGAN(LatentSystem[StyleGANSettings]):
         self.truncation = 1.0
         self.grow(0)
 
+    def fuse(self) -> None:
+        super().fuse()
+        # Forwards written by hand call the layers one by one, and each would bring its image into this layout and back.
+        for network in self.networks.values():
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
     def grow(self, steps: int) -> None:
         """Brings the networks to where they are after `steps`."""
         self.steps = steps

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
+from fastgan.fuse import fuse
 from fastgan.training.data import ImageSet
 from fastgan.training.errors import InputError
 from fastgan.training.images import Grid
@@ -97,6 +98,11 @@ class System(ABC, Generic[S]):
         with self.accelerator.autocast():
             scores = network(images)
         return scores.float()
+
+    def fuse(self) -> None:
+        """Has fused operators compute the networks."""
+        for network in self.networks.values():
+            fuse(network)
 
     def update(self, name: str) -> Tensor:
         """Steps the optimiser of network `name`; returns the norm of its gradient, averaged over processes."""
