@@ -132,6 +132,9 @@ PYBIND11_MODULE(_C, m) {
                                        Address g_grad_y, Address g_x, Address g_bias) {
     kernels.bias_act_double_backward(a, at(ggx), at(ggb), at(grad_y), at(side), at(g_grad_y), at(g_x), at(g_bias));
   }, release());
+  m.def("transpose_matrices", [](int dtype, std::array<int64_t, 3> shape, Address x, Address y) {
+    kernels.transpose_matrices({static_cast<DType>(dtype), shape[0], shape[1], shape[2]}, at(x), at(y));
+  }, release());
   m.def("image_to_patches", [](const Patches& p, Address image, Address patches) {
     kernels.image_to_patches(p, at(image), at(patches));
   }, release());

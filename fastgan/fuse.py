@@ -28,7 +28,7 @@ from fastgan.nn.group_norm_act import GroupNormAct, InstanceNormAct2d, LayerNorm
 from fastgan.nn.norm_act import Activation, BatchNormAct2d, attachment, batch_norm_act
 from fastgan.ops._autograd import is_transformed
 from fastgan.ops._norm import activate
-from fastgan.ops._tensors import DTYPES, is_channels_last
+from fastgan.ops._tensors import DTYPES, dense, is_channels_last
 from fastgan.ops._types import Act
 from fastgan.ops.conv import is_autocast
 from fastgan.tracing import Traces
@@ -261,7 +261,7 @@ def _can_add(x: Tensor, residual: Any) -> bool:
 
 
 def _restore(x: Any, stock: torch.memory_format | None) -> Any:
-    return x if stock is None else x.contiguous(memory_format=stock)
+    return x if stock is None else dense(x, stock == torch.channels_last)
 
 
 _FUSED: dict[type[nn.Module], type[_StandIn]] = {}  # the class that stands in for each

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastgan import backend
 from fastgan.ops import activation, avg_pool, conv, norm_act
-from fastgan.ops._tensors import is_channels_last
+from fastgan.ops._tensors import dense, is_channels_last
 from fastgan.ops.group_norm_act import check_group_norm, check_layer_norm
 from fastgan.ops.group_norm_act import normalise as normalise_groups
 
@@ -235,7 +235,9 @@ class lean_double_backward(TorchFunctionMode):
     def _restore(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
             if tensor in self._owing:
-                tensor.data = tensor.data.contiguous()  # the same tensor in the same graph, lying otherwise
+                tensor.data = dense(
+                    tensor.data, channels_last=False
+                )  # the same tensor in the same graph, lying otherwise
                 del self._owing[tensor]
 
 

@@ -88,6 +88,12 @@ struct AdaINDoubleBackward : AdaIN {
   void* g_bias;                // (C,) acc, or null
 };
 
+// N matrices of A rows and B columns, one after the other in memory.
+struct Matrices {
+  DType dtype;
+  int64_t N, A, B;
+};
+
 // A batch of N samples of S elements each, one after the other in memory.
 struct Samples {
   DType dtype;
@@ -164,6 +170,7 @@ struct Kernels {
   void (*bias_act_backward)(const BiasAct&, const void* grad_y, const void* side, void* grad_x, void* grad_bias);
   void (*bias_act_double_backward)(const BiasAct&, const void* ggx, const void* ggb, const void* grad_y,
                                    const void* side, void* g_grad_y, void* g_x, void* g_bias);
+  void (*transpose_matrices)(const Matrices&, const void* x, void* y); // y: N matrices of B rows and A columns
   void (*image_to_patches)(const Patches&, const void* image, void* patches);
   void (*patches_to_image)(const Patches&, const void* patches, void* image);
   // Of samples x, y (N, S) dtype, and numbers for each (N,) acc: sums = Σ x·y, and y = factors·x.

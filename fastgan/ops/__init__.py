@@ -1,5 +1,6 @@
 """The operators as functions: arguments in the order of `torch.nn.functional`."""
 
+import fastgan.ops.layout  # noqa: F401  (registers what `_tensors.dense` calls)
 from fastgan.ops.activation import hardtanh, leaky_relu, prelu, relu
 from fastgan.ops.adain import adain, adain_from_features
 from fastgan.ops.avg_pool import adaptive_avg_pool2d, avg_pool2d

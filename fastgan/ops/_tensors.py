@@ -23,9 +23,19 @@ def is_channels_last(x: Tensor) -> bool:
 
 def dense(x: Tensor, channels_last: bool) -> Tensor:
     """`x` itself where it lies densely in the layout, else a copy that does."""
-    if not channels_last:
-        return x.contiguous()
-    return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
+    layout = torch.contiguous_format
+    if channels_last:
+        layout = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    if x.is_contiguous(memory_format=layout):
+        return x
+    is_large = x.dim() == 4 and not torch.compiler.is_compiling() and x.numel() >= _LARGE
+    if is_large and min(x.shape[1], x.shape[2] * x.shape[3]) >= _WIDE:
+        return torch.ops.fastgan.layout(x, channels_last)
+    return x.contiguous(memory_format=layout)
+
+
+# Elements, and channels and pixels, from which the operator gains on `contiguous`. Compiled code is for any number of them.
+_LARGE, _WIDE = 1 << 16, 16
 
 
 def check_is_tensor(name: str, value: object) -> None:
