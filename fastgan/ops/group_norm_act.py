@@ -45,6 +45,8 @@ def reference(
     if _is_per_element(weight, bias):
         y = dense(F.layer_norm(x, x.shape[1:], weight, bias, eps), is_channels_last(x))
     else:
+        if weight is None and bias is not None:  # of which torch cannot differentiate
+            weight = torch.ones_like(bias)
         y = torch.group_norm(x, num_groups, weight, bias, eps)
     if residual is not None:
         y = y + residual
