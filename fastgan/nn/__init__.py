@@ -1,6 +1,6 @@
 """The operators as modules: subclasses of torch's own, with the same parameters and buffers."""
 
-from fastgan.nn.adain import AdaIN, LayerEpilogue, NoiseInjection
+from fastgan.nn.adain import AdaIN, LayerEpilogue, NoiseInjection, StyledConv
 from fastgan.nn.conv_norm_act import ConvBnAct2d, ConvTransposeBnAct2d
 from fastgan.nn.equalized import EqualConv2d, EqualLinear
 from fastgan.nn.group_norm_act import GroupNormAct, InstanceNormAct2d, LayerNormAct
@@ -20,4 +20,5 @@ __all__ = [
     "LayerEpilogue",
     "LayerNormAct",
     "NoiseInjection",
+    "StyledConv",
 ]

@@ -1,10 +1,12 @@
 """Adaptive instance normalisation as modules: the layers of StyleGAN's generator (Karras et al. 2019)."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgan import ops
-from fastgan.nn.equalized import EqualLinear
+from fastgan.nn.equalized import EqualConv2d, EqualLinear
+from fastgan.nn.upfirdn2d import Blur
 from fastgan.ops._tensors import accumulation_dtype
 
 SLOPE = 0.2
@@ -98,3 +100,39 @@ class NoiseInjection(nn.Module):
 def draw_noise(x: Tensor) -> Tensor:
     """(N, 1, \\*) for x; in float32 at least, so that all precisions see the same."""
     return torch.randn(x.shape[0], 1, *x.shape[2:], dtype=accumulation_dtype(x.dtype), device=x.device)
+
+
+class StyledConv(nn.Module):
+    """A convolution without bias and its epilogue: `EqualConv2d`, then `LayerEpilogue`.
+
+    With `upsample`, x is doubled before the convolution, by nearest neighbours, and blurred after it by [1, 2, 1].
+
+    Args:
+        in_channels, out_channels: of x, and of the result.
+        resolution: of the result.
+        w_dim: elements of one w.
+        kernel_size: of the convolution, odd.
+        upsample: whether x has half the resolution.
+
+    Called like `LayerEpilogue`, and raises what that raises.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        resolution: int,
+        w_dim: int,
+        kernel_size: int = 3,
+        upsample: bool = False,
+    ):
+        super().__init__()
+        self.conv = EqualConv2d(in_channels, out_channels, kernel_size, bias=False)
+        self.blur = Blur() if upsample else None
+        self.epilogue = LayerEpilogue(out_channels, resolution, w_dim)
+
+    def forward(self, x: Tensor, w: Tensor, noise: Tensor | None = None) -> Tensor:
+        if self.blur is not None:
+            x = F.interpolate(x, scale_factor=2)
+        x = self.conv(x)
+        return self.epilogue(x if self.blur is None else self.blur(x), w, noise)

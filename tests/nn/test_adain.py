@@ -1,4 +1,4 @@
-"""AdaIN, LayerEpilogue and NoiseInjection do what the reference network does, in its parameters."""
+"""AdaIN, LayerEpilogue, StyledConv and NoiseInjection do what the reference network does, in its parameters."""
 
 import copy
 import pickle
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastgan.models import stylegan
-from fastgan.nn import AdaIN, LayerEpilogue, NoiseInjection
+from fastgan.nn import AdaIN, LayerEpilogue, NoiseInjection, StyledConv
 
 
 def randomised(module):
@@ -88,6 +88,28 @@ def test_adain_is_an_epilogue_without_noise_bias_and_activation():
     torch.testing.assert_close(layer(x, w[:1]), layer(x, w[:1].expand(3, -1)))
 
 
+@pytest.mark.parametrize("upsample", [True, False])
+def test_a_styled_convolution_is_a_blocks_half(upsample):
+    block = randomised(stylegan.SynthesisBlock(6, 4, 8, w_dim=5))
+    conv, epilogue = (block.up, block.epilogue1) if upsample else (block.conv, block.epilogue2)
+    fast = StyledConv(6 if upsample else 4, 4, 8, w_dim=5, upsample=upsample).double()
+    fast.conv.load_state_dict((conv[1] if upsample else conv).state_dict())
+    loaded(fast.epilogue, epilogue)
+    x, w, noise = inputs(channels=6 if upsample else 4, resolution=4 if upsample else 8)
+    noise = torch.randn(3, 1, 8, 8, dtype=torch.float64)
+
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.epilogue = conv, epilogue
+
+        def forward(self, x, w, noise):
+            return self.epilogue(self.conv(x), w, noise)
+
+    found, expected = (both_orders(module, x, w, noise) for module in (fast, Plain()))
+    torch.testing.assert_close(found, expected)
+
+
 def test_noise_is_injected_by_a_weight_for_each_channel():
     layer = NoiseInjection(4)
     x, _, noise = (t.detach() for t in inputs())
@@ -113,9 +135,10 @@ def test_autocast_takes_narrow_styles_for_wide_images_too(dtype):
 
 def test_copies_compute_the_same():
     x, w, noise = inputs()
-    layer = randomised(LayerEpilogue(4, 8, 5))
-    assert torch.equal(copy.deepcopy(layer)(x, w, noise), layer(x, w, noise))
-    assert torch.equal(pickle.loads(pickle.dumps(layer))(x, w, noise), layer(x, w, noise))
+    for layer in (LayerEpilogue(4, 8, 5), StyledConv(4, 4, 8, 5)):
+        layer = randomised(layer)
+        assert torch.equal(copy.deepcopy(layer)(x, w, noise), layer(x, w, noise))
+        assert torch.equal(pickle.loads(pickle.dumps(layer))(x, w, noise), layer(x, w, noise))
 
 
 @pytest.mark.parametrize("width", [4, 6])
