@@ -14,6 +14,7 @@ from fastgan.ops._norm import (
     check_parameter,
     check_settings,
     empty_statistics,
+    stock_is_faster,
     third_derivative,
 )
 from fastgan.ops._tensors import (
@@ -300,7 +301,8 @@ def adain(
     """
     _check(x, scale, shift, eps, noise, noise_weight, bias, act)
     differentiates_noise = noise is not None and noise.requires_grad and torch.is_grad_enabled()
-    if x.numel() == 0 or differentiates_noise or is_transformed() or backend.serving(x.device.type) != "cpp":
+    stock = x.numel() == 0 or differentiates_noise or is_transformed() or backend.serving(x.device.type) != "cpp"
+    if stock or stock_is_faster(x):
         return reference(
             x, scale, shift, eps,
             noise=noise, noise_weight=noise_weight, bias=bias, act=act, negative_slope=negative_slope,

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from oracle import Errors, arange_like, two_orders
 
+from fastgan import backend
 from fastgan.ops import adain, adain_from_features
 from fastgan.ops.adain import reference
 
@@ -300,6 +301,19 @@ def test_another_backend_or_a_transform_runs_the_definition(use_backend, monkeyp
     assert torch.equal(ours(noise, "relu")(*inputs), stock(noise, "relu")(*inputs))
     assert not served
     torch.testing.assert_close(by_kernel, stock(noise, "relu")(*inputs))
+
+
+@needs_cpp
+def test_stock_torch_serves_small_tensors_unless_a_backend_is_named(monkeypatch):
+    served = []
+    kernel = torch.ops.fastgan.adain
+    monkeypatch.setattr(torch.ops.fastgan, "adain", lambda *args: served.append(args[0].shape) or kernel(*args))
+    small, large = torch.randn(2, 3, 4, 4), torch.randn(2, 2, 1024, 1024)
+    for automatic in (True, False):
+        monkeypatch.setattr(backend, "is_automatic", lambda: automatic)  # noqa: B023
+        for x in (small, large):
+            ours()(x, *torch.randn(2, *x.shape[:2]))
+    assert served == [large.shape, small.shape, large.shape]
 
 
 @pytest.mark.parametrize("act", ACTS)
