@@ -71,13 +71,14 @@ LEAN = {"activation", "avg_pool"}
 COMPOSITE = {"minibatch_stddev", "pixel_norm"}
 LEVELS = {
     "fastgan/nn/{}.py": {"bias_act", "conv", "layout", "penalty"} | LEAN | COMPOSITE,
-    "kernels/fastgan_kernels/{}.py": {"conv", "conv_norm_act", "layout"} | LEAN | COMPOSITE,
+    "kernels/fastgan_kernels/{}.py": {"adain", "conv", "conv_norm_act", "layout"} | LEAN | COMPOSITE,
     "csrc/cpu/{}.h": {"conv_norm_act"} | LEAN | COMPOSITE,
     "tests/ops/test_{}.py": {"avg_pool"},  # among the activations' cases
     "benchmarks/bench_{}.py": {"conv", "layout"} | LEAN | COMPOSITE,
 }
 SHARED = {
     "_norm", "kernels", "simd", "tiles", "conv_tiles", "__init__", "training", "wgan_gp", "stylegan", "cyclegan",
+    "equalized",
 }  # fmt: skip
 
 

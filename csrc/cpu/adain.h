@@ -31,8 +31,13 @@ template <class T> struct Activated {
     const vec_t<T> x = load(static_cast<const T*>(a.x) + offset, n) + p[0];
     return a.noise ? x + p[1] * noise_at<T>(a, where, n) : x;
   }
-  // act(p) = act'(p)·p. (GCC 12 fails on `act.value` beside `act.gradient` where there is only SSE2.)
-  inline __attribute__((always_inline)) vec_t<T> after(vec_t<T> before) const { return act.gradient(before, before); }
+  // act(p) = act'(p)·p, which is slower. (GCC 12 fails on `act.value` beside `act.gradient` where there is only SSE2.)
+  inline __attribute__((always_inline)) vec_t<T> after(vec_t<T> before) const {
+    if constexpr (FASTGAN_VECTOR_BYTES > 16)
+      return act.value(before);
+    else
+      return act.gradient(before, before);
+  }
   template <class Where>
   inline __attribute__((always_inline)) vec_t<T> operator()(const vec_t<T>* p, int64_t offset, int n, Where where) const {
     return after(before(p, offset, n, where));

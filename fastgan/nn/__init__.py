@@ -1,16 +1,24 @@
 """The operators as modules: subclasses of torch's own, with the same parameters and buffers."""
 
+from fastgan.nn.adain import AdaIN, LayerEpilogue, NoiseInjection, StyledConv
 from fastgan.nn.conv_norm_act import ConvBnAct2d, ConvTransposeBnAct2d
+from fastgan.nn.equalized import EqualConv2d, EqualLinear
 from fastgan.nn.group_norm_act import GroupNormAct, InstanceNormAct2d, LayerNormAct
 from fastgan.nn.norm_act import BatchNormAct2d
 from fastgan.nn.upfirdn2d import Blur
 
 __all__ = [
+    "AdaIN",
     "BatchNormAct2d",
     "Blur",
     "ConvBnAct2d",
     "ConvTransposeBnAct2d",
+    "EqualConv2d",
+    "EqualLinear",
     "GroupNormAct",
     "InstanceNormAct2d",
+    "LayerEpilogue",
     "LayerNormAct",
+    "NoiseInjection",
+    "StyledConv",
 ]

@@ -35,6 +35,18 @@ def empty_statistics(x: Tensor, *shape: int) -> Tensor:
     return x.new_empty(shape, dtype=torch.float64 if cpp else accumulation_dtype(x.dtype))
 
 
+# On the CPU stock torch is faster up to so many elements a thread: an operator in Python takes longer to call than a small
+# tensor to read. In channels_last stock is slow enough to be beaten sooner; a gradient penalty gains at any size.
+_SMALL, _SMALL_CHANNELS_LAST = 1 << 17, 1 << 15
+
+
+def stock_is_faster(x: Tensor) -> bool:
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or not backend.is_automatic():
+        return False
+    small = _SMALL_CHANNELS_LAST if is_channels_last(x) else _SMALL
+    return x.numel() <= small * torch.get_num_threads()
+
+
 class NormCall:
     """What the three orders of a norm pass to C++ alike, as csrc/cpu/kernels.h declares it; holds the tensors that it gives
     addresses of.

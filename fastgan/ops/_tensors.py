@@ -43,11 +43,11 @@ def check_is_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
 
 
-def check_input(x: Tensor) -> None:
+def check_input(x: Tensor, name: str = "x") -> None:
     """Raise what every operator raises of an x that is no floating-point tensor."""
-    check_is_tensor("x", x)
+    check_is_tensor(name, x)
     if x.dtype not in DTYPES:
-        raise TypeError(f"x must be float32, float64, bfloat16 or float16, not {x.dtype}")
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, not {x.dtype}")
 
 
 def planes(x: Tensor) -> tuple[int, int, int]:

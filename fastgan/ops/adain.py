@@ -14,6 +14,7 @@ from fastgan.ops._norm import (
     check_parameter,
     check_settings,
     empty_statistics,
+    stock_is_faster,
     third_derivative,
 )
 from fastgan.ops._tensors import (
@@ -102,13 +103,12 @@ def _(x, scale, *_):
 @torch.library.register_fake("fastgan::adain_backward")
 def _(grad_out, x, scale, shift, noise_weight, bias, noise, mean, var, *settings):
     *_, needs_x, needs_style, needs_parameters = settings
-    nothing = x.new_empty(0)
 
     def like(tensor, needed):
-        return torch.empty_like(tensor) if needed and tensor is not None else nothing
+        return tensor.new_empty(tensor.shape) if needed and tensor is not None else x.new_empty(0)
 
     return (
-        _empty_like_x(x) if needs_x else nothing,
+        _empty_like_x(x) if needs_x else x.new_empty(0),
         like(scale, needs_style),
         like(shift, needs_style),
         like(noise_weight, needs_parameters),
@@ -118,8 +118,8 @@ def _(grad_out, x, scale, shift, noise_weight, bias, noise, mean, var, *settings
 
 @torch.library.register_fake("fastgan::adain_double_backward")
 def _(ggx, gg_scale, gg_shift, gg_noise_weight, gg_bias, grad_out, x, scale, shift, noise_weight, bias, *_):
-    g_parameters = (x.new_empty(0) if t is None else torch.empty_like(t) for t in (noise_weight, bias))
-    return _empty_like_x(x), _empty_like_x(x), torch.empty_like(scale), *g_parameters
+    g_parameters = (x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (noise_weight, bias))
+    return _empty_like_x(x), _empty_like_x(x), scale.new_empty(scale.shape), *g_parameters
 
 
 # ── Gradient ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -301,18 +301,12 @@ def adain(
     """
     _check(x, scale, shift, eps, noise, noise_weight, bias, act)
     differentiates_noise = noise is not None and noise.requires_grad and torch.is_grad_enabled()
-    if x.numel() == 0 or differentiates_noise or is_transformed() or backend.serving(x.device.type) != "cpp":
+    stock = x.numel() == 0 or differentiates_noise or is_transformed() or backend.serving(x.device.type) != "cpp"
+    if stock or stock_is_faster(x):
         return reference(
-            x,
-            scale,
-            shift,
-            eps,
-            noise=noise,
-            noise_weight=noise_weight,
-            bias=bias,
-            act=act,
-            negative_slope=negative_slope,
-        )
+            x, scale, shift, eps,
+            noise=noise, noise_weight=noise_weight, bias=bias, act=act, negative_slope=negative_slope,
+        )  # fmt: skip
     out, _, _ = torch.ops.fastgan.adain(x, scale, shift, noise_weight, bias, noise, eps, act, negative_slope)
     return out
 
@@ -326,20 +320,12 @@ def adain_from_features(content: Tensor, style: Tensor, eps: float = 1e-5) -> Te
     Raises:
         TypeError, ValueError: as `adain`, and where style does not fit content.
     """
-    check_input(content)
-    check_is_tensor("style", style)
-    if content.dim() < 3 or style.dim() < 3 or style.shape[:2] != content.shape[:2]:
-        raise ValueError(
-            f"style must have content's batch and channels {tuple(content.shape[:2])} and pixels, "
-            f"not shape {tuple(style.shape)} beside {tuple(content.shape)}"
-        )
-    if style.dtype != content.dtype:
-        raise TypeError(f"style must be {content.dtype} like content, not {style.dtype}")
+    _check_features(content, style)
     pixels = tuple(range(2, style.dim()))
     wide = style.to(accumulation_dtype(style.dtype))
     mean = wide.mean(pixels, keepdim=True)
     deviation = ((wide - mean).square().mean(pixels) + eps).sqrt()
-    return adain(content, deviation.to(style.dtype), mean.flatten(1).to(style.dtype), eps)
+    return adain(content, deviation, mean.flatten(1), eps)
 
 
 def _check(x, scale, shift, eps, noise, noise_weight, bias, act) -> None:
@@ -347,6 +333,8 @@ def _check(x, scale, shift, eps, noise, noise_weight, bias, act) -> None:
     check_input(x)
     if x.dim() < 2:
         raise ValueError(f"x must have at least 2 dimensions (N, C, *), not shape {tuple(x.shape)}")
+    if x.shape[1] == 0:
+        raise ValueError(f"x must have channels, not shape {tuple(x.shape)}")
     check_settings(eps, act)
     for name, style in (("scale", scale), ("shift", shift)):
         check_is_tensor(name, style)
@@ -359,3 +347,20 @@ def _check(x, scale, shift, eps, noise, noise_weight, bias, act) -> None:
         check_parameter("noise", noise, x, (batch, 1, *x.shape[2:]), "one for each pixel of x")
     elif noise_weight is not None:
         raise ValueError("noise_weight needs noise")
+
+
+def _check_features(content, style) -> None:
+    """Raise what `adain_from_features` says it raises, where `adain` would name arguments that its caller has not given."""
+    check_input(content, "content")
+    check_is_tensor("style", style)
+    if content.dim() < 3:
+        raise ValueError(f"content must have at least 3 dimensions (N, C, *), not shape {tuple(content.shape)}")
+    if style.dim() < 3 or style.shape[:2] != content.shape[:2] or 0 in style.shape[2:]:
+        raise ValueError(
+            f"style must have content's batch and channels {tuple(content.shape[:2])} and pixels, "
+            f"not shape {tuple(style.shape)}"
+        )
+    if style.dtype != content.dtype:
+        raise TypeError(f"style must be {content.dtype} like content, not {style.dtype}")
+    if style.device != content.device:
+        raise ValueError(f"style is on {style.device}, content on {content.device}")

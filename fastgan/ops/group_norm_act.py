@@ -18,6 +18,7 @@ from fastgan.ops._norm import (
     check_parameter,
     check_residual,
     check_settings,
+    stock_is_faster,
     third_derivative,
 )
 from fastgan.ops._tensors import accumulation_dtype, check_input, dense, is_channels_last, remember_edges, will_use
@@ -331,22 +332,10 @@ def normalise(
 ) -> Tensor:
     """`group_norm_act` on checked arguments. With `lean` the operator serves be stock torch faster in the forward or not."""
     stock = x.numel() == 0 or is_transformed() or backend.serving(x.device.type) == "reference"
-    if stock or (not lean and _stock_is_faster(x)):
+    if stock or (not lean and stock_is_faster(x)):
         return reference(x, num_groups, weight, bias, eps, act=act, negative_slope=negative_slope, residual=residual)
     y, _, _ = torch.ops.fastgan.group_norm_act(x, weight, bias, residual, num_groups, eps, act, negative_slope)
     return y
-
-
-# On the CPU stock torch is faster up to so many elements a thread: an operator in Python takes longer to call than a small
-# tensor to read. In channels_last stock is slow enough to be beaten sooner; a gradient penalty gains at any size.
-_SMALL, _SMALL_CHANNELS_LAST = 1 << 17, 1 << 15
-
-
-def _stock_is_faster(x: Tensor) -> bool:
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or not backend.is_automatic():
-        return False
-    small = _SMALL_CHANNELS_LAST if is_channels_last(x) else _SMALL
-    return x.numel() <= small * torch.get_num_threads()
 
 
 def _check_input(x: Tensor) -> None:
