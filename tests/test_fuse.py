@@ -944,7 +944,9 @@ class Scaled(nn.Conv2d):
 
 def test_explain_names_every_layer_and_the_reason():
     model = nn.Module()
-    model.chain = nn.Sequential(*small(), nn.InstanceNorm2d(4), Scaled(4, 4, 3), nn.Dropout(), nn.BatchNorm2d(4))
+    model.chain = nn.Sequential(
+        *small(), nn.InstanceNorm2d(4, track_running_stats=True), Scaled(4, 4, 3), nn.Dropout(), nn.BatchNorm2d(4)
+    )
     model.hooked = nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(4, 4, 3)), nn.BatchNorm2d(4), nn.ReLU())
     model.normed = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 3)), nn.ReLU())
     model.residual = Residual()
@@ -958,7 +960,7 @@ def test_explain_names_every_layer_and_the_reason():
         ("chain.0–2", "Conv2d → BatchNorm2d → ReLU", True, ""),
         ("chain.3–4", "ConvTranspose2d → BatchNorm2d", True, ""),
         ("chain.5–7", "Conv2d → BatchNorm2d → LeakyReLU", True, ""),
-        ("chain.8", "InstanceNorm2d", False, "there is no pattern for InstanceNorm2d"),
+        ("chain.8", "InstanceNorm2d", False, "it has running statistics"),
         ("chain.9", "Scaled", False, "Scaled is a subclass of Conv2d"),
         ("chain.11", "BatchNorm2d", True, ""),
         ("hooked.0", "Conv2d", False, "it has a forward pre-hook"),
