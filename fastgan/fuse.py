@@ -323,23 +323,22 @@ class StandIn(NamedTuple):
 
 def _find_residual(node: fx.Node, module: nn.Module) -> StandIn | None:
     """x + chain(y), of which the chain has just been called."""
-    sums = zip(_either(node, _ADD), ("x + y", "y + x"), strict=False)
-    if node.target is IN_PLACE["iadd"]:
-        sums = zip([cast(tuple, node.args)], ("x += y",), strict=True)
-    for (part, residual), order in sums:
-        if (
-            _is_inner(part)
-            and part.op == "call_module"
-            and node.prev is part
-            and isinstance(residual, fx.Node)
-            and len(part.args) == 1
-            and not part.kwargs
-        ):
-            chain = module.get_submodule(str(part.target))
-            if _is_chain(chain) and isinstance(next(reversed(list(chain.children())), None), NORM):
-                args = (_layer(part), part.args[0], residual, order)
-                return StandIn(_plus, args, {}, f"x + {part.target}(x)")
+    orders = ("x + y", "y + x") if node.target in _ADD else ("x += y", "y += x")
+    for (part, residual), order in zip(_either(node, (*_ADD, IN_PLACE["iadd"])), orders, strict=False):
+        if node.prev is not part or not _calls_normed_chain(part, module) or not isinstance(residual, fx.Node):
+            continue
+        if order == "y += x" and not _calls_normed_chain(residual, module):
+            continue  # somebody may see what is added to
+        return StandIn(_plus, (_layer(part), part.args[0], residual, order), {}, f"x + {part.target}(x)")
     return None
+
+
+def _calls_normed_chain(node: fx.Node, module: nn.Module) -> bool:
+    """Whether a node calls a chain that ends with a norm, for the pattern alone."""
+    if node.op != "call_module" or not _is_inner(node) or len(node.args) != 1 or node.kwargs:
+        return False
+    chain = module.get_submodule(str(node.target))
+    return _is_chain(chain) and isinstance([None, *chain.children()][-1], NORM)
 
 
 def _layer(call: fx.Node) -> fx.Node:
@@ -359,6 +358,7 @@ _ORDERS: dict[str, Callable[[Any, Any], Any]] = {
     "x + y": operator.add,
     "y + x": lambda x, y: y + x,  # which decides the layout of a sum of two
     "x += y": operator.iadd,  # and which the type
+    "y += x": lambda x, y: operator.iadd(y, x),
 }
 
 
@@ -416,13 +416,13 @@ def _find_adain(node: fx.Node, module: nn.Module) -> StandIn | None:
 
 def _plain_norm(node: fx.Node, module: nn.Module) -> float | fx.Node | None:
     """Of an instance norm without parameters its eps, or the layer."""
-    if node.target is F.instance_norm and len(node.args) == 1:
+    if node.target is F.instance_norm and len(node.args) == 1 and node.all_input_nodes:
         settings = dict(node.kwargs)
         eps, uses_input = settings.pop("eps", 1e-5), settings.pop("use_input_stats", True)
         settings.pop("momentum", None)
         is_plain = uses_input is True and isinstance(eps, float) and all(value is None for value in settings.values())
         return cast(float, eps) if is_plain else None
-    if node.op == "call_module" and len(node.args) == 1 and not node.kwargs:
+    if node.op == "call_module" and len(node.args) == 1 and not node.kwargs and node.all_input_nodes:
         return _layer(node) if isinstance(module.get_submodule(str(node.target)), INSTANCE) else None
     return None
 
@@ -497,13 +497,13 @@ def _adain_of(
         of = dict(zip(inputs, values, strict=True))
         eps, features = (norm, None) if layer is None else _plain_settings(of[layer])
         found = None
-        if isinstance(eps, float):
+        if eps is not None:
             here = fx.node.map_arg((tuple(addends), scale, shift), of.__getitem__)
             found = _as_adain(*here, features)
         return (
             stock(None, *values)
             if found is None
-            else ops.adain(eps=eps, act=act, negative_slope=slope, **found).contiguous()
+            else ops.adain(eps=cast(float, eps), act=act, negative_slope=slope, **found).contiguous()
         )
 
     return adain, tuple(inputs)

@@ -120,10 +120,15 @@ def _source_of(function: FunctionType) -> ast.FunctionDef:
     (definition,) = tree.body
     if not isinstance(definition, ast.FunctionDef) or definition.decorator_list:
         raise Untraceable("its forward or what that calls is no plain function")
-    code = function.__code__
-    if (compiled.co_code, compiled.co_names) != (code.co_code, code.co_names):
+    if _content(compiled) != _content(function.__code__):
         raise Untraceable("its forward has been edited since it was loaded")
     return definition
+
+
+def _content(code: CodeType) -> tuple:
+    """What differs where the source is another function's. The instructions also tell of the module around it."""
+    inner = [_content(part) for part in code.co_consts if isinstance(part, CodeType)]
+    return code.co_names, code.co_varnames, [c for c in code.co_consts if not isinstance(c, CodeType)], inner
 
 
 def _compares_objects(node: ast.Compare) -> bool:
@@ -349,6 +354,7 @@ class Traces:
         parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
         variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         self.names = [p.name for p in parameters] if all(p.kind not in variadic for p in parameters) else []
+        self.positional = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY] if self.names else []
         self.needed = [p.name for p in parameters if p.default is inspect.Parameter.empty]
         self.count = 0
         # For what is given: names of attributes, and for their essences what to run; None: the forward as it is.
@@ -356,7 +362,7 @@ class Traces:
 
     def find(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Run | None, list[Tensor]]:
         """What to run in place of `module.forward(*args, **kwargs)`, if anything, and on which tensors."""
-        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        given = {**dict(zip(self.positional, args, strict=False)), **kwargs}
         if len(given) != len(args) + len(kwargs) or self.kind.forward is not self.forward:
             return None, []
         tensors = {name: value for name, value in given.items() if type(value) in (Tensor, nn.Parameter)}

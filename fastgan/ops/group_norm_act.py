@@ -42,6 +42,8 @@ def reference(
     Instance norm is `num_groups` = C. `torch.group_norm` also takes groups of a single element, which its functional form
     refuses.
     """
+    if weight is None and bias is not None:
+        weight = torch.ones_like(bias)  # without, stock's second derivative is an error
     if _is_per_element(weight, bias):
         y = dense(F.layer_norm(x, x.shape[1:], weight, bias, eps), is_channels_last(x))
     else:
