@@ -9,9 +9,9 @@ what it has always found, and `unfuse` has only the class to give back.
 import functools
 import math
 import operator
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from itertools import product
+from types import FunctionType
 from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import torch
@@ -27,11 +27,10 @@ from fastgan.nn.conv_norm_act import ConvBnAct2d, ConvTransposeBnAct2d, conv2d, 
 from fastgan.nn.group_norm_act import GroupNormAct, InstanceNormAct2d, LayerNormAct, instance_norm_act
 from fastgan.nn.norm_act import Activation, BatchNormAct2d, attachment, batch_norm_act
 from fastgan.ops._autograd import is_transformed
-from fastgan.ops._norm import activate
 from fastgan.ops._tensors import DTYPES, dense, is_channels_last
 from fastgan.ops._types import Act
 from fastgan.ops.conv import is_autocast
-from fastgan.tracing import Traces
+from fastgan.tracing import IN_PLACE, Traces, compiled
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -159,6 +158,9 @@ class _StandIn(nn.Module):
 
     _unfused: type[nn.Module]
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Nothing: what the class does about its subclasses is meant for others."""
+
     def __reduce_ex__(self, protocol: Any) -> tuple:
         """Pickles as the unfused module, to be fused again: the class is made at run time and has no name to import."""
         make, args, *state = cast(tuple, super().__reduce_ex__(protocol))
@@ -175,26 +177,25 @@ class Fused(_StandIn, nn.Sequential):
                 input = module(input)
             return input
         else:
-            return _restore(*self._run(input, None))
+            x, stock, _ = self._run(input, None)
+            return _restore(x, stock)
 
     def _run(
-        self, x: Any, stock: torch.memory_format | None, residual: Tensor | None = None
-    ) -> tuple[Any, torch.memory_format | None]:
-        """The children's output for x, with a `residual` added, and the layout that it owes.
+        self, x: Any, stock: torch.memory_format | None, residual: Tensor | None = None, layout: Any = None
+    ) -> tuple[Any, torch.memory_format | None, bool]:
+        """The children's output for x, the layout that it owes, and whether it holds the `residual`.
 
         Convolutions leave their output in the layout that is fast. Where that is not the layout that stock torch would
-        have, `stock` names it, and whoever can tell the difference gets the tensor restored.
+        have, `stock` names it, and whoever can tell the difference gets the tensor restored. A last norm adds a residual
+        that owes its own `layout`: then the sum owes that too, in whichever order stock adds.
         """
-        layers = list(self)
+        layers, is_added = list(self), False
         classes: Classes = (None,) * len(layers) if _is_observed() else _classes(layers)
         while layers:
             head, head_class = layers[0], classes[0]
             length, run = _choose(x, layers, classes)
-            if (
-                run in (_conv_batch_norm_act, _conv_instance_norm_act)
-                and residual is not None
-                and length == len(layers)
-            ):
+            is_last = residual is not None and length == len(layers) and isinstance(layers[-1], NORM)
+            if is_last and length == 2:
                 length, run = 1, _conv  # the norm comes alone, and adds
             if run is not None:
                 if stock is None:
@@ -203,22 +204,21 @@ class Fused(_StandIn, nn.Sequential):
                     stock = torch.channels_last
                 if any(isinstance(layer, INSTANCE) for layer in layers[:length]):
                     stock = torch.contiguous_format  # which stock torch makes of any layout
-                if residual is not None and length == len(layers) and isinstance(head, NORM) and _can_add(x, residual):
-                    x, residual = run(x, *layers, residual=residual), None
-                else:
-                    x = run(x, *layers[:length])
+                is_added = is_last and length == len(layers) and stock == layout and _can_add(x, residual)
+                x = run(x, head, residual=residual) if is_added else run(x, *layers[:length])
                 if x.is_contiguous(memory_format=stock):
                     stock = None
             elif head_class is not None and isinstance(head, Fused):
-                x, stock = head._run(x, stock)
-            elif head_class is not None and isinstance(head, FusedForward) and (chain := head._chain_of_residual(x)):
-                x, stock = chain._run(x, stock, residual=x)
+                x, stock, _ = head._run(x, stock)
+            elif head_class is not None and isinstance(head, FusedForward) and (found := head._find_residual(x)):
+                chain, order = found
+                x, stock = _plus_owing(chain, x, x, stock, order)
             else:
                 if head_class not in LAYOUT_BLIND:
                     x, stock = _restore(x, stock), None
                 x = head(x)
             layers, classes = layers[length:], classes[length:]
-        return (x, stock) if residual is None else (_restore(x, stock) + residual, None)
+        return x, stock, is_added
 
     def extra_repr(self) -> str:
         fused = [f"fused ({row.place}): {row.pattern}" for row in _rows_of_chain("", self) if row.fused]
@@ -230,26 +230,48 @@ class FusedForward(_StandIn):
 
     _traces: ClassVar[Traces]
 
-    def forward(self, *args, **kwargs):
-        if _is_observed() or torch.compiler.is_compiling():
-            return super().forward(*args, **kwargs)
-        run, tensors = self._traces.find(self, args, kwargs)
-        return super().forward(*args, **kwargs) if run is None else run.function(self, *tensors)
-
-    def _chain_of_residual(self, x: Any) -> Fused | None:
-        """The chain with which the forward is x + chain(x), and nothing else."""
+    def _find_residual(self, x: Any) -> tuple[Fused, str] | None:
+        """Where the forward is x + chain(x), and nothing else: the chain, and the order."""
         if _is_observed() or torch.compiler.is_compiling():
             return None
-        run, _ = self._traces.find(self, (x,), {})
+        run = _find_run(self, (x,), {})[0]
         calls = [] if run is None else [node for node in run.graph.nodes if node.op.startswith("call_")]
-        if len(calls) != 1 or calls[0].target is not _plus or calls[0].args[1] is not calls[0].args[2]:
+        if len(calls) != 1 or calls[0].target is not _plus or next(reversed(run.graph.nodes)).args != (calls[0],):
             return None
-        chain = getattr(self, calls[0].args[0].target)
-        return chain if isinstance(chain, Fused) and not attachment(chain) else None
+        layer, given, residual, order = calls[0].args
+        chain = self.get_submodule(layer.target)
+        return (chain, order) if given is residual and isinstance(chain, Fused) and not attachment(chain) else None
 
     def extra_repr(self) -> str:
         patterns, _ = self._traces.survey(self)
         return "\n".join([*filter(None, [super().extra_repr()]), *(f"fused: {pattern}" for pattern in patterns)])
+
+
+def _find_run(module: FusedForward, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, list[Tensor]]:
+    """A class that others have made of a fused one runs as it is written."""
+    if type(module) is not _FUSED.get(module._unfused):
+        return None, []
+    return module._traces.find(module, args, kwargs)
+
+
+def _run_forward(module: FusedForward, args: tuple, kwargs: dict[str, Any]) -> Any:
+    if not (_is_observed() or torch.compiler.is_compiling()):
+        run, tensors = _find_run(module, args, kwargs)
+        if run is not None:
+            return run.function(module, *tensors)
+    return module._unfused.forward(module, *args, **kwargs)
+
+
+def _like(stock: Any) -> FunctionType:
+    """A forward that has the signature of `stock`, and its source and names for torch.jit.script."""
+    run_forward = _run_forward
+
+    def forward(self, *args, **kwargs):
+        return run_forward(self, args, kwargs)
+
+    assert isinstance(forward, FunctionType)
+    like = FunctionType(forward.__code__, stock.__globals__, stock.__name__, None, forward.__closure__)
+    return functools.wraps(stock)(like)  # type: ignore[return-value]
 
 
 def _can_add(x: Tensor, residual: Any) -> bool:
@@ -274,7 +296,7 @@ def _set_fused(module: nn.Module) -> nn.Module:
         namespace: dict[str, Any] = {"_unfused": unfused, "__module__": __name__}
         stand_in = Fused if issubclass(unfused, nn.Sequential) else FusedForward
         if stand_in is FusedForward:
-            namespace["_traces"] = Traces(unfused, rewrite)
+            namespace |= {"_traces": Traces(unfused, rewrite), "forward": _like(unfused.forward)}
         _FUSED.setdefault(unfused, type(f"Fused{unfused.__name__}", (stand_in, unfused), namespace))
     module.__class__ = _FUSED[unfused]
     return module
@@ -289,7 +311,7 @@ def _remake(make: Callable[..., nn.Module], *args: Any) -> nn.Module:
 # tensors is decided when it is called; otherwise the functions here do what the graph did.
 
 
-_ADD, _MULTIPLY = (operator.add, operator.iadd, torch.add), (operator.mul, torch.mul)
+_ADD, _MULTIPLY = (operator.add, torch.add), (operator.mul, torch.mul)
 
 
 class StandIn(NamedTuple):
@@ -301,32 +323,55 @@ class StandIn(NamedTuple):
 
 def _find_residual(node: fx.Node, module: nn.Module) -> StandIn | None:
     """x + chain(y), of which the chain has just been called."""
-    for part, residual in _either(node, _ADD):
-        if (
-            _is_inner(part)
-            and part.op == "call_module"
-            and node.prev is part
-            and len(part.args) == 1
-            and not part.kwargs
-        ):
-            chain = module.get_submodule(str(part.target))
-            if _is_chain(chain) and _classes(chain.children())[-1:] and isinstance(list(chain.children())[-1], NORM):
-                return StandIn(_plus, (_layer(part), part.args[0], residual), {}, f"x + {part.target}(x)")
+    orders = ("x + y", "y + x") if node.target in _ADD else ("x += y", "y += x")
+    for (part, residual), order in zip(_either(node, (*_ADD, IN_PLACE["iadd"])), orders, strict=False):
+        if node.prev is not part or not _calls_normed_chain(part, module) or not isinstance(residual, fx.Node):
+            continue
+        if order == "y += x" and not _calls_normed_chain(residual, module):
+            continue  # somebody may see what is added to
+        return StandIn(_plus, (_layer(part), part.args[0], residual, order), {}, f"x + {part.target}(x)")
     return None
+
+
+def _calls_normed_chain(node: fx.Node, module: nn.Module) -> bool:
+    """Whether a node calls a chain that ends with a norm, for the pattern alone."""
+    if node.op != "call_module" or not _is_inner(node) or len(node.args) != 1 or node.kwargs:
+        return False
+    chain = module.get_submodule(str(node.target))
+    return _is_chain(chain) and isinstance([None, *chain.children()][-1], NORM)
 
 
 def _layer(call: fx.Node) -> fx.Node:
     """The layer that a node calls, as an argument."""
-    with call.graph.inserting_before(call), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a graph that has no module to look it up in
-        return call.graph.get_attr(str(call.target))
+    with call.graph.inserting_before(call):
+        return call.graph.create_node("get_attr", str(call.target))
 
 
-def _plus(chain: nn.Module, x: Any, residual: Any) -> Any:
-    """residual + chain(x)."""
-    if isinstance(chain, Fused) and not attachment(chain) and not is_channels_last(residual):
-        return _restore(*chain._run(x, None, residual))
-    return chain(x) + residual
+def _plus(chain: nn.Module, x: Any, residual: Any, order: str) -> Any:
+    """chain(x) plus the residual."""
+    if isinstance(chain, Fused) and not attachment(chain) and type(residual) is Tensor:
+        return _restore(*_plus_owing(chain, x, residual, None, order))
+    return _ORDERS[order](chain(x), residual)
+
+
+_ORDERS: dict[str, Callable[[Any, Any], Any]] = {
+    "x + y": operator.add,
+    "y + x": lambda x, y: y + x,  # which decides the layout of a sum of two
+    "x += y": operator.iadd,  # and which the type
+    "y += x": lambda x, y: operator.iadd(y, x),
+}
+
+
+def _plus_owing(
+    chain: Fused, x: Any, residual: Any, stock: torch.memory_format | None, order: str
+) -> tuple[Any, torch.memory_format | None]:
+    """chain(x) plus the residual, and the layout that the sum owes. x and the residual owe `stock`."""
+    layout = stock
+    if layout is None:
+        layouts = (torch.contiguous_format, torch.channels_last) if residual.dim() == 4 else ()
+        layout = next((layout for layout in layouts if residual.is_contiguous(memory_format=layout)), None)
+    part, owed, is_added = chain._run(x, stock, residual, layout)
+    return (part, owed) if is_added else (_ORDERS[order](_restore(part, owed), _restore(residual, stock)), None)
 
 
 def _find_conv(node: fx.Node, module: nn.Module) -> StandIn | None:
@@ -359,20 +404,25 @@ def _find_adain(node: fx.Node, module: nn.Module) -> StandIn | None:
             norm = _plain_norm(normal, module) if _is_inner(normal) else None
             if norm is not None:
                 act, slope, before = _activation_of(normal.args[0])
-                args = (_addends(before), scale, shift, norm, act, slope)
-                return StandIn(_adain, args, {}, "AdaIN" if act == "none" else f"{act} → AdaIN")
+                inner = {node, scaled, normal}
+                if act != "none":
+                    inner.add(normal.args[0])
+                addends = _addends(before, inner)
+                if not _is_disturbed(inner, addends):
+                    function, args = _adain_of(inner, norm, addends, scale, shift, act, slope)
+                    return StandIn(function, args, {}, "AdaIN" if act == "none" else f"{act} → AdaIN")
     return None
 
 
 def _plain_norm(node: fx.Node, module: nn.Module) -> float | fx.Node | None:
     """Of an instance norm without parameters its eps, or the layer."""
-    if node.target is F.instance_norm and len(node.args) == 1:
+    if node.target is F.instance_norm and len(node.args) == 1 and node.all_input_nodes:
         settings = dict(node.kwargs)
         eps, uses_input = settings.pop("eps", 1e-5), settings.pop("use_input_stats", True)
         settings.pop("momentum", None)
         is_plain = uses_input is True and isinstance(eps, float) and all(value is None for value in settings.values())
         return cast(float, eps) if is_plain else None
-    if node.op == "call_module" and len(node.args) == 1 and not node.kwargs:
+    if node.op == "call_module" and len(node.args) == 1 and not node.kwargs and node.all_input_nodes:
         return _layer(node) if isinstance(module.get_submodule(str(node.target)), INSTANCE) else None
     return None
 
@@ -380,20 +430,22 @@ def _plain_norm(node: fx.Node, module: nn.Module) -> float | fx.Node | None:
 def _activation_of(node: Any) -> tuple[Act, float, Any]:
     """The activation that a node is, and what it is of."""
     if _is_inner(node) and len(node.args) in (1, 2):
-        if node.target is F.relu and len(node.args) == 1:
+        if node.target is F.relu and len(node.args) == 1 and not node.kwargs:
             return "relu", 0.0, node.args[0]
-        if node.target is F.leaky_relu:
+        if node.target is F.leaky_relu and node.kwargs.keys() <= {"negative_slope"}:
             slope = node.kwargs.get("negative_slope", node.args[1] if len(node.args) == 2 else 0.01)
-            return "leaky_relu", slope, node.args[0]
+            if isinstance(slope, float):
+                return "leaky_relu", slope, node.args[0]
     return "none", 0.0, node
 
 
-def _addends(node: Any) -> list[Any]:
-    """What a node is the sum of; of a product a pair."""
-    if _is_inner(node) and node.target in (operator.add, torch.add) and len(node.args) == 2 and not node.kwargs:
-        return [addend for part in node.args for addend in _addends(part)]
-    if _is_inner(node) and node.target in _MULTIPLY and len(node.args) == 2 and not node.kwargs:
-        return [node.args]
+def _addends(node: Any, inner: set[fx.Node]) -> list[Any]:
+    """What a node is the sum of; of a product a pair. The nodes of both join the `inner` ones."""
+    if _is_inner(node) and node.target in _ADD + _MULTIPLY and len(node.args) == 2 and not node.kwargs:
+        inner.add(node)
+        return (
+            [addend for part in node.args for addend in _addends(part, inner)] if node.target in _ADD else [node.args]
+        )
     return [node]
 
 
@@ -409,17 +461,71 @@ def _either(node: fx.Node, targets: tuple[Callable, ...]) -> Iterator[tuple[Any,
         yield node.args[::-1]
 
 
-def _adain(
-    addends: list[Any], scale: Any, shift: Any, norm: float | nn.InstanceNorm2d, act: Act, negative_slope: float
-) -> Tensor:
-    is_plain = isinstance(norm, float) or _is_plain_norm(norm)
-    found = _as_adain(addends, scale, shift) if is_plain else None
-    if found is not None:
-        eps = norm if isinstance(norm, float) else norm.eps
-        return ops.adain(eps=eps, act=act, negative_slope=negative_slope, **found)
-    first, *others = (a[0] * a[1] if isinstance(a, tuple) else a for a in addends)
-    y = activate(sum(others, start=first), act, negative_slope)
-    return scale * (F.instance_norm(y, eps=norm) if isinstance(norm, float) else norm(y)) + shift
+def _is_new(node: fx.Node) -> bool:
+    """Whether a node's value has memory of its own, and it leaves its inputs as they are."""
+    if node.target in (F.relu, F.leaky_relu):
+        return len(node.args) <= 2 and node.kwargs.keys() <= {"negative_slope"}
+    return node.target in (*_ADD, *_MULTIPLY, *_CONV_FUNCTIONS, *_CONV_FUNCTIONS.values(), F.instance_norm, F.linear)
+
+
+def _is_disturbed(inner: set[fx.Node], addends: list[Any]) -> bool:
+    """Whether what is added up may be changed before the pattern's last node, which is when the operator reads it."""
+    sharing = {a for addend in addends for a in (addend if isinstance(addend, tuple) else (addend,))}
+    pending = [node for node in sharing if isinstance(node, fx.Node)]
+    while pending:  # all that may be views of one another
+        node = pending.pop()
+        others = [user for user in node.users if not _is_new(user)] + ([] if _is_new(node) else node.all_input_nodes)
+        pending += [other for other in others if other not in sharing]
+        sharing |= set(others)
+    nodes = list(next(iter(inner)).graph.nodes)
+    places = [nodes.index(node) for node in inner]
+    between = set(nodes[min(places) : max(places)]) - inner
+    return any(not _is_new(node) and not sharing.isdisjoint(node.all_input_nodes) for node in between)
+
+
+def _adain_of(
+    inner: set[fx.Node], norm: float | fx.Node, addends: list[Any], scale: Any, shift: Any, act: Act, slope: float
+) -> tuple[Callable[..., Tensor], tuple[fx.Node, ...]]:
+    """The operator where it takes the tensors, and otherwise the `inner` nodes as they are; and what to call that on."""
+    nodes = [node for node in next(iter(inner)).graph.nodes if node in inner]
+    layer = norm if isinstance(norm, fx.Node) else None
+    inputs = [layer] if layer is not None else []
+    inputs += dict.fromkeys(part for node in nodes for part in node.all_input_nodes if part not in inner)
+    stock = _compiled_part(nodes, inputs, layer)
+
+    def adain(*values: Any) -> Tensor:
+        of = dict(zip(inputs, values, strict=True))
+        eps, features = (norm, None) if layer is None else _plain_settings(of[layer])
+        found = None
+        if eps is not None:
+            here = fx.node.map_arg((tuple(addends), scale, shift), of.__getitem__)
+            found = _as_adain(*here, features)
+        return (
+            stock(None, *values)
+            if found is None
+            else ops.adain(eps=cast(float, eps), act=act, negative_slope=slope, **found).contiguous()
+        )
+
+    return adain, tuple(inputs)
+
+
+def _compiled_part(nodes: list[fx.Node], inputs: list[fx.Node], layer: fx.Node | None) -> Callable[..., Any]:
+    """A part of a graph as a function of (None, \\*inputs). Its last node is the result."""
+    part = fx.Graph()
+    copies = {node: part.placeholder(node.name) for node in inputs}
+    for node in nodes:
+        if node.op == "call_module" and layer is not None:
+            (given,) = node.all_input_nodes
+            copies[node] = part.call_method("__call__", (copies[layer], copies[given]))
+        else:
+            copies[node] = part.node_copy(node, copies.__getitem__)
+    part.output(copies[nodes[-1]])
+    return compiled(part)
+
+
+def _plain_settings(norm: Any) -> tuple[float | None, int | None]:
+    """(eps, channels) of an instance norm without parameters; of another layer None."""
+    return (norm.eps, norm.num_features) if _is_plain_norm(norm) else (None, None)
 
 
 def _is_plain_norm(norm: nn.Module) -> bool:
@@ -432,15 +538,17 @@ def _is_plain_norm(norm: nn.Module) -> bool:
     )
 
 
-def _as_adain(addends: list[Any], scale: Any, shift: Any) -> dict[str, Any] | None:
+def _as_adain(addends: tuple[Any, ...], scale: Any, shift: Any, features: int | None) -> dict[str, Any] | None:
     """The arguments of `ops.adain`, where the shapes say which is which."""
     flat = [
         tensor for addend in (*addends, scale, shift) for tensor in (addend if isinstance(addend, tuple) else (addend,))
     ]
-    if not all(isinstance(tensor, Tensor) for tensor in flat):
+    if not all(type(tensor) in (Tensor, nn.Parameter) and tensor.dtype in DTYPES for tensor in flat):
         return None
     x = next((a for a in addends if not isinstance(a, tuple) and a.dim() == 4), None)
-    if x is None or math.prod(x.shape[2:]) < 2 or x.dtype not in DTYPES:
+    if x is None or x.numel() == 0 or math.prod(x.shape[2:]) == 1 or features not in (None, x.shape[1]):
+        return None
+    if any(tensor.device != x.device for tensor in flat):
         return None
     found: dict[str, Any] = {}
     for addend in addends:
@@ -525,11 +633,13 @@ def _can_fuse(module: nn.Module) -> bool:
 
 def _has_own_forward(module: nn.Module) -> bool:
     """Whether calling `module` is to run a forward that is neither torch's nor this library's."""
+    if isinstance(module, (_StandIn, torch.jit.ScriptModule, fx.GraphModule)) or "forward" in module.__dict__:
+        return False
+    forward = type(module).forward
     return (
-        not type(module).forward.__module__.startswith(("torch.", "fastgan.nn", "fastgan.fuse"))
+        isinstance(forward, FunctionType)
+        and not (forward.__module__ or "").startswith(("torch.", "fastgan.nn"))
         and type(module).__call__ is nn.Module.__call__
-        and not isinstance(module, (torch.jit.ScriptModule, fx.GraphModule))
-        and "forward" not in module.__dict__
     )
 
 

@@ -8,7 +8,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from fastgan import backend
+from fastgan import backend, ops
 
 
 @pytest.fixture(autouse=True)
@@ -48,3 +48,16 @@ def use_backend(monkeypatch: pytest.MonkeyPatch):
     yield use
     monkeypatch.undo()
     backend.reset()
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The names of the operators, as they run."""
+    names = []
+
+    def noting(name, op):
+        return lambda *args, **kwargs: (names.append(name), op(*args, **kwargs))[1]
+
+    for name in ops.__all__:
+        monkeypatch.setattr(ops, name, noting(name, getattr(ops, name)))
+    return names

@@ -43,9 +43,7 @@ def reference(
     Instance norm is `num_groups` = C. `torch.group_norm` also takes groups of a single element, which its functional form
     refuses.
     """
-    if (
-        weight is None and bias is not None
-    ):  # torch's own norms cannot be differentiated, or not twice, with a bias alone
+    if weight is None and bias is not None:  # torch's own cannot be differentiated, or not twice, with a bias alone
         weight = torch.ones_like(bias)
     if _is_per_element(weight, bias):
         y = dense(F.layer_norm(x, x.shape[1:], weight, bias, eps), is_channels_last(x))

@@ -1,0 +1,49 @@
+"""What the tests of `fuse` share: a model and its fused twin, and whether they agree."""
+
+import copy
+
+import torch
+from torch import nn
+
+from fastgan.fuse import fuse
+
+
+def batch(dtype=torch.float64, n=3, channels=4, size=8):
+    return torch.randn(n, channels, size, size + 1, dtype=dtype)
+
+
+def twins(make, dtype=torch.float64):
+    """(stock, fused), initialised alike, with norms whose parameters do something."""
+    torch.manual_seed(0)
+    stock = make().to(dtype)
+    for module in stock.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.affine:
+            nn.init.normal_(module.weight, 1.0, 0.2)
+            nn.init.normal_(module.bias, 0.0, 0.2)
+    return stock, fuse(copy.deepcopy(stock))
+
+
+def penalised_loss(model, x):
+    """A loss that holds a gradient penalty, so that its gradient takes second derivatives."""
+    y = model(x)
+    (slope,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    return y.mean() + 0.1 * slope.square().mean()
+
+
+def assert_agree(stock, fused, x, steps=2):
+    """Outputs, their layout, gradients to second order and running statistics are the same, batch after batch."""
+    for step in range(steps):
+        x = torch.randn_like(x)
+        found = []
+        for model in (stock, fused):
+            model.zero_grad()
+            given = x.clone().requires_grad_()
+            torch.manual_seed(step)
+            y = model(given)
+            torch.manual_seed(step)
+            penalised_loss(model, given).backward()
+            grads = {name: p.grad for name, p in model.named_parameters()}
+            found.append({"y": y, "x": given.grad, **grads, **dict(model.named_buffers())})
+        for name, expected in found[0].items():
+            torch.testing.assert_close(found[1][name], expected, rtol=1e-7, atol=1e-9, msg=f"{name}: {{}}".format)
+        assert found[1]["y"].stride() == found[0]["y"].stride()
