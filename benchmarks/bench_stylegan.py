@@ -18,7 +18,6 @@ SIZE, BATCH, LATENT, MAPPING_LAYERS, GAMMA = 64, 8, 512, 8, 10.0
 PEERS = {
     "as written": Stock(),
     "channels_last": Stock(channels_last=True),
-    "compile": Stock(compiled=True),
     "tuned": Stock(channels_last=True, tuned=True),
     "NCHW tuned": Stock(tuned=True),
     "tuned compile": Stock(channels_last=True, tuned=True, compiled=True),

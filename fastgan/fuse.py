@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-from fastgan import ops
+from fastgan import backend, ops
 from fastgan.nn.conv_norm_act import ConvBnAct2d, ConvTransposeBnAct2d, conv2d, conv_batch_norm_act
 from fastgan.nn.group_norm_act import GroupNormAct, InstanceNormAct2d, LayerNormAct, instance_norm_act
 from fastgan.nn.norm_act import Activation, BatchNormAct2d, attachment, batch_norm_act
@@ -149,8 +149,27 @@ def _choose(x: Any, layers: list[nn.Module], classes: Classes) -> tuple[int, Cal
     """How many layers to compute next, and what computes them: None where one layer is to be called."""
     for length, run in _matches(classes):
         if _fits(x, layers[:length]):
-            return length, run
+            return (1, None) if _is_little(x, layers[0]) else (length, run)
     return 1, None
+
+
+# Multiplications of a thread in a convolution, and elements that come out: with fewer of both an operator's call in Python,
+# and the change of the layout, take longer on the CPU than the operator gains.
+_FEW_PRODUCTS, _FEW_ELEMENTS = 1 << 25, 1 << 17
+
+
+def _is_little(x: Tensor, layer: nn.Module) -> bool:
+    """Whether `layer` is a convolution that had better be called. The norms' operators decide for themselves."""
+    if not isinstance(layer, CONV) or x.device.type != "cpu":
+        return False
+    if torch.compiler.is_compiling() or not backend.is_automatic():
+        return False
+    positions = x.shape[0] * x.shape[2] * x.shape[3]
+    spread = math.prod(layer.stride)
+    pixels = positions // spread if isinstance(layer, nn.Conv2d) else positions * spread
+    products = layer.weight.numel() * (pixels if isinstance(layer, nn.Conv2d) else positions)
+    threads = torch.get_num_threads()
+    return products < _FEW_PRODUCTS * threads and pixels * layer.out_channels <= _FEW_ELEMENTS * threads
 
 
 class _StandIn(nn.Module):

@@ -382,7 +382,7 @@ REFUSED = {
     MakesATensor: "its forward uses torch.ones",
     Decorated: "its forward or what that calls is no plain function",
     Prints: "its forward uses print",
-    AppendsOutside: "its forward uses CALLS",
+    AppendsOutside: "its forward uses CALLS.append",
     CallsTheBase: "its forward or what that calls is no plain function",
     HasAProperty: "its forward reads twice, a property",
     Tries: "its forward has a try",
