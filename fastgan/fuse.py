@@ -668,13 +668,17 @@ def _require_module(model: object) -> None:
 
 
 def fuse(model: Model) -> Model:
-    """Have fused operators compute what there are patterns for in the `nn.Sequential` containers of `model`.
+    """Have fused operators compute what there are patterns for in `model`.
 
-    The patterns are [Conv2d | ConvTranspose2d] → BatchNorm2d → [ReLU | LeakyReLU] and its parts, except an activation
-    alone. Returns `model` itself. Layers, parameters, buffers and state_dict stay what they are, and the model computes
-    the same to rounding, in training and evaluation, to the second derivative. A layer that has hooks, is of a subclass
-    or has a parametrized weight is called as before: `explain(model)` says which, and why. A container is looked at
-    whenever it is called, so layers may come and go after fusing. A second `fuse` finds nothing to do.
+    In `nn.Sequential`: [Conv2d | ConvTranspose2d] → [BatchNorm2d | InstanceNorm2d] → [ReLU | LeakyReLU] and its parts, except
+    an activation alone. In a forward written by hand: x + chain(x), of a chain that ends in a norm; scale ·
+    instance_norm(act(x + noise_weight · noise + bias)) + shift; `F.conv2d` and `F.conv_transpose2d`.
+
+    Returns `model` itself. Layers, parameters, buffers and state_dict stay what they are, and the model computes the same
+    to rounding, in training and evaluation, to the second derivative. A layer that has hooks, is of a subclass or has a
+    parametrized weight is called as before, and a forward is left alone unless it is certain to do again what it did when
+    it was read: `explain(model)` says which, and why. A container is looked at whenever it is called, so layers may come
+    and go after fusing. A second `fuse` finds nothing to do. Under torch.compile forwards written by hand run as they are.
 
     Raises:
         TypeError: `model` is no `nn.Module`.
