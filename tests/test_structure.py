@@ -77,8 +77,8 @@ LEVELS = {
     "benchmarks/bench_{}.py": {"conv", "layout"} | LEAN | COMPOSITE,
 }
 SHARED = {
-    "_norm", "kernels", "simd", "tiles", "conv_tiles", "__init__", "training", "wgan_gp", "stylegan", "cyclegan",
-    "equalized",
+    "_norm", "_units", "kernels", "simd", "tiles", "conv_tiles", "__init__", "training", "wgan_gp", "stylegan",
+    "cyclegan", "equalized",
 }  # fmt: skip
 
 

@@ -35,6 +35,12 @@ def empty_statistics(x: Tensor, *shape: int) -> Tensor:
     return x.new_empty(shape, dtype=torch.float64 if cpp else accumulation_dtype(x.dtype))
 
 
+def empty_sample_statistics(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """float64: where a unit is narrow and far from zero, rounding its mean would be the largest error of all."""
+    mean, var = (x.new_empty((x.shape[0], num_groups), dtype=torch.float64) for _ in range(2))
+    return mean, var
+
+
 # On the CPU stock torch is faster up to so many elements a thread: an operator in Python takes longer to call than a small
 # tensor to read. In channels_last stock is slow enough to be beaten sooner; a gradient penalty gains at any size.
 _SMALL, _SMALL_CHANNELS_LAST = 1 << 17, 1 << 15

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from fastgan import backend
 from fastgan.ops._autograd import is_transformed, register_gradient
+from fastgan.ops._kernels import register_kernels
 from fastgan.ops._norm import (
     NormCall,
     activate,
     check_parameter,
     check_settings,
-    empty_statistics,
+    empty_sample_statistics,
     stock_is_faster,
     third_derivative,
 )
@@ -96,8 +97,8 @@ def _empty_like_x(x: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("fastgan::adain")
-def _(x, scale, *_):
-    return _empty_like_x(x), empty_statistics(x, *scale.shape), empty_statistics(x, *scale.shape)
+def _(x, *_):
+    return _empty_like_x(x), *empty_sample_statistics(x, x.shape[1])
 
 
 @torch.library.register_fake("fastgan::adain_backward")
@@ -201,7 +202,6 @@ register_gradient("adain_double_backward", _triple_backward, _save_double_backwa
 
 
 # ── Kernels ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-# C++ for CPU tensors; elsewhere the definition runs.
 
 
 class _Call(NormCall):
@@ -228,14 +228,12 @@ def _in_type_of(originals: Sequence[Tensor | None], found: Sequence[Tensor | Non
     ]
 
 
-@torch.library.impl("fastgan::adain", "cpu")
-def _(x, scale, shift, noise_weight, bias, noise, *settings):
-    mean, var = (empty_statistics(x, *scale.shape) for _ in range(2))
+def _cpp_forward(x, scale, shift, noise_weight, bias, noise, *settings):
+    mean, var = empty_sample_statistics(x, x.shape[1])
     return _Call(x, scale, shift, noise_weight, bias, noise, mean, var, *settings).forward(), mean, var
 
 
-@torch.library.impl("fastgan::adain_backward", "cpu")
-def _(grad_out, x, scale, shift, noise_weight, bias, *arguments):
+def _cpp_backward(grad_out, x, scale, shift, noise_weight, bias, *arguments):
     *rest, needs_x, needs_style, needs_parameters = arguments
     call = _Call(x, scale, shift, noise_weight, bias, *rest)
     grad_out = call.like_x(grad_out)
@@ -249,8 +247,9 @@ def _(grad_out, x, scale, shift, noise_weight, bias, *arguments):
     return grad_x if needs_x else x.new_empty(0), *returned
 
 
-@torch.library.impl("fastgan::adain_double_backward", "cpu")
-def _(ggx, gg_scale, gg_shift, gg_noise_weight, gg_bias, grad_out, x, scale, shift, noise_weight, bias, *rest):
+def _cpp_double_backward(
+    ggx, gg_scale, gg_shift, gg_noise_weight, gg_bias, grad_out, x, scale, shift, noise_weight, bias, *rest
+):
     call = _Call(x, scale, shift, noise_weight, bias, *rest)
     ggx, grad_out = call.like_x(ggx), call.like_x(grad_out)
     ggs = [call.parameter(gg) for gg in (gg_scale, gg_shift, gg_noise_weight, gg_bias)]
@@ -260,6 +259,11 @@ def _(ggx, gg_scale, gg_shift, gg_noise_weight, gg_bias, grad_out, x, scale, shi
         call.arguments, *map(address, (grad_out, ggx, *ggs, g_grad_out, g_x, g_scale, *g_parameters))
     )
     return g_grad_out, g_x, *_in_type_of((scale, noise_weight, bias), (g_scale, *g_parameters), x)
+
+
+register_kernels("adain", "adain", "adain_forward", _cpp_forward)
+register_kernels("adain_backward", "adain", "adain_backward", _cpp_backward)
+register_kernels("adain_double_backward", "adain", "adain_double_backward", _cpp_double_backward)
 
 
 # ── The functions ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -301,7 +305,7 @@ def adain(
     """
     _check(x, scale, shift, eps, noise, noise_weight, bias, act)
     differentiates_noise = noise is not None and noise.requires_grad and torch.is_grad_enabled()
-    stock = x.numel() == 0 or differentiates_noise or is_transformed() or backend.serving(x.device.type) != "cpp"
+    stock = x.numel() == 0 or differentiates_noise or is_transformed() or backend.serving(x.device.type) == "reference"
     if stock or stock_is_faster(x):
         return reference(
             x, scale, shift, eps,

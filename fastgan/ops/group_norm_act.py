@@ -18,6 +18,7 @@ from fastgan.ops._norm import (
     check_parameter,
     check_residual,
     check_settings,
+    empty_sample_statistics,
     stock_is_faster,
     third_derivative,
 )
@@ -89,15 +90,9 @@ def _empty_like_parameter(x: Tensor, weight: Tensor | None, bias: Tensor | None)
     return x.new_empty(shape, dtype=accumulation_dtype(x.dtype) if weight is None else weight.dtype)
 
 
-def _empty_statistics(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-    """float64: where a unit is narrow and far from zero, rounding its mean would be the largest error of all."""
-    mean, var = (x.new_empty((x.shape[0], num_groups), dtype=torch.float64) for _ in range(2))
-    return mean, var
-
-
 @torch.library.register_fake("fastgan::group_norm_act")
 def _(x, weight, bias, residual, num_groups, eps, act, negative_slope):
-    mean, var = _empty_statistics(x, num_groups)
+    mean, var = empty_sample_statistics(x, num_groups)
     return torch.empty_like(dense(x, is_channels_last(x))), mean, var
 
 
@@ -218,7 +213,7 @@ def _call(x, weight, bias, residual, mean, var, *settings) -> NormCall:
 
 
 def _cpp_forward(x, weight, bias, residual, num_groups, *settings):
-    mean, var = _empty_statistics(x, num_groups)
+    mean, var = empty_sample_statistics(x, num_groups)
     return _call(x, weight, bias, residual, mean, var, *settings).forward(), mean, var
 
 

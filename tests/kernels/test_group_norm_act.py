@@ -11,7 +11,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fastgan_kernels import _norm, group_norm_act
+from fastgan_kernels import _norm, _units, group_norm_act
 from fastgan_kernels.group_norm_act import (
     group_norm_act_backward,
     group_norm_act_double_backward,
@@ -141,29 +141,6 @@ def assert_as_exact_as_eager(p: Problem) -> None:
     if p.weight is None or p.weight.dim() == 1:
         terms *= math.prod(p.x.shape[2:])
     assert_kernels_are_as_exact_as_eager(by_kernels(p), by_autograd, p, dict.fromkeys(SUMS, terms))
-
-
-def cut_into_small_tiles(monkeypatch) -> None:
-    """No unit held whole, several programs to a unit, each with several tiles, on tensors that the interpreter can cover."""
-    monkeypatch.setattr(group_norm_act, "_WHOLE", dict.fromkeys(group_norm_act._WHOLE, 0))
-    monkeypatch.setattr(group_norm_act, "_TILE", 16)
-    monkeypatch.setattr(group_norm_act, "_ELEMENT_TILE", 32)
-    monkeypatch.setattr(group_norm_act, "ROW_CHANNELS", 2)
-    monkeypatch.setattr(group_norm_act, "PROGRAMS", 10)
-    monkeypatch.setattr(group_norm_act, "_SUMMING_PROGRAMS", 6)
-    monkeypatch.setattr(group_norm_act, "_cached_plan", group_norm_act._Plan)
-
-
-@pytest.fixture
-def several_programs(monkeypatch):
-    cut_into_small_tiles(monkeypatch)
-
-
-@pytest.fixture(params=["whole units", "several programs"])
-def programs(request, monkeypatch):
-    if request.param == "several programs":
-        cut_into_small_tiles(monkeypatch)
-    return request.param
 
 
 layouts = pytest.mark.parametrize("rows", [False, True], ids=["planes", "rows"])
@@ -389,7 +366,7 @@ def test_what_is_not_needed_comes_back_empty(programs, elements, wanted, places)
 
 @triton.jit
 def offsets_kernel(out, k, p, n, group, shape, LAYOUT: tl.constexpr):
-    at, _ = group_norm_act._tile(
+    at, _ = _units.tile_at(
         n.to(tl.int64), group.to(tl.int64) + tl.arange(0, 1)[:, None, None], k.to(tl.int64), p.to(tl.int64), shape,
         LAYOUT, 8, 2, 4,
     )  # fmt: skip
@@ -437,7 +414,7 @@ def compilations(tmp_path_factory) -> Iterator[dict]:
 @pytest.mark.parametrize("capability", ahead_of_time.CAPABILITIES)
 def test_every_kernel_compiles_without_spilling(compilations, capability):
     compiled = ahead_of_time.compiled_by(compilations[capability])
-    kernels = ahead_of_time.kernels_of(group_norm_act) | ahead_of_time.kernels_of(_norm)
+    kernels = set().union(*map(ahead_of_time.kernels_of, (group_norm_act, _norm, _units)))
     assert {c["kernel"] for c in compiled} == kernels
     assert not [c for c in compiled if c["bytes spilled"]]
     # A unit's mean is taken apart into two float32 numbers, and nothing else is computed in float64.
