@@ -670,8 +670,8 @@ def _require_module(model: object) -> None:
 def fuse(model: Model) -> Model:
     """Have fused operators compute what there are patterns for in `model`.
 
-    In `nn.Sequential`: [Conv2d | ConvTranspose2d] → [BatchNorm2d | InstanceNorm2d] → [ReLU | LeakyReLU] and its parts, except
-    an activation alone. In a forward written by hand: x + chain(x), of a chain that ends in a norm; scale ·
+    In `nn.Sequential`: [Conv2d | ConvTranspose2d] → [BatchNorm2d | InstanceNorm2d] → [ReLU | LeakyReLU] and its parts,
+    except an activation alone. In a forward written by hand: x + chain(x), of a chain that ends in a norm; scale ·
     instance_norm(act(x + noise_weight · noise + bias)) + shift; `F.conv2d` and `F.conv_transpose2d`.
 
     Returns `model` itself. Layers, parameters, buffers and state_dict stay what they are, and the model computes the same
