@@ -164,12 +164,13 @@ def _is_little(x: Tensor, layer: nn.Module) -> bool:
         return False
     if torch.compiler.is_compiling() or not backend.is_automatic():
         return False
-    positions = x.shape[0] * x.shape[2] * x.shape[3]
-    spread = math.prod(layer.stride)
-    pixels = positions // spread if isinstance(layer, nn.Conv2d) else positions * spread
-    products = layer.weight.numel() * (pixels if isinstance(layer, nn.Conv2d) else positions)
+    positions, spread = x.shape[0] * x.shape[2] * x.shape[3], math.prod(layer.stride)
+    pixels = positions * spread  # that come out
+    if isinstance(layer, nn.Conv2d):
+        pixels = positions = positions // spread
     threads = torch.get_num_threads()
-    return products < _FEW_PRODUCTS * threads and pixels * layer.out_channels <= _FEW_ELEMENTS * threads
+    is_quick = layer.weight.numel() * positions < _FEW_PRODUCTS * threads
+    return is_quick and pixels * layer.out_channels <= _FEW_ELEMENTS * threads
 
 
 class _StandIn(nn.Module):
@@ -544,17 +545,10 @@ def _compiled_part(nodes: list[fx.Node], inputs: list[fx.Node], layer: fx.Node |
 
 def _plain_settings(norm: Any) -> tuple[float | None, int | None]:
     """(eps, channels) of an instance norm without parameters; of another layer None."""
-    return (norm.eps, norm.num_features) if _is_plain_norm(norm) else (None, None)
-
-
-def _is_plain_norm(norm: nn.Module) -> bool:
-    return (
-        type(norm) is nn.InstanceNorm2d
-        and norm.weight is None
-        and norm.bias is None
-        and not _tracks_planes(norm)
-        and not attachment(norm)
-    )
+    is_plain = type(norm) is nn.InstanceNorm2d and norm.weight is None and norm.bias is None
+    if not is_plain or _tracks_planes(norm) or attachment(norm):
+        return None, None
+    return norm.eps, norm.num_features
 
 
 def _as_adain(addends: tuple[Any, ...], scale: Any, shift: Any, features: int | None) -> dict[str, Any] | None:
@@ -643,6 +637,8 @@ def _is_chain(module: nn.Module) -> bool:
 
 def _can_fuse(module: nn.Module) -> bool:
     """Whether there are patterns for something in the chain, in a chain that it holds, or in a forward written by hand."""
+    if isinstance(module, _StandIn):
+        return True
     if isinstance(module, nn.Sequential):
         return _is_chain(module) and any(
             isinstance(child, CONV + NORM) or _can_fuse(child) for child in module.children()
@@ -684,7 +680,8 @@ def fuse(model: Model) -> Model:
         TypeError: `model` is no `nn.Module`.
     """
     _require_module(model)
-    for module in model.modules():
+    # Children first: each forward is read once, however deep it lies.
+    for module in reversed(list(model.modules())):
         if not isinstance(module, _StandIn) and _can_fuse(module):
             _set_fused(module)
     return model
