@@ -1,4 +1,5 @@
-"""What the norm kernels share: how a tile is read, the activation, and how the statistics of several programs become one."""
+"""What the norms' kernels share, some of it with others: how memory is cut into tiles and read, the activation, and how the
+statistics of several programs become one."""
 
 from typing import Any
 
@@ -14,6 +15,34 @@ MAX_SPLITS = 512
 _COMBINED_COLUMNS = 8
 # Channels to a tile of rows: 64 bytes in bfloat16, one access to HBM.
 ROW_CHANNELS = 32
+
+
+@triton.jit
+def channels(shape, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """The program's channel group, the channels in it, and which of these exist."""
+    group = tl.program_id(0).to(tl.int64)
+    c = group * WIDTH + tl.arange(0, WIDTH)[None, :] if ROWS else group + tl.arange(0, 1)[None, :]
+    return group, c, c < shape[1]
+
+
+@triton.jit
+def tile(t, group, shape, ROWS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """Offsets, in int64 and never negative, and mask of tile t of a channel group."""
+    N, C, S = shape
+    row = tl.arange(0, HEIGHT)[:, None]
+    col = tl.arange(0, WIDTH)[None, :]
+    if ROWS:
+        row += t.to(tl.int64) * HEIGHT
+        col += group * WIDTH
+        at = row * C + col
+        ok = (row < N) & (col < C)
+    else:
+        across = tl.cdiv(S, WIDTH)
+        row += (t // across).to(tl.int64) * HEIGHT
+        col += (t % across).to(tl.int64) * WIDTH
+        at = (row * C + group) * S + col
+        ok = (row < N) & (col < S)
+    return at, ok
 
 
 @triton.jit

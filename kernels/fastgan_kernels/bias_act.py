@@ -17,51 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgan_kernels._norm import PROGRAMS, ROW_CHANNELS, channels, load, tile
+
 # Eight elements to a thread: one 16-byte load in bfloat16. Of float64, four: eight of them spill.
 _TILE = 2048
 _ELEMENTS_PER_WARP = 256
-# Channels to a tile of rows: 64 bytes in bfloat16, one access to HBM.
-_ROW_CHANNELS = 32
-# Eight programs to each of the 132 multiprocessors of an H100 or H200.
-_PROGRAMS = 1056
 
 _PIECEWISE_LINEAR = ("linear", "relu", "lrelu")
-
-
-# ----------------------------------------------------------------------------------------------------- input and output
-
-
-@triton.jit
-def _channels(shape, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """The program's channel group, the channels in it, and which of these exist."""
-    group = tl.program_id(0).to(tl.int64)
-    c = group * WIDTH + tl.arange(0, WIDTH)[None, :] if ROWS else group + tl.arange(0, 1)[None, :]
-    return group, c, c < shape[1]
-
-
-@triton.jit
-def _tile(t, group, shape, ROWS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """Offsets, in int64 and never negative, and mask of tile t of a channel group."""
-    N, C, S = shape
-    row = tl.arange(0, HEIGHT)[:, None]
-    col = tl.arange(0, WIDTH)[None, :]
-    if ROWS:
-        row += t.to(tl.int64) * HEIGHT
-        col += group * WIDTH
-        at = row * C + col
-        ok = (row < N) & (col < C)
-    else:
-        across = tl.cdiv(S, WIDTH)
-        row += (t // across).to(tl.int64) * HEIGHT
-        col += (t % across).to(tl.int64) * WIDTH
-        at = (row * C + group) * S + col
-        ok = (row < N) & (col < S)
-    return at, ok
-
-
-@triton.jit
-def _load(pointer, at, ok, ACC: tl.constexpr):
-    return tl.zeros(at.shape, ACC) if pointer is None else tl.load(pointer + at, mask=ok, other=0).to(ACC)
 
 
 # ---------------------------------------------------------------------------------------------------------- mathematics
@@ -158,12 +120,12 @@ def _inside(y, value, clamp, CLAMPS: tl.constexpr, ACC: tl.constexpr):
 def _forward_kernel(x, b, y, alpha: tl.float64, gain: tl.float64, clamp: tl.float64, shape, tiles, ACT: tl.constexpr,
                     SMOOTH: tl.constexpr, CLAMPS: tl.constexpr, ROWS: tl.constexpr, HEIGHT: tl.constexpr,
                     WIDTH: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    group, c, c_ok = _channels(shape, ROWS, WIDTH)
-    bias = _load(b, c, c_ok, ACC)
+    group, c, c_ok = channels(shape, ROWS, WIDTH)
+    bias = load(b, c, c_ok, 0.0, ACC)
     t = tl.program_id(1)
     while t < tiles:
-        at, ok = _tile(t, group, shape, ROWS, HEIGHT, WIDTH)
-        u = _load(x, at, ok, ACC) + bias
+        at, ok = tile(t, group, shape, ROWS, HEIGHT, WIDTH)
+        u = load(x, at, ok, 0.0, ACC) + bias
         if SMOOTH:
             v, _, _ = _smooth(u, ACT, ACC)
         else:
@@ -180,14 +142,14 @@ def _forward_kernel(x, b, y, alpha: tl.float64, gain: tl.float64, clamp: tl.floa
 def _backward_kernel(grad_y, side, b, grad_x, partial, alpha: tl.float64, gain: tl.float64, clamp: tl.float64, shape,
                      tiles, ACT: tl.constexpr, SMOOTH: tl.constexpr, CLAMPS: tl.constexpr, ROWS: tl.constexpr,
                      HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    group, c, c_ok = _channels(shape, ROWS, WIDTH)
-    bias = _load(b, c, c_ok, ACC)
+    group, c, c_ok = channels(shape, ROWS, WIDTH)
+    bias = load(b, c, c_ok, 0.0, ACC)
     total = tl.zeros([HEIGHT, WIDTH], ACC)
     t = tl.program_id(1)
     while t < tiles:
-        at, ok = _tile(t, group, shape, ROWS, HEIGHT, WIDTH)
-        g = _load(grad_y, at, ok, ACC)
-        s = _load(side, at, ok, ACC)
+        at, ok = tile(t, group, shape, ROWS, HEIGHT, WIDTH)
+        g = load(grad_y, at, ok, 0.0, ACC)
+        s = load(side, at, ok, 0.0, ACC)
         factor = tl.full(g.shape, gain, ACC)
         if SMOOTH:
             value, first, _ = _smooth(s + bias, ACT, ACC)
@@ -209,21 +171,21 @@ def _double_backward_kernel(ggx, ggb, grad_y, side, b, g_grad_y, g_x, partial, a
                             clamp: tl.float64, shape, tiles, ACT: tl.constexpr, SMOOTH: tl.constexpr,
                             CLAMPS: tl.constexpr, ROWS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
                             ACC: tl.constexpr):  # fmt: skip
-    group, c, c_ok = _channels(shape, ROWS, WIDTH)
-    bias = _load(b, c, c_ok, ACC)
-    slant = _load(ggb, c, c_ok, ACC)
+    group, c, c_ok = channels(shape, ROWS, WIDTH)
+    bias = load(b, c, c_ok, 0.0, ACC)
+    slant = load(ggb, c, c_ok, 0.0, ACC)
     total = tl.zeros([HEIGHT, WIDTH], ACC)
     t = tl.program_id(1)
     while t < tiles:
-        at, ok = _tile(t, group, shape, ROWS, HEIGHT, WIDTH)
-        v = _load(ggx, at, ok, ACC) + slant
-        s = _load(side, at, ok, ACC)
+        at, ok = tile(t, group, shape, ROWS, HEIGHT, WIDTH)
+        v = load(ggx, at, ok, 0.0, ACC) + slant
+        s = load(side, at, ok, 0.0, ACC)
         factor = tl.full(v.shape, gain, ACC)
         if SMOOTH:
             value, first, second = _smooth(s + bias, ACT, ACC)
             tl.store(g_grad_y + at, _inside(value * factor, first * v, clamp, CLAMPS, ACC) * factor, ok)
             if g_x is not None or partial is not None:
-                g = second * v * _load(grad_y, at, ok, ACC)
+                g = second * v * load(grad_y, at, ok, 0.0, ACC)
                 g = tl.where(ok, _inside(value * factor, g, clamp, CLAMPS, ACC) * factor, 0.0)
                 if g_x is not None:
                     tl.store(g_x + at, g, ok)
@@ -248,11 +210,11 @@ class _Plan:
         rows, halving = s == 1, 2 if dtype == torch.float64 else 1
         tile = _TILE // halving
         outer, inner = (n, c) if rows else (n, s)
-        width = min(triton.next_power_of_2(max(inner, 1)), _ROW_CHANNELS if rows else tile)
+        width = min(triton.next_power_of_2(max(inner, 1)), ROW_CHANNELS if rows else tile)
         height = min(triton.next_power_of_2(max(outer, 1)), tile // width)
         down, across = triton.cdiv(outer, height), triton.cdiv(inner, width)
         groups, tiles = (across, down) if rows else (c, down * across)
-        self.splits = max(1, min(tiles, triton.cdiv(_PROGRAMS, max(groups, 1))))
+        self.splits = max(1, min(tiles, triton.cdiv(PROGRAMS, max(groups, 1))))
         self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self.grid = (groups, self.splits)
         self.options: dict[str, Any] = {

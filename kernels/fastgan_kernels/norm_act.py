@@ -25,10 +25,12 @@ from fastgan_kernels._norm import (
     PROGRAMS,
     ROW_CHANNELS,
     activate,
+    channels,
     combine,
     dense,
     is_channels_last,
     load,
+    tile,
 )
 
 # Eight elements to a thread: one 16-byte load in bfloat16, and no register spilled in any kernel.
@@ -36,37 +38,6 @@ _TILE = 2048
 _ELEMENTS_PER_WARP = 256
 # A program waits for memory once per tile and pass; up to here that costs less than two more launches.
 _TILES_IN_ONE_PROGRAM = 8
-
-
-# ----------------------------------------------------------------------------------------------------- input and output
-
-
-@triton.jit
-def _channels(shape, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """The program's channel group, the channels in it, and which of these exist."""
-    group = tl.program_id(0).to(tl.int64)
-    c = group * WIDTH + tl.arange(0, WIDTH)[None, :] if ROWS else group + tl.arange(0, 1)[None, :]
-    return group, c, c < shape[1]
-
-
-@triton.jit
-def _tile(t, group, shape, ROWS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """Offsets, in int64 and never negative, and mask of tile t of a channel group."""
-    N, C, S = shape
-    row = tl.arange(0, HEIGHT)[:, None]
-    col = tl.arange(0, WIDTH)[None, :]
-    if ROWS:
-        row += t.to(tl.int64) * HEIGHT
-        col += group * WIDTH
-        at = row * C + col
-        ok = (row < N) & (col < C)
-    else:
-        across = tl.cdiv(S, WIDTH)
-        row += (t // across).to(tl.int64) * HEIGHT
-        col += (t % across).to(tl.int64) * WIDTH
-        at = (row * C + group) * S + col
-        ok = (row < N) & (col < S)
-    return at, ok
 
 
 # ---------------------------------------------------------------------------------------------------------- mathematics
@@ -106,13 +77,13 @@ def _moments(x, group, shape, tiles, ROWS: tl.constexpr, HEIGHT: tl.constexpr, W
     than a factor of the number of tiles.
     """
     t = tl.program_id(1)
-    at, ok = _tile(t, group, shape, ROWS, HEIGHT, WIDTH)
+    at, ok = tile(t, group, shape, ROWS, HEIGHT, WIDTH)
     shift = _sum(load(x, at, ok, 0.0, ACC), ROWS) / _sum(ok.to(ACC), ROWS)
     count = tl.zeros([HEIGHT, WIDTH], ACC)
     total = tl.zeros([HEIGHT, WIDTH], ACC)
     square = tl.zeros([HEIGHT, WIDTH], ACC)
     while t < tiles:
-        at, ok = _tile(t, group, shape, ROWS, HEIGHT, WIDTH)
+        at, ok = tile(t, group, shape, ROWS, HEIGHT, WIDTH)
         d = tl.where(ok, load(x, at, ok, 0.0, ACC) - shift, 0.0)
         count += ok.to(ACC)
         total += d
@@ -134,7 +105,7 @@ def _sums(grad_y, x, residual, ggx, affine, slope, group, shape, tiles, ACT: tl.
     vg_sum = tl.zeros([HEIGHT, WIDTH], ACC)
     t = tl.program_id(1)
     while t < tiles:
-        at, ok = _tile(t, group, shape, ROWS, HEIGHT, WIDTH)
+        at, ok = tile(t, group, shape, ROWS, HEIGHT, WIDTH)
         xh, _pre, g = _gradient(grad_y, x, residual, affine, slope, at, ok, ACT, ACC)
         g_sum += g
         gx_sum += g * xh
@@ -153,7 +124,7 @@ def _sums(grad_y, x, residual, ggx, affine, slope, group, shape, tiles, ACT: tl.
 @triton.jit
 def _moments_kernel(x, partial, shape, tiles, ROWS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
                     ACC: tl.constexpr):  # fmt: skip
-    group, c, c_ok = _channels(shape, ROWS, WIDTH)
+    group, c, c_ok = channels(shape, ROWS, WIDTH)
     n, shift, offset, square = _moments(x, group, shape, tiles, ROWS, HEIGHT, WIDTH, ACC)
     at = partial + tl.program_id(1) * shape[1] + c
     field = tl.num_programs(1) * shape[1]
@@ -167,7 +138,7 @@ def _moments_kernel(x, partial, shape, tiles, ROWS: tl.constexpr, HEIGHT: tl.con
 def _forward_kernel(x, weight, bias, residual, mean, var, y, eps: tl.float64, slope: tl.float64, shape, tiles,
                     REDUCE: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, HEIGHT: tl.constexpr,
                     WIDTH: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    group, c, c_ok = _channels(shape, ROWS, WIDTH)
+    group, c, c_ok = channels(shape, ROWS, WIDTH)
     if REDUCE:
         n, shift, offset, square = _moments(x, group, shape, tiles, ROWS, HEIGHT, WIDTH, ACC)
         center = shift + offset
@@ -180,7 +151,7 @@ def _forward_kernel(x, weight, bias, residual, mean, var, y, eps: tl.float64, sl
     affine = _affine(center, spread, weight, bias, c, c_ok, eps, ACC)
     t = tl.program_id(1)
     while t < tiles:
-        at, ok = _tile(t, group, shape, ROWS, HEIGHT, WIDTH)
+        at, ok = tile(t, group, shape, ROWS, HEIGHT, WIDTH)
         _, pre = _normalise(x, residual, affine, at, ok, ACC)
         tl.store(y + at, activate(pre, pre, slope, ACT, ACC), ok)
         t += tl.num_programs(1)
@@ -190,7 +161,7 @@ def _forward_kernel(x, weight, bias, residual, mean, var, y, eps: tl.float64, sl
 def _sums_kernel(grad_y, x, weight, bias, residual, mean, var, ggx, partial, eps: tl.float64, slope: tl.float64, shape,
                  tiles, ACT: tl.constexpr, ROWS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
                  ACC: tl.constexpr):  # fmt: skip
-    group, c, c_ok = _channels(shape, ROWS, WIDTH)
+    group, c, c_ok = channels(shape, ROWS, WIDTH)
     center = load(mean, c, c_ok, 0.0, ACC)
     spread = load(var, c, c_ok, 0.0, ACC)
     affine = _affine(center, spread, weight, bias, c, c_ok, eps, ACC)
@@ -212,7 +183,7 @@ def _backward_kernel(grad_y, x, weight, bias, residual, mean, var, sums, grad_x,
                      eps: tl.float64, slope: tl.float64, count: tl.float64, shape, tiles, TRAINING: tl.constexpr,
                      REDUCE: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, HEIGHT: tl.constexpr,
                      WIDTH: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    group, c, c_ok = _channels(shape, ROWS, WIDTH)
+    group, c, c_ok = channels(shape, ROWS, WIDTH)
     center = load(mean, c, c_ok, 0.0, ACC)
     spread = load(var, c, c_ok, 0.0, ACC)
     affine = _affine(center, spread, weight, bias, c, c_ok, eps, ACC)
@@ -232,7 +203,7 @@ def _backward_kernel(grad_y, x, weight, bias, residual, mean, var, sums, grad_x,
         m = tl.full(c.shape, count, ACC)
         t = tl.program_id(1)
         while t < tiles:
-            at, ok = _tile(t, group, shape, ROWS, HEIGHT, WIDTH)
+            at, ok = tile(t, group, shape, ROWS, HEIGHT, WIDTH)
             xh, _pre, g = _gradient(grad_y, x, residual, affine, slope, at, ok, ACT, ACC)
             if grad_residual is not None:
                 tl.store(grad_residual + at, g, ok)
@@ -248,7 +219,7 @@ def _double_backward_kernel(ggx, ggw, ggb, ggr, grad_y, x, weight, bias, residua
                             g_weight, eps: tl.float64, slope: tl.float64, count: tl.float64, shape, tiles,
                             TRAINING: tl.constexpr, REDUCE: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr,
                             HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    group, c, c_ok = _channels(shape, ROWS, WIDTH)
+    group, c, c_ok = channels(shape, ROWS, WIDTH)
     center = load(mean, c, c_ok, 0.0, ACC)
     spread = load(var, c, c_ok, 0.0, ACC)
     affine = _affine(center, spread, weight, bias, c, c_ok, eps, ACC)
@@ -289,7 +260,7 @@ def _double_backward_kernel(ggx, ggw, ggb, ggr, grad_y, x, weight, bias, residua
     slant = dw - scale * vx_mean
     t = tl.program_id(1)
     while t < tiles:
-        at, ok = _tile(t, group, shape, ROWS, HEIGHT, WIDTH)
+        at, ok = tile(t, group, shape, ROWS, HEIGHT, WIDTH)
         xh, pre, g = _gradient(grad_y, x, residual, affine, slope, at, ok, ACT, ACC)
         v = load(ggx, at, ok, 0.0, ACC) - v_mean
         gg = scale * v + slant * xh + db + load(ggr, at, ok, 0.0, ACC)

@@ -114,8 +114,8 @@ def tiles(request, monkeypatch):
     """Several programs to a channel, each with several tiles, on tensors that the interpreter can cover."""
     if request.param == "small tiles":
         monkeypatch.setattr(bias_act, "_TILE", 64)
-        monkeypatch.setattr(bias_act, "_ROW_CHANNELS", 2)
-        monkeypatch.setattr(bias_act, "_PROGRAMS", 6)
+        monkeypatch.setattr(bias_act, "ROW_CHANNELS", 2)
+        monkeypatch.setattr(bias_act, "PROGRAMS", 6)
         monkeypatch.setattr(bias_act, "_cached_plan", bias_act._Plan)
 
 
