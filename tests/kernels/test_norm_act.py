@@ -409,7 +409,7 @@ def test_empty_data_give_empty_results_and_zero_sums(shape):
 
 @triton.jit
 def offsets_kernel(out, t, group, shape, ROWS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    at, _ = norm_act._tile(t, group, shape, ROWS, HEIGHT, WIDTH)
+    at, _ = norm_act.tile(t, group, shape, ROWS, HEIGHT, WIDTH)
     tl.store(out + tl.arange(0, HEIGHT)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], at)
 
 
