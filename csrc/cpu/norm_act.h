@@ -125,12 +125,13 @@ struct Planes : Slices {
 
 // Memory (samples, images·S, C). A block is some rows of all channels.
 struct Rows : Slices {
-  // Few enough blocks that merging them is cheap, small enough ones that the second pass over a block finds it in the L2.
-  static constexpr int64_t block_elements = 8192, most_blocks = 128;
+  // Few enough blocks, and tall enough ones, that merging them is cheap; small enough ones that a second pass over a block
+  // finds it in the L2.
+  static constexpr int64_t block_elements = 8192, least_height = 128, most_blocks = 128;
   int64_t M, height, blocks; // rows of a sample, of a block; blocks of a sample
 
   explicit Rows(const NormAct& a) : Slices(a), M(images * S) {
-    height = larger(larger(unroll, block_elements / larger(C, 1)), ceil_div(M, most_blocks));
+    height = larger(larger(least_height, block_elements / larger(C, 1)), ceil_div(M, most_blocks));
     blocks = ceil_div(M, height);
   }
   int64_t size(int64_t b) const { return smaller((b + 1) * height, M) - b * height; }
@@ -148,15 +149,16 @@ struct Rows : Slices {
   }
 
   // f(sums, channel, offset, n, pixel) for every vector of block b of a sample; then flush(k, c, sums, n) for every vector
-  // of channels.
+  // of channels. Where C is no multiple of a vector, the last channels come first, as whole vectors that reach into the next
+  // row: what f stores there is overwritten when the row's own turn comes, and what it adds up there is not flushed.
   template <class T, int P, int K, class F, class Flush>
   inline __attribute__((always_inline)) void walk(const acc_t<T>* table, int64_t stride, int64_t sample, int64_t b, F f,
                                                   Flush flush) const {
     constexpr int W = lanes<acc_t<T>>;
     int64_t c = 0;
+    if (C % W) columns<T, P, K, 1>(table, stride, sample, b, C / W * W, static_cast<int>(C % W), f, flush);
     for (; c + unroll * W <= C; c += unroll * W) columns<T, P, K, unroll>(table, stride, sample, b, c, W, f, flush);
     for (; c + W <= C; c += W) columns<T, P, K, 1>(table, stride, sample, b, c, W, f, flush);
-    if (c < C) columns<T, P, K, 1>(table, stride, sample, b, c, static_cast<int>(C - c), f, flush);
   }
 
 private:
@@ -169,14 +171,14 @@ private:
     for (int u = 0; u < Wide; ++u)
       for (int i = 0; i < P; ++i) channel[u].p[i] = load(table + i * stride + c + u * W, n);
     doubles<acc_t<T>> totals[Wide][K ? K : 1] = {};
-    const int64_t begin = sample * M + b * height, end = begin + size(b);
+    const int64_t begin = sample * M + b * height, end = begin + size(b), whole = end - ceil_div(W - n, C);
     for (int64_t first = begin; first < end; first += run * tall) {
       vec_t<T> sums[tall][Wide][K ? K : 1] = {};
       const int64_t last = smaller(first + run * tall, end);
       int64_t r = first;
-      for (; r + tall <= last; r += tall)
+      for (; r + tall <= smaller(last, whole); r += tall)
         for (int v = 0; v < tall; ++v)
-          for (int u = 0; u < Wide; ++u) f(sums[v][u], channel[u], (r + v) * C + c + u * W, n, OnePixel{r + v});
+          for (int u = 0; u < Wide; ++u) f(sums[v][u], channel[u], (r + v) * C + c + u * W, W, OnePixel{r + v});
       for (; r < last; ++r)
         for (int u = 0; u < Wide; ++u) f(sums[0][u], channel[u], r * C + c + u * W, n, OnePixel{r});
       for (int v = 0; v < tall; ++v)
@@ -244,14 +246,15 @@ void run_rows(const Rows& rows, bool reduces, Reduce reduce, Finish finish, Appl
   }
 #pragma omp parallel if (rows.threads())
   {
-    if (reduces) {
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < rows.samples * blocks; ++i) reduce(i / blocks, i % blocks);
-    }
+    const int64_t all = rows.samples * blocks, threads = omp_get_num_threads(), thread = omp_get_thread_num();
+    const int64_t begin = all * thread / threads, end = all * (thread + 1) / threads;
+    if (reduces)
+      for (int64_t i = begin; i < end; ++i) reduce(i / blocks, i % blocks);
+#pragma omp barrier
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < rows.samples * steps; ++i) finish_step(i / steps, i % steps);
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < rows.samples * blocks; ++i) apply(i / blocks, i % blocks);
+    // Backwards: what a thread has read last is still in its L2.
+    for (int64_t i = end; i-- > begin;) apply(i / blocks, i % blocks);
   }
 }
 
