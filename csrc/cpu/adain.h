@@ -81,6 +81,7 @@ template <class T> void adain_backward_of(const AdaINBackward& a) {
   const Slices slices(a);
   const double M = slices.unit_size();
   const Scratch<Acc> table(6 * slices.count);
+#pragma omp parallel for schedule(static) if (slices.count > 512)
   for (int64_t slice = 0; slice < slices.count; ++slice) {
     values.fill(&table[slice], slices.count, slice % a.C);
     store_column(&table[2 * slices.count + slice], slices.count, {a.mean[slice]});
@@ -118,6 +119,7 @@ template <class T> void adain_double_backward_of(const AdaINDoubleBackward& a) {
   const Slices slices(a);
   const double M = slices.unit_size();
   const Scratch<Acc> table(12 * slices.count);
+#pragma omp parallel for schedule(static) if (slices.count > 512)
   for (int64_t slice = 0; slice < slices.count; ++slice) {
     const int64_t channel = slice % a.C;
     values.fill(&table[slice], slices.count, channel);

@@ -229,6 +229,7 @@ void run_planes(const Planes& planes, bool reduces, Reduce reduce, Finish finish
   }
 }
 
+// The second pass runs backwards: it begins with what the first has read last, which is still in the thread's L2.
 template <class Reduce, class Finish, class Apply>
 void run_rows(const Rows& rows, bool reduces, Reduce reduce, Finish finish, Apply apply) {
   const int64_t blocks = rows.blocks, group = rows.group, step = larger(1, channel_group / group) * group;
@@ -240,7 +241,7 @@ void run_rows(const Rows& rows, bool reduces, Reduce reduce, Finish finish, Appl
       if (reduces)
         for (int64_t b = 0; b < blocks; ++b) reduce(sample, b);
       for (int64_t i = 0; i < steps; ++i) finish_step(sample, i);
-      for (int64_t b = 0; b < blocks; ++b) apply(sample, b);
+      for (int64_t b = blocks; b-- > 0;) apply(sample, b);
     }
     return;
   }
@@ -253,7 +254,6 @@ void run_rows(const Rows& rows, bool reduces, Reduce reduce, Finish finish, Appl
 #pragma omp barrier
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < rows.samples * steps; ++i) finish_step(i / steps, i % steps);
-    // Backwards: what a thread has read last is still in its L2.
     for (int64_t i = end; i-- > begin;) apply(i / blocks, i % blocks);
   }
 }
