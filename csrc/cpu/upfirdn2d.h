@@ -78,20 +78,20 @@ FASTGAN_INLINE void add_taps(vec_t<T>& sum, const T* from, int64_t stride, const
     sum += broadcast<acc_t<T>>(taps[j * step]) * load_within(from + j * stride, n, end);
 }
 
-// line[i] = Σ taps[j·step] · rows[j·n + i] for i < n, and zero up to three vectors more. Element i of a line in phases is
+// line[i] = Σ taps[j·step] · rows[j·row + i] for i < n, and zero up to three vectors more. Element i of a line in phases is
 // element i / phases of phase i % phases, and these are `length` apart.
 template <class T>
-void sum_rows(const T* rows, int64_t n, const acc_t<T>* taps, int64_t step, int64_t count, const T* end, int phases,
+void sum_rows(const T* rows, int64_t row, int64_t n, const acc_t<T>* taps, int64_t step, int64_t count, const T* end, int phases,
               int64_t length, acc_t<T>* line) {
   using Acc = acc_t<T>;
   constexpr int W = lanes<Acc>;
   for (int64_t i = 0; i < n; i += 4 * W) {
     vec_t<T> sums[4] = {};
     if (i + 4 * W <= n)
-      add_taps<4>(sums, rows + i, n, taps, step, count);
+      add_taps<4>(sums, rows + i, row, taps, step, count);
     else
       for (int u = 0; u < 4 && i + u * W < n; ++u)
-        add_taps(sums[u], rows + i + u * W, n, taps, step, count, n - i - u * W, end);
+        add_taps(sums[u], rows + i + u * W, row, taps, step, count, n - i - u * W, end);
     if (phases == 1)
       for (int u = 0; u < 4; ++u) store(line + i + u * W, sums[u]);
     else if (phases == 2)
@@ -144,25 +144,44 @@ FASTGAN_INLINE void sum_pixel(const S* from, int64_t row, int64_t lines, int64_t
 
 template <class T> void resample_rows(const UpFirDn2d& a, const Filter<acc_t<T>>& f, const T* x, T* y) {
   using Acc = acc_t<T>;
+  constexpr int W = lanes<Acc>;
   const int64_t width = a.x.in * a.C, out_width = a.x.out * a.C;
   const T* const end = x + a.N * a.y.in * width;
   const Windows vertical(a.y), horizontal(a.x);
+  // Where every pixel has the same taps, C does not matter: between zeros a whole line is filtered at once.
+  constexpr int64_t piece = 2048;
+  const bool is_uniform = f.is_product && a.x.up == 1 && a.x.down == 1;
+  const int64_t left = is_uniform ? larger(0, a.x.pad) * a.C : 0, right = is_uniform ? larger(0, f.w - 1 - a.x.pad) * a.C : 0;
+  const int64_t size = left + larger(width, out_width) + right + 4 * W;
 #pragma omp parallel if (a.N * (a.y.in * width + a.y.out * out_width) > parallel_threshold)
   {
-    const int64_t size = width + 4 * lanes<Acc>;
-    const Scratch<Acc> line(size);
+    const Scratch<Acc> zeros_and_line(size);
+    __builtin_memset(zeros_and_line.data, 0, size * sizeof(Acc));
+    Acc* const line = zeros_and_line.data + left;
     const Share share(a.N * a.y.out);
     T* const limit = y + share.last * out_width;
     for (int64_t o = share.first; o < share.last; ++o) {
       const Window down = vertical[o % a.y.out];
       const T* const rows = x + (o / a.y.out * a.y.in + down.input) * width;
-      if (f.is_product) sum_rows(rows, width, &f.taps[down.tap], a.y.up, down.count, end, 1, size, line.data);
       T* const to = y + o * out_width;
+      if (is_uniform) {
+        // A piece of the line is filtered while it is in the L1.
+        for (int64_t from = 0, i = 0; i < out_width; from += piece) {
+          const int64_t n = smaller(piece, width - from), ready = from + n + (a.x.pad - f.w + 1) * a.C - 4 * W;
+          if (n > 0) sum_rows(rows + from, width, n, &f.taps[down.tap], a.y.up, down.count, end, 1, size, line + from);
+          for (; i < (from + piece >= width ? out_width : smaller(ready, out_width)); i += 4 * W) {
+            vec_t<T> sums[4] = {};
+            add_taps<4>(sums, line - a.x.pad * a.C + i, a.C, &f.taps[f.h], 1, f.w);
+            for (int u = 0; u < 4 && i + u * W < out_width; ++u) store_before(to + i + u * W, sums[u], out_width - i - u * W, limit);
+          }
+        }
+        continue;
+      }
+      if (f.is_product) sum_rows(rows, width, width, &f.taps[down.tap], a.y.up, down.count, end, 1, size, line);
       for (int64_t ox = 0; ox < a.x.out; ++ox) {
         const auto [input, tap, count] = horizontal[ox];
         if (f.is_product)
-          sum_pixel(line.data + input * a.C, size, 1, a.C, &f.taps[f.h + tap], 0, a.x.up, count, line.data + size,
-                    to + ox * a.C, limit);
+          sum_pixel(line + input * a.C, size, 1, a.C, &f.taps[f.h + tap], 0, a.x.up, count, line + size, to + ox * a.C, limit);
         else
           sum_pixel(rows + input * a.C, width, down.count, a.C, &f.taps[down.tap * f.w + tap], a.y.up * f.w, a.x.up, count,
                     end, to + ox * a.C, limit);
@@ -241,7 +260,7 @@ template <class T> void resample_planes(const UpFirDn2d& a, const Filter<acc_t<T
     __builtin_memset(line.data, 0, lines * size * sizeof(Acc));
     for (int64_t i = 0; i < lines; ++i) held[i] = -1;
     const auto fill = [&](int64_t i, int64_t row, const Acc* taps, int64_t count) {
-      sum_rows(x + row * in, in, taps, a.y.up, count, end, across.in_phases, across.length, &line[i * size + across.before]);
+      sum_rows(x + row * in, in, in, taps, a.y.up, count, end, across.in_phases, across.length, &line[i * size + across.before]);
     };
     // Writes a row of y; sum(run, m) are elements m on of an output phase.
     const auto finish = [&](T* to, const auto& sum) __attribute__((always_inline)) {
