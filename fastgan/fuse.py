@@ -449,14 +449,18 @@ def _plain_norm(node: fx.Node, module: nn.Module) -> float | fx.Node | None:
 
 def _activation_of(node: Any) -> tuple[Act, float, Any]:
     """The activation that a node is, and what it is of."""
-    if _is_inner(node) and len(node.args) in (1, 2):
-        if node.target is F.relu and len(node.args) == 1 and not node.kwargs:
+    if _is_inner(node) and _is_activation(node):
+        slope = node.kwargs.get("negative_slope")
+        if node.target is F.relu:
             return "relu", 0.0, node.args[0]
-        if node.target is F.leaky_relu and node.kwargs.keys() <= {"negative_slope"}:
-            slope = node.kwargs.get("negative_slope", node.args[1] if len(node.args) == 2 else 0.01)
-            if isinstance(slope, float):
-                return "leaky_relu", slope, node.args[0]
+        if isinstance(slope, float):
+            return "leaky_relu", slope, node.args[0]
     return "none", 0.0, node
+
+
+def _is_activation(node: fx.Node) -> bool:
+    """Whether a node is an activation that leaves its input as it is."""
+    return node.target in (F.relu, F.leaky_relu) and len(node.args) == 1 and node.kwargs.get("inplace") is False
 
 
 def _addends(node: Any, inner: set[fx.Node]) -> list[Any]:
@@ -483,8 +487,8 @@ def _either(node: fx.Node, targets: tuple[Callable, ...]) -> Iterator[tuple[Any,
 
 def _is_new(node: fx.Node) -> bool:
     """Whether a node's value has memory of its own, and it leaves its inputs as they are."""
-    if node.target in (F.relu, F.leaky_relu):
-        return len(node.args) <= 2 and node.kwargs.keys() <= {"negative_slope"}
+    if _is_activation(node):
+        return True
     return node.target in (*_ADD, *_MULTIPLY, *_CONV_FUNCTIONS, *_CONV_FUNCTIONS.values(), F.instance_norm, F.linear)
 
 
@@ -558,7 +562,8 @@ def _as_adain(addends: tuple[Any, ...], scale: Any, shift: Any, features: int | 
     ]
     if not all(type(tensor) in (Tensor, nn.Parameter) and tensor.dtype in DTYPES for tensor in flat):
         return None
-    x = next((a for a in addends if not isinstance(a, tuple) and a.dim() == 4), None)
+    images = [a for a in addends if not isinstance(a, tuple) and a.dim() == 4]
+    x = max(images, key=Tensor.numel, default=None)
     if x is None or x.numel() == 0 or math.prod(x.shape[2:]) == 1 or features not in (None, x.shape[1]):
         return None
     if any(tensor.device != x.device for tensor in flat):

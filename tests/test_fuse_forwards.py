@@ -1,0 +1,318 @@
+"""`fuse` on instance norms, and on what a hand-written forward adds, scales and convolves."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fusing import assert_agree, batch, twins
+from torch import nn
+
+from fastgan.fuse import explain, fuse
+
+C = 4
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors this small are slower on several."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def agree(make, expected, ran, steps=2):
+    """The fused twin computes the same, by the `expected` operators at each of its calls."""
+    stock, fused = twins(make)
+    assert_agree(stock, fused, batch(), steps)
+    assert ran == expected * (2 * steps)
+
+
+# ── Instance norms in chains ─────────────────────────────────────────────────────────────────────────────────────────
+
+INSTANCE_CHAINS = {
+    "after a convolution": (
+        lambda: [nn.Conv2d(C, 6, 3), nn.InstanceNorm2d(6), nn.ReLU(True)],
+        ["conv2d", "instance_norm_act"],
+    ),
+    "affine": (
+        lambda: [nn.Conv2d(C, 6, 3, bias=False), nn.InstanceNorm2d(6, affine=True), nn.LeakyReLU(0.2)],
+        ["conv2d", "instance_norm_act"],
+    ),
+    "CycleGAN's up-sampling": (
+        lambda: [nn.ConvTranspose2d(C, 6, 3, 2, 1, output_padding=1), nn.InstanceNorm2d(6), nn.ReLU()],
+        ["conv_transpose2d", "instance_norm_act"],
+    ),
+    "reflected borders": (
+        lambda: [nn.ReflectionPad2d(1), nn.Conv2d(C, 6, 3), nn.InstanceNorm2d(6), nn.ReflectionPad2d(2), nn.Tanh()],
+        ["conv2d", "instance_norm_act"],
+    ),
+    "first": (
+        lambda: [nn.InstanceNorm2d(C), nn.ReLU(), nn.Conv2d(C, 6, 3), nn.BatchNorm2d(6)],
+        ["instance_norm_act", "conv2d_batch_norm_act"],
+    ),
+    "eps": (lambda: [nn.InstanceNorm2d(C, 0.8)], ["instance_norm_act"]),
+}
+
+
+@pytest.mark.parametrize("name", INSTANCE_CHAINS)
+def test_a_chain_with_an_instance_norm_computes_the_same(name, ran):
+    make, expected = INSTANCE_CHAINS[name]
+    agree(lambda: nn.Sequential(*make()), expected, ran)
+
+
+def test_an_instance_norm_gives_a_contiguous_output_as_in_stock():
+    stock, fused = twins(lambda: nn.Sequential(nn.Conv2d(C, 6, 3), nn.InstanceNorm2d(6), nn.ReLU()))
+    x = batch().contiguous(memory_format=torch.channels_last)
+    assert fused(x).stride() == stock(x).stride()
+
+
+def test_running_statistics_of_planes_are_left_to_stock(ran):
+    agree(lambda: nn.Sequential(nn.InstanceNorm2d(C, track_running_stats=True), nn.ReLU()), [], ran)
+
+
+# ── Residual sums ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(C, C, 3, 1, 1), nn.BatchNorm2d(C), nn.ReLU(), nn.Conv2d(C, C, 3, 1, 1), nn.BatchNorm2d(C)
+        )
+
+    def forward(self, x):
+        return x + self.body(x)
+
+
+class BodyFirst(Residual):
+    def forward(self, x):
+        return self.body(x) + x
+
+
+class AddsInPlace(Residual):
+    def forward(self, x):
+        y = self.body(x)
+        y += x
+        return y
+
+
+class AddsByName(Residual):
+    def forward(self, x):
+        return F.relu(torch.add(x, self.body(x)))
+
+
+class AddsSomethingElse(Residual):
+    def forward(self, x):
+        return self.body(x) + x[:, :, :1]
+
+
+class AddsTheSumToTheInput(Residual):
+    def forward(self, x):
+        out = x * 1
+        out += self.body(x)
+        return out
+
+
+class Planes(Residual):
+    def __init__(self):
+        super().__init__()
+        self.body[1], self.body[4] = nn.InstanceNorm2d(C), nn.InstanceNorm2d(C)
+
+
+ADDS = ["conv2d_batch_norm_act", "conv2d", "batch_norm_act"]  # the last with the residual
+ADDS_NOTHING = ["conv2d_batch_norm_act"] * 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        (Residual, ADDS),
+        (BodyFirst, ADDS),
+        (AddsInPlace, ADDS),
+        (AddsByName, ADDS),
+        (AddsTheSumToTheInput, ADDS_NOTHING),  # somebody may see what is added to
+        (Planes, ["conv2d", "instance_norm_act", "conv2d", "instance_norm_act"]),
+    ],
+)
+def test_a_residual_sum_is_added_by_the_last_norm(kind, expected, ran):
+    agree(kind, expected, ran)
+
+
+def test_a_sum_that_broadcasts_is_added_as_in_stock():
+    stock, fused = twins(AddsSomethingElse)
+    assert_agree(stock, fused, batch())
+
+
+def test_residual_blocks_in_a_chain_hand_on_the_layout_that_is_fast(ran):
+    def make():
+        return nn.Sequential(nn.Conv2d(C, C, 3), nn.BatchNorm2d(C), Residual(), Residual(), nn.Tanh())
+
+    agree(make, ["conv2d_batch_norm_act", *ADDS, *ADDS], ran)
+
+
+def test_a_chain_with_a_hook_is_called_and_not_asked_to_add(ran):
+    model = fuse(Residual())
+    seen = []
+    model.body.register_forward_hook(lambda module, args, output: seen.append(output.clone()))
+    x = batch(torch.float32)
+    y = model(x)
+    torch.testing.assert_close(y, x + seen[0])
+    assert ran == ADDS_NOTHING
+
+
+# ── AdaIN ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Styled(nn.Module):
+    """The layer epilogue of StyleGAN, over an image whose style is its own mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(1, C, 1, 1))
+        self.noise_weight = nn.Parameter(torch.randn(C, 1, 1))
+        self.noise = nn.Buffer(torch.randn(1, 1, 8, 9))
+        self.style = nn.Linear(C, 2 * C)
+        self.norm = nn.InstanceNorm2d(C)
+
+    def styles(self, x):
+        return self.style(x.mean((2, 3))).view(-1, 2 * C, 1, 1).chunk(2, 1)
+
+    def forward(self, x):
+        scale, shift = self.styles(x)
+        x = F.leaky_relu(x + self.noise_weight * self.noise + self.bias, 0.2)
+        return (scale + 1) * F.instance_norm(x) + shift
+
+
+class WithALayer(Styled):
+    def forward(self, x):
+        scale, shift = self.styles(x)
+        return shift + self.norm(F.relu(self.bias + x + self.noise * self.noise_weight)) * scale
+
+
+class NoActivation(Styled):
+    def forward(self, x):
+        scale, shift = self.styles(x)
+        return F.instance_norm(x, eps=1e-3) * scale + shift
+
+
+class OneStyleForAll(Styled):
+    def forward(self, x):
+        scale, shift = self.styles(x[:1])
+        return F.instance_norm(x + self.noise) * scale + shift
+
+
+class ShowsTheNorm(Styled):
+    def forward(self, x):
+        scale, shift = self.styles(x)
+        normal = F.instance_norm(x)
+        return normal * scale + shift + normal
+
+
+class ScalesEachPixel(Styled):
+    def forward(self, x):
+        return F.instance_norm(x) * self.noise + self.bias
+
+
+class ChangesItsInput(Styled):
+    def forward(self, x):
+        x = x * 1
+        scale, shift = self.styles(x)
+        normal = F.instance_norm(x + self.bias)
+        x.mul_(2)
+        return normal * scale + shift + x.mean()
+
+
+@pytest.mark.parametrize("kind", [Styled, WithALayer, NoActivation, OneStyleForAll])
+def test_a_norm_that_is_scaled_and_shifted_is_adain(kind, ran):
+    agree(kind, ["adain"], ran)
+
+
+@pytest.mark.parametrize("kind", [ShowsTheNorm, ScalesEachPixel, ChangesItsInput])
+def test_what_only_looks_like_adain_is_left_to_stock(kind, ran):
+    agree(kind, [], ran)
+
+
+def test_a_norm_layer_that_is_exchanged_or_observed_is_called_again(ran):
+    stock, fused = twins(WithALayer)
+    for change in (
+        lambda model: model.norm.register_forward_hook(lambda module, args, output: 2 * output),
+        lambda model: setattr(model, "norm", nn.InstanceNorm2d(C, affine=True).double()),
+        lambda model: setattr(model, "norm", nn.Identity()),
+    ):
+        for model in (stock, fused):
+            change(model)
+        assert_agree(stock, fused, batch(), steps=1)
+    assert ran == []
+
+
+# ── Convolutions that are functions ──────────────────────────────────────────────────────────────────────────────────
+
+
+class Equalized(nn.Module):
+    """A learning rate that is the same for all weights, as in ProGAN."""
+
+    shape: tuple[int, ...] = (6, C, 3, 3)
+
+    def __init__(self):
+        super().__init__()
+        self.gain = 0.5
+        self.weight, self.bias = nn.Parameter(torch.randn(self.shape)), nn.Parameter(torch.randn(6))
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight * self.gain, self.bias, stride=2, padding=1)
+
+
+class EqualizedTransposed(Equalized):
+    shape = (C, 6, 4, 4)
+
+    def forward(self, x):
+        return F.conv_transpose2d(x, self.weight * self.gain, self.bias, 2, 1)
+
+
+@pytest.mark.parametrize(("kind", "op"), [(Equalized, "conv2d"), (EqualizedTransposed, "conv_transpose2d")])
+def test_a_functional_convolution_runs_by_the_operator(kind, op, ran):
+    agree(kind, [op], ran)
+
+
+class Pads(nn.Module):
+    def __init__(self, padding):
+        super().__init__()
+        self.weight, self.padding = nn.Parameter(torch.randn(6, C, 3, 3)), padding
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight, None, 1, self.padding)
+
+
+def test_padding_by_name_and_an_image_without_a_batch_axis_go_to_stock():
+    stock, fused = twins(lambda: Pads("same"))
+    assert_agree(stock, fused, batch())
+    stock, fused = twins(lambda: Pads(1))
+    x = batch()[0]
+    torch.testing.assert_close(fused(x), stock(x))
+
+
+def test_an_error_in_a_functional_convolution_is_stock_s_own():
+    stock, fused = twins(lambda: Pads(1))
+    x = batch(channels=C + 1)
+    with pytest.raises(RuntimeError) as expected:
+        stock(x)
+    with pytest.raises(RuntimeError) as found:
+        fused(x)
+    assert str(found.value) == str(expected.value)
+
+
+# ── What explain says ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_explain_names_what_was_found_in_a_forward():
+    model = nn.Module()
+    model.residual, model.styled, model.layer = Residual(), Styled(), WithALayer()
+    model.equalized, model.shows = Equalized(), ShowsTheNorm()
+    assert [(row.place, row.pattern) for row in explain(fuse(model)) if row.fused] == [
+        ("residual", "x + body(x)"),
+        ("residual.body.0–2", "Conv2d → BatchNorm2d → ReLU"),
+        ("residual.body.3–4", "Conv2d → BatchNorm2d"),
+        ("styled", "leaky_relu → AdaIN"),
+        ("layer", "relu → AdaIN"),
+        ("equalized", "F.conv2d"),
+    ]
