@@ -492,6 +492,16 @@ def _is_new(node: fx.Node) -> bool:
     return node.target in (*_ADD, *_MULTIPLY, *_CONV_FUNCTIONS, *_CONV_FUNCTIONS.values(), F.instance_norm, F.linear)
 
 
+_VIEWS = ("chunk", "expand", "flatten", "reshape", "split", "squeeze", "unsqueeze", "view")
+_VIEW_FUNCTIONS = (operator.getitem, *(getattr(torch, name) for name in _VIEWS if hasattr(torch, name)))
+
+
+def _leaves_inputs(node: fx.Node) -> bool:
+    """Whether a node changes nothing that there was before it."""
+    is_view = node.target in (_VIEWS if node.op == "call_method" else _VIEW_FUNCTIONS)
+    return is_view or node.op in ("get_attr", "placeholder") or _is_new(node)
+
+
 def _is_disturbed(inner: set[fx.Node], addends: list[Any]) -> bool:
     """Whether what is added up may be changed before the pattern's last node, which is when the operator reads it."""
     sharing = {a for addend in addends for a in (addend if isinstance(addend, tuple) else (addend,))}
@@ -504,7 +514,7 @@ def _is_disturbed(inner: set[fx.Node], addends: list[Any]) -> bool:
     nodes = list(next(iter(inner)).graph.nodes)
     places = [nodes.index(node) for node in inner]
     between = set(nodes[min(places) : max(places)]) - inner
-    return any(not _is_new(node) and not sharing.isdisjoint(node.all_input_nodes) for node in between)
+    return any(not _leaves_inputs(node) and not sharing.isdisjoint(node.all_input_nodes) for node in between)
 
 
 def _adain_of(
