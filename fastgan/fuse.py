@@ -23,7 +23,15 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from fastgan import backend, ops
-from fastgan.nn.conv_norm_act import ConvBnAct2d, ConvTransposeBnAct2d, conv2d, conv_batch_norm_act
+from fastgan.nn.conv_norm_act import (
+    ConvBnAct2d,
+    ConvTransposeBnAct2d,
+    conv2d,
+    conv_batch_norm_act,
+    is_doubling,
+    is_halving,
+    slides,
+)
 from fastgan.nn.group_norm_act import GroupNormAct, InstanceNormAct2d, LayerNormAct, instance_norm_act
 from fastgan.nn.norm_act import Activation, BatchNormAct2d, attachment, batch_norm_act
 from fastgan.ops._autograd import is_transformed
@@ -50,6 +58,23 @@ def _conv(x: Tensor, conv: Any) -> Tensor:
     return conv2d(x, conv, keep_layout=False)
 
 
+def _up_conv_batch_norm_act(x: Tensor, _up: Any, conv: Any, norm: Any, act: nn.Module | None = None) -> Tensor:
+    return conv_batch_norm_act(x, conv, norm, Activation.of(act), doubled=True, keep_layout=False)
+
+
+def _up_conv_instance_norm_act(x: Tensor, _up: Any, conv: Any, norm: Any, act: nn.Module | None = None) -> Tensor:
+    y = ops.upsample_conv2d(x, conv.weight, padding=conv.padding, groups=conv.groups, keep_layout=False)
+    return instance_norm_act(y, norm, Activation.of(act), conv_bias=conv.bias)
+
+
+def _up_conv(x: Tensor, _up: Any, conv: Any) -> Tensor:
+    return ops.upsample_conv2d(x, conv.weight, conv.bias, padding=conv.padding, groups=conv.groups, keep_layout=False)
+
+
+def _conv_down(x: Tensor, conv: Any, _pool: Any) -> Tensor:
+    return ops.conv2d_avg_pool2d(x, conv.weight, conv.bias, padding=conv.padding, groups=conv.groups, keep_layout=False)
+
+
 def _batch_norm_act(x: Tensor, norm: Any, act: nn.Module | None = None, residual: Tensor | None = None) -> Tensor:
     return batch_norm_act(x, norm, Activation.of(act), residual)
 
@@ -62,6 +87,7 @@ CONV = (nn.Conv2d, nn.ConvTranspose2d)
 BATCH, INSTANCE = (nn.BatchNorm2d,), (nn.InstanceNorm2d,)
 NORM = BATCH + INSTANCE
 ACT = (nn.ReLU, nn.LeakyReLU)
+UP, FLAT, DOWN = (nn.Upsample,), (nn.Conv2d,), (nn.AvgPool2d,)
 
 # Consecutive layers of exactly these classes, and what computes them at once. The longest that fits is taken.
 PATTERNS: tuple[tuple[tuple[tuple[type[nn.Module], ...], ...], Callable[..., Tensor]], ...] = (
@@ -69,6 +95,12 @@ PATTERNS: tuple[tuple[tuple[tuple[type[nn.Module], ...], ...], Callable[..., Ten
     ((CONV, BATCH), _conv_batch_norm_act),
     ((CONV, INSTANCE, ACT), _conv_instance_norm_act),
     ((CONV, INSTANCE), _conv_instance_norm_act),
+    ((UP, FLAT, BATCH, ACT), _up_conv_batch_norm_act),
+    ((UP, FLAT, BATCH), _up_conv_batch_norm_act),
+    ((UP, FLAT, INSTANCE, ACT), _up_conv_instance_norm_act),
+    ((UP, FLAT, INSTANCE), _up_conv_instance_norm_act),
+    ((UP, FLAT), _up_conv),
+    ((FLAT, DOWN), _conv_down),
     ((CONV,), _conv),
     ((BATCH, ACT), _batch_norm_act),
     ((BATCH,), _batch_norm_act),
@@ -100,12 +132,19 @@ def _tracks_planes(layer: nn.Module) -> bool:
     return isinstance(layer, INSTANCE) and (layer.track_running_stats or layer.running_mean is not None)
 
 
-def _matches(classes: Classes) -> Iterator[tuple[int, Callable[..., Tensor]]]:
-    """The patterns that `classes` begin with, the longest first: how many layers, and what computes them."""
+def _matches(layers: list[nn.Module], classes: Classes) -> Iterator[tuple[int, Callable[..., Tensor]]]:
+    """The patterns that the layers begin with, the longest first: how many layers, and what computes them."""
     for length in range(min(_LONGEST, len(classes)), 0, -1):
         run = _RUNS.get(classes[:length])
-        if run is not None:
+        if run is not None and _is_resampling(layers[:length]) in (None, True):
             yield length, run
+
+
+def _is_resampling(layers: list[nn.Module]) -> bool | None:
+    """Whether what a pattern doubles or halves is doubled or halved as the operators do it; None where nothing is."""
+    if isinstance(layers[0], UP):
+        return is_doubling(layers[0]) and slides(layers[1])
+    return is_halving(layers[-1]) and slides(layers[-2]) if isinstance(layers[-1], DOWN) else None
 
 
 # ── Running ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -147,10 +186,27 @@ def _fits(x: Any, layers: list[nn.Module]) -> bool:
 
 def _choose(x: Any, layers: list[nn.Module], classes: Classes) -> tuple[int, Callable[..., Tensor] | None]:
     """How many layers to compute next, and what computes them: None where one layer is to be called."""
-    for length, run in _matches(classes):
+    for length, run in _matches(layers, classes):
+        if _is_resampling(layers[:length]) and _has_few_pixels(x, isinstance(layers[0], UP)):
+            continue
         if _fits(x, layers[:length]):
             return (1, None) if _is_little(x, layers[0]) else (length, run)
     return 1, None
+
+
+# Pixels of the larger image, in the whole batch, below which the sums of weights take longer than what they save.
+_FEW_PIXELS = 1 << 11
+
+
+def _has_few_pixels(x: Any, doubled: bool) -> bool:
+    """Whether a convolution had better be computed at every pixel before a pool, or after x is doubled."""
+    if type(x) is not Tensor or x.dim() != 4 or torch.compiler.is_compiling() or not backend.is_automatic():
+        return False
+    return x.device.type != "cpu" or _pixels(x) * (4 if doubled else 1) < _FEW_PIXELS
+
+
+def _pixels(x: Tensor) -> int:
+    return x.shape[0] * x.shape[2] * x.shape[3]
 
 
 # Multiplications of a thread in a convolution, and elements that come out: with fewer of both an operator's call in Python,
@@ -164,7 +220,7 @@ def _is_little(x: Tensor, layer: nn.Module) -> bool:
         return False
     if torch.compiler.is_compiling() or not backend.is_automatic():
         return False
-    positions, spread = x.shape[0] * x.shape[2] * x.shape[3], math.prod(layer.stride)
+    positions, spread = _pixels(x), math.prod(layer.stride)
     pixels = positions * spread  # that come out
     if isinstance(layer, nn.Conv2d):
         pixels = positions = positions // spread
@@ -215,12 +271,13 @@ class Fused(_StandIn, nn.Sequential):
             head, head_class = layers[0], classes[0]
             length, run = _choose(x, layers, classes)
             is_last = residual is not None and length == len(layers) and isinstance(layers[-1], NORM)
-            if is_last and length == 2:
-                length, run = 1, _conv  # the norm comes alone, and adds
+            if is_last and length > 1:
+                length -= 1  # the norm comes alone, and adds
+                run = _RUNS[classes[:length]]
             if run is not None:
                 if stock is None:
                     stock = torch.channels_last if is_channels_last(x) else torch.contiguous_format
-                if isinstance(head, CONV) and is_channels_last(head.weight):
+                if any(isinstance(layer, CONV) and is_channels_last(layer.weight) for layer in layers[:length]):
                     stock = torch.channels_last
                 if any(isinstance(layer, INSTANCE) for layer in layers[:length]):
                     stock = torch.contiguous_format  # which stock torch makes of any layout
@@ -233,6 +290,8 @@ class Fused(_StandIn, nn.Sequential):
             elif head_class is not None and isinstance(head, FusedForward) and (found := head._find_residual(x)):
                 chain, order = found
                 x, stock = _plus_owing(chain, x, x, stock, order)
+            elif (resampled := _find_resampled(x, layers, classes)) is not None:
+                x, stock, length = resampled(_restore(x, stock)), None, 2
             else:
                 if head_class not in LAYOUT_BLIND:
                     x, stock = _restore(x, stock), None
@@ -249,6 +308,7 @@ class FusedForward(_StandIn):
     """A module whose forward is written by hand."""
 
     _traces: ClassVar[Traces]
+    _resampled: ClassVar[dict[Any, Callable[..., Any] | None]]
 
     def _find_residual(self, x: Any) -> tuple[Fused, str] | None:
         """Where the forward is x + chain(x), and nothing else: the chain, and the order."""
@@ -262,9 +322,34 @@ class FusedForward(_StandIn):
         chain = self.get_submodule(layer.target)
         return (chain, order) if given is residual and isinstance(chain, Fused) and not attachment(chain) else None
 
+    def _find_resampled(self, x: Any, doubled: bool) -> Callable[[Any], Any] | None:
+        """Where x is the input of a functional convolution alone, and the result that of the only one: the forward with
+        that of a doubled x, or with the means of 2×2 of the result."""
+        run = _find_run(self, (x,), {})[0]
+        if run is None:
+            return None
+        key = (run.function, doubled)
+        if key not in self._resampled:
+            graph = _resample(run.graph, doubled)
+            self._resampled[key] = None if graph is None else compiled(graph)
+        resampled = self._resampled[key]
+        return None if resampled is None else functools.partial(resampled, self)
+
     def extra_repr(self) -> str:
         patterns, _ = self._traces.survey(self)
         return "\n".join([*filter(None, [super().extra_repr()]), *(f"fused: {pattern}" for pattern in patterns)])
+
+
+def _find_resampled(x: Any, layers: list[nn.Module], classes: Classes) -> Callable[[Any], Any] | None:
+    """What computes a doubling and a forward that convolves, or such a forward and a halving, at once."""
+    if len(layers) == 1 or None in classes[:2] or torch.compiler.is_compiling():
+        return None
+    first, second = layers[:2]
+    if isinstance(first, UP) and isinstance(second, FusedForward) and is_doubling(first):
+        return None if _has_few_pixels(x, True) else second._find_resampled(x, True)
+    if isinstance(first, FusedForward) and isinstance(second, DOWN) and is_halving(second):
+        return None if _has_few_pixels(x, False) else first._find_resampled(x, False)
+    return None
 
 
 def _find_run(module: FusedForward, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, list[Tensor]]:
@@ -316,7 +401,7 @@ def _set_fused(module: nn.Module) -> nn.Module:
         namespace: dict[str, Any] = {"_unfused": unfused, "__module__": __name__}
         stand_in = Fused if issubclass(unfused, nn.Sequential) else FusedForward
         if stand_in is FusedForward:
-            namespace |= {"_traces": Traces(unfused, rewrite), "forward": _like(unfused.forward)}
+            namespace |= {"_traces": Traces(unfused, rewrite), "_resampled": {}, "forward": _like(unfused.forward)}
         _FUSED.setdefault(unfused, type(f"Fused{unfused.__name__}", (stand_in, unfused), namespace))
     module.__class__ = _FUSED[unfused]
     return module
@@ -405,6 +490,57 @@ def _conv2d(*args: Any, **kwargs: Any) -> Tensor:
 
 def _conv_transpose2d(*args: Any, **kwargs: Any) -> Tensor:
     return _operator_or_stock(ops.conv_transpose2d, F.conv_transpose2d, args, kwargs)
+
+
+def _conv2d_avg_pool2d(*args: Any, **kwargs: Any) -> Tensor:
+    """F.avg_pool2d(F.conv2d(…), 2)"""
+    found = _resampled(ops.conv2d_avg_pool2d, *args, **kwargs)
+    return F.avg_pool2d(_conv2d(*args, **kwargs), 2) if found is None else found
+
+
+def _upsample_conv2d(x: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """F.conv2d(F.interpolate(x, scale_factor=2), …)"""
+    found = _resampled(ops.upsample_conv2d, x, *args, **kwargs)
+    return _conv2d(F.interpolate(x, scale_factor=2), *args, **kwargs) if found is None else found
+
+
+def _resample(graph: fx.Graph, doubled: bool) -> fx.Graph | None:
+    """The graph with its only convolution of the doubled input, or of which the result is halved, if it has such a one."""
+    convs = [node for node in graph.nodes if node.target is _conv2d]
+    if len(convs) != 1 or not convs[0].args:
+        return None
+    (conv,), given, output = convs, next(iter(graph.nodes)), next(reversed(graph.nodes))
+    if doubled:
+        fits = given.op == "placeholder" and list(given.users) == [conv] and conv.args[0] is given
+        fits = fits and given not in _nodes_of((conv.args[1:], conv.kwargs))
+    else:
+        fits = output.args == (conv,) and list(conv.users) == [output]
+    if not fits:
+        return None
+    rest, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    rest.output(rest.graph_copy(graph, copies))
+    copies[conv].target = _upsample_conv2d if doubled else _conv2d_avg_pool2d
+    return rest
+
+
+def _nodes_of(arguments: Any) -> list[fx.Node]:
+    nodes: list[fx.Node] = []
+    fx.node.map_arg(arguments, nodes.append)
+    return nodes
+
+
+def _resampled(
+    op: Callable, x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
+    groups: Any = 1,
+) -> Tensor | None:  # fmt: skip
+    """By the operator, where the convolution has taps at every pixel, is wider than one, and the tensors fit."""
+    slides = stride in (1, (1, 1), [1, 1]) and dilation in (1, (1, 1), [1, 1])
+    if not slides or type(weight) not in (Tensor, nn.Parameter) or min(weight.shape[2:], default=1) < 2:
+        return None
+    try:
+        return op(x, weight, bias, padding=padding, groups=groups)
+    except (TypeError, ValueError):  # stock has an answer, or an error of its own
+        return None
 
 
 def _operator_or_stock(op: Callable, stock: Callable, args: tuple, kwargs: dict[str, Any]) -> Tensor:
@@ -682,7 +818,8 @@ def fuse(model: Model) -> Model:
     """Have fused operators compute what there are patterns for in `model`.
 
     In `nn.Sequential`: [Conv2d | ConvTranspose2d] → [BatchNorm2d | InstanceNorm2d] → [ReLU | LeakyReLU] and its parts,
-    except an activation alone. In a forward written by hand: x + chain(x), of a chain that ends in a norm; scale ·
+    except an activation alone; an Upsample that doubles before a Conv2d, and an AvgPool2d that halves after one, which
+    become part of the convolution. In a forward written by hand: x + chain(x), of a chain that ends in a norm; scale ·
     instance_norm(act(x + noise_weight · noise + bias)) + shift; `F.conv2d` and `F.conv_transpose2d`.
 
     Returns `model` itself. Layers, parameters, buffers and state_dict stay what they are, and the model computes the same
@@ -775,7 +912,7 @@ def _rows_of_chain(path: str, chain: nn.Module) -> Iterator[Row]:
     classes = _classes(layers)
     fused = isinstance(chain, Fused)
     while layers:
-        length, run = next(_matches(classes), (1, None))
+        length, run = next(_matches(layers, classes), (1, None))
         if run is not None:
             place = names[0] if length == 1 else f"{names[0]}–{names[length - 1]}"
             pattern = " → ".join(type(layer).__name__ for layer in layers[:length])

@@ -1,4 +1,4 @@
-"""`fuse` on instance norms, and on what a hand-written forward adds, scales and convolves."""
+"""`fuse` on instance norms, on resampled images, and on what a hand-written forward adds, scales and convolves."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from fusing import assert_agree, batch, twins
 from torch import nn
 
+from fastgan import backend
 from fastgan.fuse import explain, fuse
 
 C = 4
@@ -68,6 +69,79 @@ def test_an_instance_norm_gives_a_contiguous_output_as_in_stock():
 
 def test_running_statistics_of_planes_are_left_to_stock(ran):
     agree(lambda: nn.Sequential(nn.InstanceNorm2d(C, track_running_stats=True), nn.ReLU()), [], ran)
+
+
+# ── Convolutions beside a pool or an upsampling ──────────────────────────────────────────────────────────────────────
+
+RESAMPLING_CHAINS = {
+    "an upsampling generator": (
+        lambda: [
+            *[nn.Upsample(scale_factor=2), nn.Conv2d(C, 6, 3, 1, 1), nn.BatchNorm2d(6, 0.8), nn.LeakyReLU(0.2, True)],
+            *[nn.Upsample(scale_factor=(2, 2)), nn.Conv2d(6, 6, 5, padding=2, groups=2, bias=False), nn.BatchNorm2d(6)],
+            *[nn.Upsample(scale_factor=2), nn.Conv2d(6, C, (3, 2)), nn.Tanh()],
+        ],
+        ["conv_transpose2d_batch_norm_act"] * 2 + ["upsample_conv2d"],
+    ),
+    "instance norms": (
+        lambda: [
+            *[nn.Upsample(scale_factor=2), nn.Conv2d(C, 6, 3, 1, 1), nn.InstanceNorm2d(6), nn.ReLU()],
+            *[nn.Upsample(scale_factor=2), nn.Conv2d(6, 6, 3, 1, 1), nn.InstanceNorm2d(6, affine=True)],
+        ],
+        ["upsample_conv2d", "instance_norm_act"] * 2,
+    ),
+    "a pooling critic": (
+        lambda: [
+            nn.Conv2d(C, 6, 3, 1, 1),
+            nn.AvgPool2d(2),
+            nn.ReLU(),
+            nn.Conv2d(6, 6, 2, 1, 1),
+            nn.AvgPool2d((2, 2), 2),
+        ],
+        ["conv2d_avg_pool2d"] * 2,
+    ),
+    "other settings": (
+        lambda: [
+            *[nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(C, 6, 3)],
+            *[nn.Upsample(scale_factor=3), nn.Conv2d(6, 6, 3)],
+            *[nn.Upsample(size=(40, 40)), nn.Conv2d(6, 6, 3, 2), nn.AvgPool2d(2)],
+            *[nn.Upsample(scale_factor=2), nn.Conv2d(6, 6, 3, 1, 1, padding_mode="reflect"), nn.AvgPool2d(3)],
+            *[nn.Upsample(scale_factor=2), nn.Conv2d(6, 6, 1), nn.AvgPool2d(2)],
+            *[nn.Upsample(scale_factor=2), nn.Conv2d(6, 6, 3, padding="same"), nn.AvgPool2d(2, ceil_mode=True)],
+        ],
+        ["conv2d"] * 6,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RESAMPLING_CHAINS)
+def test_a_chain_that_resamples_computes_the_same(name, ran):
+    make, expected = RESAMPLING_CHAINS[name]
+    agree(lambda: nn.Sequential(*make()), expected, ran)
+
+
+def test_the_layout_after_resampling_is_stock_s():
+    stock, fused = twins(lambda: nn.Sequential(nn.Conv2d(C, 6, 3), nn.AvgPool2d(2)))
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        for model in (stock, fused):
+            model.to(memory_format=memory_format)
+        assert fused(batch()).stride() == stock(batch()).stride()
+
+
+def test_few_pixels_are_resampled_as_in_stock(ran, monkeypatch):
+    monkeypatch.setattr(backend, "is_automatic", lambda: True)
+    model = fuse(nn.Sequential(nn.Conv2d(C, 64, 3, 1, 1), nn.AvgPool2d(2)))
+    for pixels in (16, 64):
+        model(torch.randn(1, C, pixels, pixels))
+    assert ran == ["conv2d_avg_pool2d"]
+
+
+def test_a_resampling_layer_with_a_hook_is_called():
+    seen = []
+    for layers in ([nn.Conv2d(C, 6, 3), nn.AvgPool2d(2)], [nn.Upsample(scale_factor=2), nn.Conv2d(C, 6, 3)]):
+        for layer in layers:
+            layer.register_forward_hook(lambda module, args, output: seen.append(type(module)))
+        fuse(nn.Sequential(*layers))(batch(torch.float32))
+    assert seen == [nn.Conv2d, nn.AvgPool2d, nn.Upsample, nn.Conv2d]
 
 
 # ── Residual sums ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -272,6 +346,39 @@ class EqualizedTransposed(Equalized):
 @pytest.mark.parametrize(("kind", "op"), [(Equalized, "conv2d"), (EqualizedTransposed, "conv_transpose2d")])
 def test_a_functional_convolution_runs_by_the_operator(kind, op, ran):
     agree(kind, [op], ran)
+
+
+class Modulated(Equalized):
+    """A convolution whose weight depends on the image."""
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight * x.mean(), self.bias, padding=1)
+
+
+class Plain(Equalized):
+    def forward(self, x):
+        return F.conv2d(x, self.weight * self.gain, self.bias, padding=1)
+
+
+class Activated(Plain):
+    def forward(self, x):
+        return F.relu(F.conv2d(x, self.weight, self.bias))
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: [Plain(), nn.AvgPool2d(2)], ["conv2d_avg_pool2d"]),
+        (lambda: [nn.Upsample(scale_factor=2), Plain()], ["upsample_conv2d"]),
+        (lambda: [nn.Upsample(scale_factor=2), Activated()], ["upsample_conv2d"]),
+        (lambda: [Activated(), nn.AvgPool2d(2)], ["conv2d"]),
+        (lambda: [Equalized(), nn.AvgPool2d(2)], ["conv2d"]),
+        (lambda: [nn.Upsample(scale_factor=2), Modulated(), nn.Tanh()], ["conv2d"]),
+        (lambda: [Modulated(), nn.AvgPool2d(2)], ["conv2d_avg_pool2d"]),
+    ],
+)
+def test_a_functional_convolution_is_resampled_with_the_layer_beside_it(make, expected, ran):
+    agree(lambda: nn.Sequential(*make()), expected, ran)
 
 
 class Pads(nn.Module):

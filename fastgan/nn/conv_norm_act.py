@@ -10,6 +10,7 @@ from fastgan.nn.norm_act import Activation, attachment, next_statistics
 from fastgan.ops._norm import activate
 from fastgan.ops._types import Act
 from fastgan.ops.conv import Size2
+from fastgan.ops.resampled_conv import up_padding, up_weight
 
 Conv = nn.Conv2d | nn.ConvTranspose2d
 Module = TypeVar("Module", bound="_ConvBnAct")
@@ -23,6 +24,31 @@ def _pad(x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Size2]:
     if conv.padding_mode == "zeros" and (left, top) == (right, bottom):
         return x, (top, left)
     return F.pad(x, sides, "constant" if conv.padding_mode == "zeros" else conv.padding_mode), 0
+
+
+def is_doubling(up: nn.Upsample) -> bool:
+    """Whether an upsampling repeats each pixel along both axes."""
+    by = up.scale_factor if isinstance(up.scale_factor, tuple) else (up.scale_factor,)
+    return up.mode == "nearest" and up.size is None and set(by) == {2}
+
+
+def is_halving(pool: nn.AvgPool2d) -> bool:
+    """Whether a pool gives the means of 2×2 pixels."""
+    kernel_size, stride = (size if isinstance(size, tuple) else (size,) for size in (pool.kernel_size, pool.stride))
+    is_plain = pool.padding in (0, (0, 0)) and not pool.ceil_mode and pool.divisor_override is None
+    return is_plain and set(kernel_size) == set(stride) == {2}
+
+
+def slides(conv: nn.Module) -> bool:
+    """Whether a convolution has taps at every pixel of its input, zeros beyond it, and is wider than a pixel."""
+    return (
+        isinstance(conv, nn.Conv2d)
+        and set(conv.stride) == set(conv.dilation) == {1}
+        and conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
+        and all(padding < taps for padding, taps in zip(conv.padding, conv.kernel_size, strict=True))
+        and min(conv.kernel_size) > 1
+    )
 
 
 def _prepare(x: Tensor, conv: Conv, output_size: list[int] | None) -> tuple[Tensor, dict[str, Any]]:
@@ -54,14 +80,19 @@ def conv_batch_norm_act(
     activation: Activation,
     output_size: list[int] | None = None,
     *,
+    doubled: bool = False,
     keep_layout: bool = True,
 ) -> Tensor:
-    """act(norm(conv(x))) by the operator, with all that `norm` does in a forward pass."""
+    """act(norm(conv(x))) by the operator, with all that `norm` does in a forward pass. `doubled`: of x at twice its size."""
     op = ops.conv2d_batch_norm_act if isinstance(conv, nn.Conv2d) else ops.conv_transpose2d_batch_norm_act
+    weight = conv.weight
     x, settings = _prepare(x, conv, output_size)
+    if doubled:
+        op, weight = ops.conv_transpose2d_batch_norm_act, up_weight(weight, conv.groups)
+        settings |= {"stride": 2, "padding": up_padding(conv.weight, settings["padding"])}
     running_mean, running_var, training, momentum = next_statistics(norm)
     return op(
-        x, conv.weight, conv.bias, running_mean, running_var, norm.weight, norm.bias, training, momentum, norm.eps,
+        x, weight, conv.bias, running_mean, running_var, norm.weight, norm.bias, training, momentum, norm.eps,
         **settings, act=activation.act, negative_slope=activation.negative_slope, keep_layout=keep_layout,
     )  # fmt: skip
 

@@ -12,6 +12,7 @@ from fastgan.ops.minibatch_stddev import minibatch_stddev
 from fastgan.ops.norm_act import batch_norm_act
 from fastgan.ops.penalty import sample_norms, sample_squares
 from fastgan.ops.pixel_norm import pixel_norm
+from fastgan.ops.resampled_conv import conv2d_avg_pool2d, upsample_conv2d
 from fastgan.ops.upfirdn2d import downsample2d, filter2d, setup_filter, upfirdn2d, upsample2d
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "batch_norm_act",
     "bias_act",
     "conv2d",
+    "conv2d_avg_pool2d",
     "conv2d_batch_norm_act",
     "conv_transpose2d",
     "conv_transpose2d_batch_norm_act",
@@ -41,4 +43,5 @@ __all__ = [
     "setup_filter",
     "upfirdn2d",
     "upsample2d",
+    "upsample_conv2d",
 ]
