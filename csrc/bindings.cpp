@@ -141,6 +141,16 @@ PYBIND11_MODULE(_C, m) {
   m.def("patches_to_image", [](const Patches& p, Address patches, Address image) {
     kernels.patches_to_image(p, at(patches), at(image));
   }, release());
+  py::class_<Winograd>(m, "Winograd").def(py::init([](std::array<int64_t, 4> image, std::array<int64_t, 2> positions,
+                                                      std::array<int64_t, 2> padding, int64_t step) {
+    return Winograd{image[0], image[1], image[2], image[3], positions[0], positions[1], padding[0], padding[1], step};
+  }));
+  m.def("winograd_image_to_tiles", [](const Winograd& a, Address image, Address tiles) {
+    kernels.winograd_image_to_tiles(a, at<float>(image), at<float>(tiles));
+  }, release());
+  m.def("winograd_tiles_to_positions", [](const Winograd& a, Address tiles, Address bias, Address positions) {
+    return kernels.winograd_tiles_to_positions(a, at<float>(tiles), at<float>(bias), at<float>(positions));
+  }, release());
 
   py::class_<Samples>(m, "Samples").def(py::init(&samples_of));
   m.def("sample_dot", [](const Samples& s, Address x, Address y, Address sums) {

@@ -64,20 +64,21 @@ def test_no_torch_header_in_csrc():
 
 
 # Where an operator's name has to stand besides `ops/`, and which operators need not stand there. conv is called through
-# conv_norm_act's modules and benchmarks, and conv_norm_act is made of the kernels of the other two; the lean activations
-# and pools are stock arithmetic with other gradients, which penalties use and measure; composites are stock
-# arithmetic; a layout is part of what others do.
+# conv_norm_act's modules and benchmarks, conv_norm_act is made of the kernels of the other two, and resampled_conv of conv
+# (`fuse` calls it, and no module does); the lean activations
+# and pools are stock arithmetic with other gradients, which penalties use and measure; composites are stock arithmetic; a
+# layout is part of what others do.
 LEAN = {"activation", "avg_pool"}
 COMPOSITE = {"minibatch_stddev", "pixel_norm"}
 LEVELS = {
-    "fastgan/nn/{}.py": {"bias_act", "conv", "layout", "penalty"} | LEAN | COMPOSITE,
-    "kernels/fastgan_kernels/{}.py": {"adain", "conv", "conv_norm_act", "layout"} | LEAN | COMPOSITE,
-    "csrc/cpu/{}.h": {"conv_norm_act"} | LEAN | COMPOSITE,
+    "fastgan/nn/{}.py": {"bias_act", "conv", "layout", "penalty", "resampled_conv"} | LEAN | COMPOSITE,
+    "kernels/fastgan_kernels/{}.py": {"adain", "conv", "conv_norm_act", "layout", "resampled_conv"} | LEAN | COMPOSITE,
+    "csrc/cpu/{}.h": {"conv_norm_act", "resampled_conv"} | LEAN | COMPOSITE,
     "tests/ops/test_{}.py": {"avg_pool"},  # among the activations' cases
     "benchmarks/bench_{}.py": {"conv", "layout"} | LEAN | COMPOSITE,
 }
 SHARED = {
-    "_norm", "_units", "kernels", "simd", "tiles", "conv_tiles", "__init__", "training", "wgan_gp", "stylegan",
+    "_norm", "_units", "kernels", "simd", "tiles", "conv_tiles", "winograd", "__init__", "training", "wgan_gp", "stylegan",
     "cyclegan", "equalized",
 }  # fmt: skip
 

@@ -38,6 +38,8 @@ const Kernels avx2_kernels = {"avx2",
                                  avx2::transpose_matrices,
                                  avx2::image_to_patches,
                                  avx2::patches_to_image,
+                                 avx2::winograd_image_to_tiles,
+                                 avx2::winograd_tiles_to_positions,
                                  avx2::sample_dot,
                                  avx2::sample_scale,
                                  avx2::upfirdn2d};

@@ -38,6 +38,8 @@ const Kernels avx512_kernels = {"avx512",
                                  avx512::transpose_matrices,
                                  avx512::image_to_patches,
                                  avx512::patches_to_image,
+                                 avx512::winograd_image_to_tiles,
+                                 avx512::winograd_tiles_to_positions,
                                  avx512::sample_dot,
                                  avx512::sample_scale,
                                  avx512::upfirdn2d};

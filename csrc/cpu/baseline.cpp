@@ -28,6 +28,8 @@ const Kernels baseline_kernels = {"baseline",
                                  baseline::transpose_matrices,
                                  baseline::image_to_patches,
                                  baseline::patches_to_image,
+                                 baseline::winograd_image_to_tiles,
+                                 baseline::winograd_tiles_to_positions,
                                  baseline::sample_dot,
                                  baseline::sample_scale,
                                  baseline::upfirdn2d};

@@ -127,6 +127,15 @@ struct Convolution : Patches {
   int64_t weight_o, weight_c, weight_tap; // strides of the weight (O, C, kh·kw), in elements
 };
 
+// F(2×2, 3×3) between a channels_last image (N, H, W, C) or positions (N, OH, OW, C), float32, and 16 matrices (tiles, C) that
+// are `step` elements apart. A tile is 2×2 positions; the last of a line or column may be cut.
+struct Winograd {
+  int64_t N, H, W, C;
+  int64_t OH, OW;
+  int64_t pad_h, pad_w;
+  int64_t step;
+};
+
 // One axis of upfirdn2d: `up` places for each of `in` elements, `pad` zeros before them (or less than none), a filter of so
 // many taps at every `down`-th place.
 struct Resampling {
@@ -173,6 +182,9 @@ struct Kernels {
   void (*transpose_matrices)(const Matrices&, const void* x, void* y); // y: N matrices of B rows and A columns
   void (*image_to_patches)(const Patches&, const void* image, void* patches);
   void (*patches_to_image)(const Patches&, const void* patches, void* image);
+  void (*winograd_image_to_tiles)(const Winograd&, const float* image, float* tiles);
+  // Whether all of the result, less the bias, is finite: else infinities and nan have spread over their tiles.
+  bool (*winograd_tiles_to_positions)(const Winograd&, const float* tiles, const float* bias, float* positions);
   // Of samples x, y (N, S) dtype, and numbers for each (N,) acc: sums = Σ x·y, and y = factors·x.
   void (*sample_dot)(const Samples&, const void* x, const void* y, void* sums);
   void (*sample_scale)(const Samples&, const void* x, const void* factors, void* y);

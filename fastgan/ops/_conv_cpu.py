@@ -3,6 +3,7 @@
 - The vendor's: oneDNN, which is hard to beat where images are large.
 - Patches: one matrix product over a matrix of patches, where the weight is large beside the image (oneDNN reorders all of
   it at every call) or the image has few channels.
+- Winograd: of 3×3 taps at every pixel, with fewer products; C++ around the vendor's matrix products.
 - Tiles: C++ on the CPU's matrix unit (AMX). For float32 it is faster than float32 lanes can be, at the same precision.
 """
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from fastgan import backend
 from fastgan.ops._tensors import DTYPES, address, dense
 
-Form = Literal["vendor", "patches", "tiles"]
+Form = Literal["vendor", "patches", "tiles", "winograd"]
 Result = Literal["positions", "image", "weight"]
 
 
@@ -65,8 +66,9 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, size: Sequence[i
     transposed = settings[3]
     geometry = _geometry(x, weight, size, settings)
     form = choose_form(geometry, "image" if transposed else "positions")
-    if form == "tiles":
-        y = _convolution_by_tiles(geometry, x, weight, bias, transposed)
+    if form in ("tiles", "winograd"):
+        compute = _convolution_by_tiles if form == "tiles" else _convolution_by_winograd
+        y = compute(geometry, x, weight, bias, transposed)
         if y is not None:
             return y
     if form == "patches":
@@ -147,6 +149,8 @@ def choose_form(geometry: Geometry, result: Result) -> Form:
 
 @functools.lru_cache(maxsize=4096)
 def _fastest(geometry: Geometry, result: Result) -> Form:
+    if _winograd_pays(geometry, result):
+        return "winograd"
     if _tiles_pay(geometry, result):
         return "tiles"
     if result == "image" and geometry.image[1] <= _FEW_CHANNELS and geometry.patch <= 3 * geometry.positions[1]:
@@ -156,6 +160,23 @@ def _fastest(geometry: Geometry, result: Result) -> Form:
     limits = _PATCHES_PER_WEIGHT_GRAD if result == "weight" else _PATCHES_PER_WEIGHT
     limit = limits.get(geometry.dtype, limits[torch.float32])
     return "patches" if geometry.patches <= limit * geometry.positions[1] else "vendor"
+
+
+# Channels, and tiles, with which Winograd's form pays: below, the transforms and the calls cost more than the products that
+# it saves, which the matrix unit has for less. (A weight's gradient would be three times less exact by it than stock's.)
+_WINOGRAD_CHANNELS, _WINOGRAD_CHANNELS_BESIDE_TILES, _WINOGRAD_TILES = 128, 192, 256
+_WINOGRAD_ELEMENTS = 1 << 22  # of each of the two sets of matrices
+
+
+def _winograd_pays(geometry: Geometry, result: Result) -> bool:
+    from fastgan import _C
+
+    plain = geometry.kernel == (3, 3) and geometry.stride == geometry.dilation == (1, 1) and max(geometry.padding) <= 2
+    if not plain or result == "weight" or geometry.dtype != torch.float32:
+        return False
+    tiles = geometry.positions[0] * _tiles_of_image(geometry.positions[2:])
+    least = _WINOGRAD_CHANNELS_BESIDE_TILES if _C.has_matrix_unit() else _WINOGRAD_CHANNELS
+    return tiles >= _WINOGRAD_TILES and min(geometry.image[1], geometry.positions[1]) >= least
 
 
 def _tiles_pay(geometry: Geometry, result: Result) -> bool:
@@ -222,6 +243,67 @@ def _weight_grad_by_tiles(geometry: Geometry, positions: Tensor, image: Tensor, 
     from fastgan import _C
 
     return _C.weight_grad(_tiles(geometry), positions.data_ptr(), image.data_ptr(), grad_weight.data_ptr())
+
+
+# ── Winograd ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@functools.cache
+def _of_taps() -> Tensor:
+    """(16, 9): what 3×3 taps are multiplied with in the 16 matrices."""
+    row = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
+    return torch.kron(row, row)
+
+
+def _new_tiles(like: Tensor, tiles: int, channels: int) -> Tensor:
+    """(16, tiles, channels), a row apart from each other: distances of a power of two would meet in one set of the cache."""
+    return like.new_empty(16, tiles + 1, channels)[:, :tiles]
+
+
+def _image_to_tiles(image: Tensor, size: Sequence[int], padding: Sequence[int], tiles: int) -> Tensor:
+    from fastgan import _C
+
+    n, c, h, w = image.shape
+    found = _new_tiles(image, tiles, c)
+    geometry = _C.Winograd((n, h, w, c), size, padding, found.stride(0))
+    _C.winograd_image_to_tiles(geometry, image.data_ptr(), found.data_ptr())
+    return found
+
+
+def _convolution_by_winograd(
+    geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool
+) -> Tensor | None:
+    """None where the result is not finite: stock's is not finite in fewer places, or finite after all."""
+    from fastgan import _C
+
+    # A transposed convolution is one with the taps turned around and the other padding.
+    n, c, *size = geometry.image if transposed else geometry.positions
+    padding = [2 - p for p in geometry.padding] if transposed else geometry.padding
+    of_taps = _of_taps().flip(1) if transposed else _of_taps()
+    weights = (of_taps @ weight.reshape(-1, 9).t()).view(16, *weight.shape[:2])
+    if not transposed:
+        weights = weights.transpose(1, 2)
+    bias = None if bias is None else bias.contiguous()
+    y = _new_image(x, (n, c, *size))
+    for x_part, y_part in zip(x.split(_images(geometry)), y.split(_images(geometry)), strict=True):
+        tiles = len(x_part) * _tiles_of_image(size)
+        products = _new_tiles(x, tiles, c)
+        torch.bmm(_image_to_tiles(x_part, size, padding, tiles), weights, out=products)
+        arguments = _C.Winograd((len(x_part), *size, c), size, padding, products.stride(0))
+        if not _C.winograd_tiles_to_positions(arguments, products.data_ptr(), address(bias), y_part.data_ptr()):
+            return None
+    return y
+
+
+def _tiles_of_image(size: Sequence[int]) -> int:
+    return -(-size[0] // 2) * -(-size[1] // 2)
+
+
+def _images(geometry: Geometry) -> int:
+    """How many images at a time: their matrices are to stay in the cache, and below what is fresh memory at every call."""
+    (_, c, h, w), (_, o, oh, ow) = geometry.image, geometry.positions
+    elements = 16 * _tiles_of_image((max(h, oh), max(w, ow))) * max(c, o)
+    return max(1, _WINOGRAD_ELEMENTS // elements)
 
 
 # ── Patches ──────────────────────────────────────────────────────────────────────────────────────────────────────────

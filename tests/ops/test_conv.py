@@ -296,6 +296,59 @@ def test_a_batch_larger_than_the_workspace_is_packed_piece_by_piece(monkeypatch)
     errors.check()
 
 
+@pytest.fixture
+def by_winograd(monkeypatch):
+    if backend.obstacle("cpp", "cpu") is not None:
+        pytest.skip("the C++ kernels are not there")
+    monkeypatch.setattr(
+        _conv_cpu, "choose_form", lambda geometry, result: "vendor" if result == "weight" else "winograd"
+    )
+
+
+@pytest.mark.parametrize("weight_layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("padding", [0, 1, 2, (0, 2)], ids=str)
+@pytest.mark.parametrize(("inside", "outside"), [(16, 33), (40, 5)])
+def test_winograd_s_form_is_as_exact_as_eager(inside, outside, padding, weight_layout, by_winograd, poisoned):
+    errors = Errors()
+    for transposed, size in itertools.product((False, True), ((34, 33), (35, 34))):
+        ends = (inside, outside) if transposed else (outside, inside)
+        inputs = [torch.randn(2, inside, *size), torch.randn(*ends, 3, 3).contiguous(memory_format=weight_layout)]
+        add_two_orders(errors, inputs, transposed, padding=padding)
+    errors.check()
+
+
+def test_winograd_s_form_takes_a_large_batch_piece_by_piece(by_winograd, monkeypatch):
+    monkeypatch.setattr(_conv_cpu, "_WINOGRAD_ELEMENTS", 2 * 16 * 9 * 9 * 20)
+    errors = Errors()
+    add_two_orders(errors, [torch.randn(7, 20, 16, 17), torch.randn(8, 20, 3, 3)], False, padding=1)
+    errors.check()
+
+
+@pytest.mark.parametrize(
+    ("where", "special"), [*itertools.product(("x", "weight"), (float("inf"), float("nan"))), ("x", 3.4e38)], ids=str
+)
+def test_numbers_that_would_spread_over_winograd_s_tiles_are_as_stock(where, special, by_winograd):
+    tensors = {"x": torch.randn(2, 3, 8, 8), "weight": torch.randn(4, 3, 3, 3)}
+    tensors[where][0, 1, 2, 2] = special
+    results = []
+    for function in (conv2d, F.conv2d):
+        x, weight = (t.clone().requires_grad_() for t in tensors.values())
+        y = function(x, weight, padding=1)
+        results.append([y, *torch.autograd.grad(y, (x, weight), torch.ones_like(y))])
+    for ours, stock in zip(*results, strict=True):
+        torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_winograd_s_form_is_taken_for_residual_blocks_and_never_in_16_bits():
+    if backend.obstacle("cpp", "cpu") is not None:
+        pytest.skip("the C++ kernels are not there")
+    geometry = _conv_cpu.Geometry(torch.float32, (2, 256, 34, 34), (2, 256, 32, 32), (3, 3), (1, 1), (0, 0), (1, 1), 1)
+    assert [_conv_cpu.choose_form(geometry, result) for result in ("positions", "image")] == ["winograd"] * 2
+    others = [{"dtype": torch.bfloat16}, {"stride": (2, 2)}, {"dilation": (2, 2)}, {"groups": 2}, {"kernel": (3, 1)}]
+    for other in others:
+        assert _conv_cpu.choose_form(geometry._replace(**other), "positions") != "winograd"
+
+
 def test_compiled_whole():
     def step(x, weight, bias):
         return conv_transpose2d(x, weight, bias, stride=2, padding=1).square().mean()
