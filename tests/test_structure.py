@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[1]
 
 # A package may import those further down only, and itself.
 LAYERS = [
-    "cli", "doctor", "training", "penalties", "lean", "fuse", "tracing", "models", "nn", "compat", "ops", "backend", "_C",
+    "cli", "doctor", "training", "penalties", "lean", "fuse", "graph_patterns", "tracing", "models", "nn", "compat", "ops",
+    "backend", "_C",
 ]  # fmt: skip
 BESIDE = {("training", "models"), ("fuse", "models")}
 

@@ -11,6 +11,11 @@ from fastgan.ops._norm import activate, with_zero_gradient
 from fastgan.ops._types import Act
 
 
+def tracks_planes(layer: nn.Module) -> bool:
+    """Whether an instance norm has running statistics, which no operator keeps."""
+    return isinstance(layer, nn.InstanceNorm2d) and (layer.track_running_stats or layer.running_mean is not None)
+
+
 def instance_norm_act(
     x: Tensor,
     norm: nn.InstanceNorm2d,
@@ -78,7 +83,7 @@ class InstanceNormAct2d(nn.InstanceNorm2d):
         self.activation = Activation.named(act, negative_slope)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if self.track_running_stats or self.running_mean is not None:
+        if tracks_planes(self):
             y = super().forward(x)
             return activate(y if residual is None else y + residual, *self.activation)
         self._check_input_dim(x)
