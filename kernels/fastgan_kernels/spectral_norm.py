@@ -24,6 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgan_kernels._layers import Group, Layer, Matrix, Results, accumulation_dtype, groups
+
 # Elements to a tile (half as many of float64), and its heights, of which each layer has the one that makes the fewest
 # steps: for few rows, for most layers, for few columns. A step waits for memory, so a tile is what registers can hold.
 _TILE = 8192
@@ -33,8 +35,6 @@ _NUM_WARPS = 16
 _BLOCKS = 256
 # A launch's arguments have to fit 4 KiB, with up to five addresses for each layer.
 _MAX_LAYERS = 64
-# Where a result begins, so that whatever reads it can do so by its widest loads.
-_ALIGNMENT_BYTES = 128
 
 
 # -------------------------------------------------------------------------------------------------------------- layers
@@ -377,54 +377,26 @@ def _double_backward_kernel(table, owners, ggs, grads, weights, us, vs, sigma, s
 # --------------------------------------------------------------------------------------------------------------- launch
 
 
-class _Results:
-    """One buffer for a result of every layer: shapes and strides, and where each begins."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.alignment = _ALIGNMENT_BYTES // dtype.itemsize
-        self.views: list[tuple[torch.Size, tuple[int, ...], int]] = []
-        self.size = 0
-
-    def add(self, like: Tensor) -> int:
-        start = self.size
-        self.views.append((like.shape, like.stride(), start))
-        self.size += triton.cdiv(like.numel(), self.alignment) * self.alignment
-        return start
-
-    def of(self, buffer: Tensor) -> list[Tensor]:
-        return [buffer.as_strided(*view) for view in self.views]
-
-
-# A layer's place among all, its weight's shape, whether the channels of that lie innermost, and dim.
-_Layer = tuple[int, torch.Size, bool, int]
-
-
 class _Plan:
     """How layers are cut into blocks, and where their results lie, as tables on the GPU."""
 
-    def __init__(self, layers: tuple[_Layer, ...], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, layers: Sequence[Layer], dtype: torch.dtype, device: torch.device) -> None:
         tile = _TILE // 2 if dtype == torch.float64 else _TILE
         shapes = tuple((height, tile // height) for height in _HEIGHTS)
-        self.acc = torch.float64 if dtype == torch.float64 else torch.float32
-        self.weights, self.us, self.vs = _Results(dtype), _Results(dtype), _Results(dtype)
+        self.weights, self.us, self.vs = Results(dtype), Results(dtype), Results(dtype)
         self.parts = 0
         entries: list[list[int]] = []
         owners: list[tuple[int, int]] = []
-        for layer, (index, size, channels_last, dim) in enumerate(layers):
-            weight = _dense(torch.empty(size, device="meta"), channels_last)
-            rows, cols = size[dim], size.numel() // size[dim]
-            if size.numel() >= 2**31:
-                raise ValueError(f"a weight must have fewer than 2**31 elements, not {size.numel()}")
-            inner = (cols if dim == 0 else 1) if channels_last else size[dim + 1 :].numel()
-            turn = size[1] if channels_last and dim == 0 else 1
-            shape = _quickest(rows, cols, shapes)
-            blocks = triton.cdiv(rows, shapes[shape][0])
-            entries.append([
-                rows, cols, inner, turn, blocks, shape, len(owners), self.parts,
-                self.weights.add(weight), self.us.add(weight.new_empty(rows)), self.vs.add(weight.new_empty(cols)), index,
-            ])  # fmt: skip
-            owners += [(layer, block) for block in range(blocks)]
-            self.parts += blocks + rows + blocks * cols
+        for layer in layers:
+            matrix = layer.matrix()
+            shape = _quickest(matrix, shapes)
+            blocks = triton.cdiv(matrix.rows, shapes[shape][0])
+            results = (
+                self.weights.add(layer.size, layer.channels_last), self.us.add([matrix.rows]), self.vs.add([matrix.cols]),
+            )  # fmt: skip
+            owners += [(len(entries), block) for block in range(blocks)]
+            entries.append([*matrix, blocks, shape, len(owners) - blocks, self.parts, *results, layer.place])
+            self.parts += blocks + matrix.rows + blocks * matrix.cols
         self.programs = len(owners)
         self.table = torch.tensor(entries, dtype=torch.int64, device=device)
         self.owners = torch.tensor(owners, dtype=torch.int32, device=device).t().contiguous()
@@ -432,7 +404,7 @@ class _Plan:
             "SHAPES": shapes,
             "BLOCKS": _BLOCKS,
             "DTYPE": _TRITON_DTYPES[dtype],
-            "ACC": _TRITON_DTYPES[self.acc],
+            "ACC": _TRITON_DTYPES[accumulation_dtype(dtype)],
             "num_warps": _NUM_WARPS,
         }
 
@@ -445,12 +417,12 @@ _TRITON_DTYPES = {
 }
 
 
-def _quickest(rows: int, cols: int, shapes: Sequence[tuple[int, int]]) -> int:
+def _quickest(matrix: Matrix, shapes: Sequence[tuple[int, int]]) -> int:
     """The shape whose programs read the fewest tiles in turn: their block of W twice, then what all blocks have left."""
 
     def steps(i: int) -> int:
         height, width = shapes[i]
-        return triton.cdiv(cols, width) * (2 + triton.cdiv(triton.cdiv(rows, height), height))
+        return triton.cdiv(matrix.cols, width) * (2 + triton.cdiv(triton.cdiv(matrix.rows, height), height))
 
     return min(range(len(shapes)), key=steps)
 
@@ -459,45 +431,8 @@ def _quickest(rows: int, cols: int, shapes: Sequence[tuple[int, int]]) -> int:
 _cached_plan = cache(_Plan)
 
 
-def _is_channels_last(weight: Tensor, dim: int) -> bool:
-    """Whether the channels lie innermost, and the kernels take that order as it is."""
-    return weight.dim() in (4, 5) and dim < 2 and not weight.is_contiguous() and weight.stride(1) == 1
-
-
-def _dense(tensor: Tensor, channels_last: bool) -> Tensor:
-    if not channels_last:
-        return tensor.contiguous()
-    return tensor.contiguous(memory_format=torch.channels_last if tensor.dim() == 4 else torch.channels_last_3d)
-
-
-class _Group:
-    """Some of the layers, which the same launches serve."""
-
-    def __init__(self, layers: Sequence[int], weights: Sequence[Tensor], dims: Sequence[int]) -> None:
-        self.layers = layers
-        self.channels_last = [_is_channels_last(weights[i], dims[i]) for i in layers]
-        self.like = weights[0]
-        key = tuple((i, weights[i].shape, last, dims[i]) for i, last in zip(layers, self.channels_last, strict=True))
-        self.plan = _cached_plan(key, self.like.dtype, self.like.device)
-
-    def matrices(self, tensors: Sequence[Any]) -> list[Tensor]:
-        """The group's, each in its weight's order of memory."""
-        return [_dense(tensors[i], last) for i, last in zip(self.layers, self.channels_last, strict=True)]
-
-    def vectors(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [tensors[i].contiguous() for i in self.layers]
-
-    def buffer(self, results: _Results) -> Tensor:
-        return self.like.new_empty(results.size)
-
-    def scratch(self, size: int) -> Tensor:
-        return self.like.new_empty(size, dtype=self.plan.acc)
-
-
-def _groups(layers: Iterable[int], weights: Sequence[Tensor], dims: Sequence[int]) -> Iterator[_Group]:
-    layers = list(layers)
-    for start in range(0, len(layers), _MAX_LAYERS):
-        yield _Group(layers[start : start + _MAX_LAYERS], weights, dims)
+def _groups(layers: Iterable[int], weights: Sequence[Tensor], dims: Sequence[int]) -> Iterator[Group[_Plan]]:
+    return groups(layers, weights, dims, _cached_plan, _MAX_LAYERS)
 
 
 def launch(kernel: Any, plan: _Plan, *args: Any) -> None:
@@ -523,8 +458,7 @@ def spectral_norm_forward(
     v = Wᵀu / max(‖Wᵀu‖, eps); then σ = uᵀW v, (n,), float64 for float64, else float32. The results of a kind share one
     buffer. The first call of new shapes copies tables to the GPU, and cannot be captured.
     """
-    acc = torch.float64 if weights[0].dtype == torch.float64 else torch.float32
-    sigma = weights[0].new_empty(len(weights), dtype=acc)
+    sigma = weights[0].new_empty(len(weights), dtype=accumulation_dtype(weights[0].dtype))
     normalised: list[Tensor] = []
     new_u: list[Tensor] = []
     new_v: list[Tensor] = []
@@ -564,8 +498,8 @@ def spectral_norm_backward(
         sums, buffer = group.scratch(plan.programs), group.buffer(plan.weights)
         launch(_add_kernel, plan, None, gs, ws, None, None, sums)
         launch(_backward_kernel, plan, gs, us, vs, sigma, sums, buffer)
-        for i, g_weight in zip(group.layers, plan.weights.of(buffer), strict=True):
-            results[i] = g_weight
+        for layer, g_weight in zip(group.layers, plan.weights.of(buffer), strict=True):
+            results[layer.place] = g_weight
     return results
 
 
@@ -598,6 +532,6 @@ def spectral_norm_double_backward(
         launch(_add_kernel, plan, seeds, gs, ws, us, vs, sums)
         launch(_double_backward_kernel, plan, seeds, gs, ws, us, vs, sigma, sums, *buffers)
         for results, buffer in zip((g_grads, g_weights), buffers, strict=True):
-            for i, result in zip(group.layers, plan.weights.of(buffer), strict=True):
-                results[i] = result
+            for layer, result in zip(group.layers, plan.weights.of(buffer), strict=True):
+                results[layer.place] = result
     return g_grads, g_weights

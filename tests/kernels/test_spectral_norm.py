@@ -1,14 +1,22 @@
-"""The Triton kernels of spectral_norm against the definition, differentiated by autograd in float64."""
+"""The Triton and CUDA C++ kernels of spectral_norm against the definition, differentiated by autograd in float64."""
 
+import ctypes
+import os
+import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import ahead_of_time
 import oracle
 import pytest
 import torch
 from fastgan_kernels import spectral_norm
+from fastgan_kernels._layers import Layer
 from fastgan_kernels.spectral_norm import (
     spectral_norm_backward,
     spectral_norm_double_backward,
@@ -16,6 +24,9 @@ from fastgan_kernels.spectral_norm import (
 )
 from torch import Tensor
 from torch.nn import functional as F
+
+import fastgan
+from fastgan.ops import _spectral_norm_cuda
 
 # The interpreter computes masked elements too, and NaN are put in on purpose: NumPy's warnings say nothing.
 pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
@@ -104,7 +115,7 @@ def by_definition(p: Problem) -> tuple[list[Tensor], ...]:
 
 def pooled(results: tuple[list[Tensor], ...]) -> dict[str, Tensor]:
     """All layers' in one, in the order of indices."""
-    return {name: torch.cat([t.flatten() for t in of]) for name, of in zip(NAMES, results, strict=True)}
+    return {name: torch.cat([t.flatten() for t in of]) for name, of in zip(NAMES, results, strict=False)}
 
 
 def assert_as_exact_as_eager(p: Problem) -> None:
@@ -276,7 +287,96 @@ def test_small_and_large_weights_neither_vanish_nor_overflow(tiles, size, n_powe
 
 def test_a_weight_past_the_range_of_the_offsets_is_an_error():
     with pytest.raises(ValueError, match=r"fewer than 2\*\*31 elements, not 2147483648"):
-        spectral_norm._Plan(((0, torch.Size([2**16, 2**15]), False, 0),), torch.float32, torch.device("cpu"))
+        Layer(0, torch.Size([2**16, 2**15]), False, 0).matrix()
+
+
+# -------------------------------------------------------------------------------------------------------------- CUDA C++
+
+NVCC = os.environ.get("FASTGAN_NVCC", shutil.which("nvcc"))
+SOURCE = Path(__file__).parents[2] / "csrc" / "cuda" / "spectral_norm.cu"
+needs_nvcc = pytest.mark.skipif(not NVCC, reason="needs nvcc")
+MAX_LAYERS = 64
+
+
+class CudaArguments(ctypes.Structure):
+    """`struct SpectralNorm` of csrc/cuda/spectral_norm.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("layers", "n_power_iterations")),
+        ("eps", ctypes.c_double),
+        ("items", ctypes.c_int64 * 3),
+        ("table", ctypes.c_void_p),
+        *((name, ctypes.c_void_p * MAX_LAYERS) for name in ("weights", "u", "v")),
+        *((name, ctypes.c_void_p) for name in ("normalised", "new_u", "new_v", "sigma", "scratch")),
+    )
+
+
+@pytest.fixture(scope="module")
+def kernel_on_cpu(tmp_path_factory):
+    """The kernel's source, compiled for the CPU."""
+    library = tmp_path_factory.mktemp("cuda") / "spectral_norm.so"
+    source = Path(__file__).with_name("spectral_norm_on_cpu.cpp")
+    options = ["-x", "c++", "-O1", "-std=c++17", "-Xcompiler=-fPIC,-w", "-shared", "-o", str(library)]
+    subprocess.run([NVCC, *options, str(source)], check=True)
+    return ctypes.CDLL(str(library)).spectral_norm_forward_on_cpu
+
+
+@pytest.fixture(params=[1, 3], ids="{} blocks".format)
+def cuda(request, kernel_on_cpu, monkeypatch) -> Callable[[Problem], tuple]:
+    """Serves a problem by the CUDA C++ kernel, on as many blocks; launches counts them."""
+
+    def run(dtype, table, items, weights, u, v, n_power_iterations, eps, *results_and_stream):
+        arguments = CudaArguments(
+            len(weights), n_power_iterations, eps, (ctypes.c_int64 * 3)(*items), table,
+            *((ctypes.c_void_p * MAX_LAYERS)(*addresses) for addresses in (weights, u, v)), *results_and_stream[:-1],
+        )  # fmt: skip
+        kernel_on_cpu(dtype, ctypes.byref(arguments), request.param)
+
+    module = SimpleNamespace(threads=256, element_item=8192, max_layers=MAX_LAYERS, spectral_norm_forward=run)
+    monkeypatch.setitem(sys.modules, "fastgan._cuda", module)
+    monkeypatch.setattr(fastgan, "_cuda", module, raising=False)
+    monkeypatch.setattr(_spectral_norm_cuda, "_current_stream", lambda _: 0)
+    return lambda p: _spectral_norm_cuda.forward(p.weights, p.u, p.v, p.dims, p.n_power_iterations, p.eps)
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("n_power_iterations", "dtype", "channels_last"),
+    [(0, torch.float32, False), (1, torch.float32, True), (3, torch.float32, False), (1, torch.float64, False),
+     (1, torch.bfloat16, False), (0, torch.float16, True)],
+    ids=str,
+)  # fmt: skip
+def test_the_cuda_kernel_is_as_exact_as_eager(cuda, n_power_iterations, dtype, channels_last):
+    layers = (*SHAPES, ((1, 9000), 0), ((9000, 1), 0), ((70, 300), 0))
+    p = problem(*layers, n_power_iterations=n_power_iterations, dtype=dtype, channels_last=channels_last)
+    normalised, u, v, sigma = cuda(p)
+    oracle.assert_kernels_are_as_exact_as_eager(
+        pooled((normalised, u, v, list(sigma))),
+        lambda p, dtype: pooled(by_definition(p.to(dtype))), p, {},
+    )  # fmt: skip
+    by_triton = forward(p)[0]
+    assert [t.stride() for t in normalised] == [t.stride() for t in by_triton]
+
+
+@needs_nvcc
+def test_the_cuda_kernel_gives_what_the_definition_gives_of_zero_nan_and_small_weights(cuda):
+    p = problem(((5, 33), 0), ((40, 9), 0), ((3, 4), 1), ((6, 6), 0))
+    weights = [p.weights[0] * 0, p.weights[1].clone(), p.weights[2] * 1e-13, p.weights[3]]
+    weights[1][3, 2] = torch.nan
+    p = replace(p, weights=weights)
+    for found, exact in zip(cuda(p), by_definition(p.to(torch.float64)), strict=False):
+        for a, b in zip(found, exact, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=0, equal_nan=True)
+
+
+@needs_nvcc
+def test_the_cuda_kernel_neither_spills_nor_lets_fewer_than_two_blocks_run_at_once():
+    targets = [f"-gencode=arch=compute_{c},code=sm_{c}" for c in ahead_of_time.CAPABILITIES]
+    command = [NVCC, "-c", "-std=c++17", "-O3", "-Xptxas=-v", "--threads=0", *targets, str(SOURCE), "-o", os.devnull]
+    log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    spilled = re.findall(r"(\d+) bytes spill stores", log)
+    assert spilled == ["0"] * (4 * len(targets))
+    assert all(int(registers) <= 128 for registers in re.findall(r"Used (\d+) registers", log))
 
 
 # ---------------------------------------------------------------------------------------------- ahead of time, and CUDA
