@@ -124,15 +124,14 @@ def assert_as_exact_as_eager(p: Problem) -> None:
     )
 
 
-@pytest.fixture(params=["shipped tiles", "small tiles"])
-def tiles(request, monkeypatch):
+@pytest.fixture
+def small_tiles(monkeypatch):
     """Several blocks of each layer, with several tiles, and several launches, on weights that the interpreter can cover."""
-    if request.param == "small tiles":
-        monkeypatch.setattr(spectral_norm, "_TILE", 32)
-        monkeypatch.setattr(spectral_norm, "_HEIGHTS", (1, 2, 8))
-        monkeypatch.setattr(spectral_norm, "_BLOCKS", 2)
-        monkeypatch.setattr(spectral_norm, "_MAX_LAYERS", 4)
-        monkeypatch.setattr(spectral_norm, "_cached_plan", spectral_norm._Plan)
+    monkeypatch.setattr(spectral_norm, "_TILE", 32)
+    monkeypatch.setattr(spectral_norm, "_HEIGHTS", (1, 2, 8))
+    monkeypatch.setattr(spectral_norm, "_BLOCKS", 2)
+    monkeypatch.setattr(spectral_norm, "_MAX_LAYERS", 4)
+    monkeypatch.setattr(spectral_norm, "_cached_plan", spectral_norm._Plan)
 
 
 @pytest.fixture
@@ -146,13 +145,13 @@ def launches(monkeypatch) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize(("n_power_iterations", "channels_last"), [(0, True), (1, False), (1, True), (3, False)])
-def test_every_layer_is_as_exact_as_eager(tiles, n_power_iterations, channels_last):
+@pytest.mark.parametrize(("n_power_iterations", "channels_last"), [(0, True), (1, False), (1, True), (2, False)])
+def test_every_layer_is_as_exact_as_eager(small_tiles, n_power_iterations, channels_last):
     assert_as_exact_as_eager(problem(*SHAPES, n_power_iterations=n_power_iterations, channels_last=channels_last))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_every_dtype_is_as_exact_as_eager(tiles, dtype):
+def test_every_dtype_is_as_exact_as_eager(dtype):
     assert_as_exact_as_eager(problem(*SHAPES, dtype=dtype))
 
 
@@ -256,7 +255,7 @@ def test_a_gradient_that_is_absent_from_the_second_derivative_counts_as_zero():
 
 
 @pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf])
-def test_zero_nan_and_inf_stay_in_their_layer_and_give_what_the_definition_gives(tiles, value):
+def test_zero_nan_and_inf_stay_in_their_layer_and_give_what_the_definition_gives(small_tiles, value):
     p = problem(((1, 40), 0), ((5, 33), 0), ((4, 3, 2, 3), 1))
     clean = results_of(p)
     spoiled = 1
@@ -276,7 +275,7 @@ def test_zero_nan_and_inf_stay_in_their_layer_and_give_what_the_definition_gives
 
 @pytest.mark.parametrize("n_power_iterations", [1, 2])
 @pytest.mark.parametrize("size", [1e-13, 1e-10, 1e12])
-def test_small_and_large_weights_neither_vanish_nor_overflow(tiles, size, n_power_iterations):
+def test_small_and_large_weights_neither_vanish_nor_overflow(small_tiles, size, n_power_iterations):
     """W v below eps is not normalised to 1; Wᵀ W v would leave float32's range where W v does not."""
     p = problem(*SHAPES[:5], n_power_iterations=n_power_iterations)
     p = replace(p, weights=[w * size for w in p.weights])
@@ -321,16 +320,16 @@ def kernel_on_cpu(tmp_path_factory):
     return ctypes.CDLL(str(library)).spectral_norm_forward_on_cpu
 
 
-@pytest.fixture(params=[1, 3], ids="{} blocks".format)
-def cuda(request, kernel_on_cpu, monkeypatch) -> Callable[[Problem], tuple]:
-    """Serves a problem by the CUDA C++ kernel, on as many blocks; launches counts them."""
+@pytest.fixture
+def cuda(kernel_on_cpu, monkeypatch) -> Callable[[Problem], tuple]:
+    """Serves a problem by the CUDA C++ kernel, on three blocks."""
 
     def run(dtype, table, items, weights, u, v, n_power_iterations, eps, *results_and_stream):
         arguments = CudaArguments(
             len(weights), n_power_iterations, eps, (ctypes.c_int64 * 3)(*items), table,
             *((ctypes.c_void_p * MAX_LAYERS)(*addresses) for addresses in (weights, u, v)), *results_and_stream[:-1],
         )  # fmt: skip
-        kernel_on_cpu(dtype, ctypes.byref(arguments), request.param)
+        kernel_on_cpu(dtype, ctypes.byref(arguments), 3)
 
     module = SimpleNamespace(threads=256, element_item=8192, max_layers=MAX_LAYERS, spectral_norm_forward=run)
     monkeypatch.setitem(sys.modules, "fastgan._cuda", module)
