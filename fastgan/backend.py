@@ -1,5 +1,7 @@
 """Which implementation serves a device: C++ on the CPU, Triton on CUDA, the definition in plain torch everywhere else.
 
+An operator may have CUDA C++ besides, which an automatic choice prefers to Triton where an nvcc has built it.
+
 `FASTGAN_BACKEND` names one instead: ``auto`` (the default), ``cpp``, ``triton`` or ``reference``. An automatic choice
 falls back to the definition, and leaves to it the tensors that are too small to gain; a backend asked for by name serves
 all, and one that cannot raises `RuntimeError` with the reason.
@@ -37,6 +39,16 @@ def obstacle(backend: Backend, device_type: str) -> str | None:
     except ImportError as error:
         return f"Triton is not there ({error}): pip install triton"
     return None
+
+
+@functools.cache
+def cuda_cpp_obstacle() -> str | None:
+    """Why CUDA C++ cannot serve the operators that have it beside Triton; None when it can."""
+    try:
+        _cuda = importlib.import_module("fastgan._cuda")
+    except ImportError as error:
+        return f"fastgan._cuda is not there ({error}): put nvcc on the PATH, then reinstall fastgan"
+    return _cuda.obstacle() or None
 
 
 def requested() -> str:
@@ -84,3 +96,4 @@ def reset() -> None:
     _serving.cache_clear()
     is_automatic.cache_clear()
     obstacle.cache_clear()
+    cuda_cpp_obstacle.cache_clear()

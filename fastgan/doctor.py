@@ -14,8 +14,10 @@ OPERATORS = {
     "group_norm_act": "likewise by group, instance or layer",
     "sample_squares": "norms of samples, for gradient penalties",
     "bias_act": "bias, activation, gain, clamp",
+    "spectral_norm": "all of a model's power iterations",
     "convolution": "both convolutions and their gradients",
 }
+CUDA_CPP = {"spectral_norm"}  # those that have it beside Triton
 _MEANINGS = {"cpp": "C++", "triton": "Triton", "reference": "plain torch"}
 
 
@@ -77,6 +79,9 @@ def _served(operator: str, device: str) -> tuple[str, str]:
         return "[red]error[/red]", str(error)
     if operator == "convolution" and serving != "reference":
         return _convolution(device, serving)
+    if serving == "triton" and operator in CUDA_CPP and backend.requested() == "auto":
+        reason = backend.cuda_cpp_obstacle()
+        return ("CUDA C++", "automatic") if reason is None else (_MEANINGS[serving], reason)
     if serving != "reference":
         return _MEANINGS[serving], "FASTGAN_BACKEND names it" if backend.requested() == serving else "automatic"
     if backend.requested() == "reference":

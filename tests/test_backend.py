@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from rich.console import Console
 
 from fastgan import backend, doctor
 from fastgan.ops import batch_norm_act, conv2d
+from fastgan.ops._kernels import register_kernels
 
 
 def printed_report() -> str:
@@ -68,6 +70,39 @@ def test_the_report_names_versions_devices_and_the_instruction_set():
 def test_importing_the_operators_imports_neither_triton_nor_training():
     code = "import sys, fastgan; assert not {'triton', 'fastgan.training', 'accelerate', 'datasets'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.fixture(scope="module")
+def operator_with_cuda_cpp():
+    """Of an absent Triton kernel, which would raise."""
+    torch.library.define("fastgan::probe_of_backends", "(Tensor x) -> Tensor")
+    register_kernels("probe_of_backends", "absent", "absent", cpp=torch.clone, cuda_cpp=torch.neg)
+    return torch.ops.fastgan.probe_of_backends
+
+
+@pytest.mark.parametrize(("obstacle", "named"), [("", "auto"), ("no device", "auto"), ("", "triton")])
+def test_an_automatic_choice_prefers_cuda_cpp_to_triton_where_it_can_run(
+    operator_with_cuda_cpp, use_backend, monkeypatch, obstacle, named
+):
+    use_backend(named)
+    monkeypatch.setattr(backend, "serving", lambda _: "triton")
+    monkeypatch.setitem(sys.modules, "fastgan._cuda", SimpleNamespace(obstacle=lambda: obstacle))
+    x = torch.randn(3)
+    if obstacle or named != "auto":
+        with pytest.raises(ModuleNotFoundError, match=r"fastgan_kernels\.absent"):
+            operator_with_cuda_cpp(x)
+        assert not obstacle or obstacle in printed_report()
+    else:
+        assert torch.equal(operator_with_cuda_cpp(x), -x)
+        assert "CUDA C++" in printed_report()
+
+
+def test_without_the_built_cuda_module_triton_serves_and_the_report_says_why(use_backend, monkeypatch):
+    use_backend("auto")
+    monkeypatch.setattr(backend, "serving", lambda _: "triton")
+    monkeypatch.setitem(sys.modules, "fastgan._cuda", None)
+    assert "put nvcc on the PATH" in backend.cuda_cpp_obstacle()
+    assert "CUDA C++" not in printed_report()
 
 
 def test_without_triton_the_definition_serves_cuda(monkeypatch):

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -14,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 # A package may import those further down only, and itself.
 LAYERS = [
     "cli", "doctor", "training", "penalties", "lean", "fuse", "graph_patterns", "tracing", "models", "nn", "compat", "ops",
-    "backend", "_C",
+    "backend", "_C", "_cuda",
 ]  # fmt: skip
 BESIDE = {("training", "models"), ("fuse", "models")}
 
@@ -79,8 +80,8 @@ LEVELS = {
     "benchmarks/bench_{}.py": {"conv", "layout"} | LEAN | COMPOSITE,
 }
 SHARED = {
-    "_norm", "_units", "kernels", "simd", "tiles", "conv_tiles", "winograd", "__init__", "training", "wgan_gp", "stylegan",
-    "cyclegan", "equalized",
+    "_layers", "_norm", "_units", "kernels", "simd", "tiles", "conv_tiles", "winograd", "__init__", "training", "wgan_gp",
+    "stylegan", "cyclegan", "equalized",
 }  # fmt: skip
 
 
@@ -111,10 +112,11 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
     return zipfile.ZipFile(next(out.glob("*.whl")))
 
 
-def test_the_wheel_holds_two_packages_and_the_built_module(wheel):
+def test_the_wheel_holds_two_packages_and_the_built_modules(wheel):
     names = wheel.namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"fastgan", "fastgan_kernels"}
     assert any(re.fullmatch(r"fastgan/_C\..*(so|pyd)", name) for name in names)
+    assert not shutil.which("nvcc") or any(re.fullmatch(r"fastgan/_cuda\..*(so|pyd)", name) for name in names)
     assert {"fastgan/py.typed", "fastgan/ops/norm_act.py", "fastgan_kernels/norm_act.py"} <= set(names)
 
 

@@ -10,15 +10,22 @@ from fastgan import backend
 
 
 def register_kernels(
-    operator: str, module: str, kernel: str, cpp: Callable, definition: Callable | None = None
+    operator: str,
+    module: str,
+    kernel: str,
+    cpp: Callable,
+    definition: Callable | None = None,
+    cuda_cpp: Callable | None = None,
 ) -> None:
     """Serve `fastgan::operator` by `cpp` or by `kernel` of `fastgan_kernels.<module>`, whichever backend serves the device.
 
-    Where the definition does, and elsewhere than on CPU and CUDA, `definition`. An operator without one is not called there:
-    its function runs the definition in its place.
+    An automatic choice prefers `cuda_cpp` to Triton where it can run. Where the definition does, and elsewhere than on CPU
+    and CUDA, `definition`. An operator without one is not called there: its function runs the definition in its place.
     """
 
     def triton(*args):
+        if cuda_cpp is not None and backend.requested() == "auto" and backend.cuda_cpp_obstacle() is None:
+            return cuda_cpp(*args)
         return getattr(importlib.import_module(f"fastgan_kernels.{module}"), kernel)(*args)
 
     def register(device: str) -> None:
