@@ -212,6 +212,37 @@ def wgan_gp(
 
 
 @train.command()
+def sngan(
+    data: Data = None,
+    image_size: ImageSize = None,
+    batch_size: BatchSize = None,
+    steps: Steps = None,
+    epochs: Epochs = None,
+    lr: Annotated[float | None, typer.Option(help="Adam's learning rate.", show_default="0.0002")] = None,
+    architecture: Annotated[
+        str | None, typer.Option(help="standard, or residual: the paper's tables 3 and 4.", show_default="standard")
+    ] = None,
+    features: Annotated[
+        int | None, typer.Option(help="Channels: of the largest maps, or of all residual ones.", show_default="64")
+    ] = None,
+    d_steps: Annotated[
+        int | None, typer.Option(help="Discriminator updates per generator update.", show_default="1")
+    ] = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    precision: Precision = None,
+    out: Out = Path("runs/sngan"),
+    checkpoint_every: CheckpointEvery = 500,
+    resume: Resume = False,
+    fuse: Fuse = None,
+    compare: Compare = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Train an SN-GAN, by default on scikit-learn's handwritten digits."""
+    _train("sngan", **locals())
+
+
+@train.command()
 def stylegan(
     data: Data = None,
     image_size: ImageSize = None,

@@ -1,6 +1,5 @@
 """DCGAN's losses and training step: Algorithm 1 of Goodfellow et al. (2014) with the non-saturating generator loss."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,24 +8,22 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from fastgan.models.dcgan import Discriminator, Generator, init_weights
-from fastgan.training.latent import LatentSettings, LatentSystem
+from fastgan.training.latent import AlternatingSettings, AlternatingSystem
 from fastgan.training.system import adam, require
 
 
 @dataclass(frozen=True)
-class DCGANSettings(LatentSettings):
-    """`LatentSettings`, and DCGAN's own."""
+class DCGANSettings(AlternatingSettings):
+    """`AlternatingSettings`, and DCGAN's own."""
 
-    d_steps: int = 1
     label_smoothing: float = 0.0
 
     def check(self) -> None:
         super().check()
-        require(self.d_steps >= 1, "--d-steps", self.d_steps, "1 or more")
         require(0 <= self.label_smoothing < 1, "--label-smoothing", self.label_smoothing, "0 or more, below 1")
 
 
-class DCGAN(LatentSystem[DCGANSettings]):
+class DCGAN(AlternatingSystem[DCGANSettings]):
     """The generator, the discriminator, and their alternating step."""
 
     name = "dcgan"
@@ -40,19 +37,6 @@ class DCGAN(LatentSystem[DCGANSettings]):
         self.networks = {"generator": self.generator, "discriminator": self.discriminator}
         self.optimizers = {name: adam(network, settings.lr, (0.5, 0.999)) for name, network in self.networks.items()}
         self.draws = settings.d_steps
-
-    def step(self, reals: Iterator[Tensor]) -> dict[str, Tensor]:
-        """`d_steps` updates of the discriminator, each on new real and new fake images, then one of the generator.
-
-        The generator learns from the last fakes that the discriminator has seen, so it runs once for both.
-        """
-        metrics: dict[str, Tensor] = {}
-        for remaining in reversed(range(self.settings.d_steps)):
-            real = next(reals)
-            with torch.set_grad_enabled(remaining == 0), self.accelerator.autocast():
-                fake = self.generator(self.noise(len(real)))
-            metrics = self.discriminator_step(real, fake.detach())
-        return metrics | self.generator_step(fake)
 
     def discriminator_step(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
         """Ascends log D(x) + log(1 - D(G(z))), with real and fake images in batches of their own."""

@@ -1,6 +1,7 @@
 """What systems share whose generator turns noise into images, and whose other network scores images."""
 
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
@@ -70,6 +71,43 @@ class LatentSystem(System[L]):
         """Images of the same latents."""
         noise = self.noise(GRID, torch.Generator().manual_seed(self.settings.seed))
         return lambda: Grid(self.sample(noise))
+
+
+@dataclass(frozen=True)
+class AlternatingSettings(LatentSettings):
+    """`LatentSettings`, and how often the discriminator learns."""
+
+    d_steps: int = 1
+
+    def check(self) -> None:
+        super().check()
+        require(self.d_steps >= 1, "--d-steps", self.d_steps, "1 or more")
+
+
+A = TypeVar("A", bound=AlternatingSettings)
+
+
+class AlternatingSystem(LatentSystem[A]):
+    """A system whose generator and discriminator learn by turns."""
+
+    @abstractmethod
+    def discriminator_step(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]: ...
+
+    @abstractmethod
+    def generator_step(self, fake: Tensor) -> dict[str, Tensor]: ...
+
+    def step(self, reals: Iterator[Tensor]) -> dict[str, Tensor]:
+        """`d_steps` updates of the discriminator, each on new real and new fake images, then one of the generator.
+
+        The generator learns from the last fakes that the discriminator has seen, so it runs once for both.
+        """
+        metrics: dict[str, Tensor] = {}
+        for remaining in reversed(range(self.settings.d_steps)):
+            real = next(reals)
+            with torch.set_grad_enabled(remaining == 0), self.accelerator.autocast():
+                fake = self.generator(self.noise(len(real)))
+            metrics = self.discriminator_step(real, fake.detach())
+        return metrics | self.generator_step(fake)
 
 
 def slerp(start: Tensor, end: Tensor, frames: int) -> Tensor:

@@ -19,11 +19,12 @@ from fastgan.training.dcgan import DCGAN
 from fastgan.training.errors import Diverged, InputError, Interrupted, OutputError, one_line
 from fastgan.training.folder import RunFolder, check_writable
 from fastgan.training.loop import KEPT, Plan, Training
+from fastgan.training.sngan import SNGAN
 from fastgan.training.stylegan import StyleGAN
 from fastgan.training.system import Settings, System, require
 from fastgan.training.wgan_gp import WGANGP
 
-SYSTEMS: dict[str, type[System]] = {system.name: system for system in (DCGAN, WGANGP, StyleGAN, CycleGAN)}
+SYSTEMS: dict[str, type[System]] = {system.name: system for system in (DCGAN, WGANGP, SNGAN, StyleGAN, CycleGAN)}
 
 COMPARE_SECONDS = {False: 4.0, True: 40.0}
 """How long the comparison with stock PyTorch takes, without and with `--compare`."""
