@@ -80,8 +80,8 @@ LEVELS = {
     "benchmarks/bench_{}.py": {"conv", "layout"} | LEAN | COMPOSITE,
 }
 SHARED = {
-    "_layers", "_norm", "_units", "kernels", "simd", "tiles", "conv_tiles", "winograd", "__init__", "training", "wgan_gp", "sngan",
-    "stylegan", "cyclegan", "equalized",
+    "_layers", "_norm", "_units", "kernels", "simd", "tiles", "conv_tiles", "winograd", "__init__", "training",
+    "wgan_gp", "sngan", "stylegan", "cyclegan", "equalized",
 }  # fmt: skip
 
 
