@@ -26,8 +26,10 @@ $(VENV)/editable: $(BIN)/python pyproject.toml setup.py $(shell find csrc -type 
 train: $(VENV)/installed
 	$(BIN)/fastgan train dcgan --data digits --out runs/dcgan
 
+# A file of tests stays together, as some share what took long to set up. Threads that spin while they wait would slow the
+# other processes down.
 test: $(VENV)/editable
-	$(BIN)/pytest
+	OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses auto --dist loadfile
 
 check: $(VENV)/editable
 	$(BIN)/ruff check .
