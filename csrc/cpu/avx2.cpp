@@ -40,6 +40,9 @@ const Kernels avx2_kernels = {"avx2",
                                  avx2::patches_to_image,
                                  avx2::sample_dot,
                                  avx2::sample_scale,
-                                 avx2::upfirdn2d};
+                                 avx2::upfirdn2d,
+                                 avx2::spectral_norm_forward,
+                                 avx2::spectral_norm_backward,
+                                 avx2::spectral_norm_double_backward};
 } // namespace fastgan
 #endif

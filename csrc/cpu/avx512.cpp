@@ -40,6 +40,9 @@ const Kernels avx512_kernels = {"avx512",
                                  avx512::patches_to_image,
                                  avx512::sample_dot,
                                  avx512::sample_scale,
-                                 avx512::upfirdn2d};
+                                 avx512::upfirdn2d,
+                                 avx512::spectral_norm_forward,
+                                 avx512::spectral_norm_backward,
+                                 avx512::spectral_norm_double_backward};
 } // namespace fastgan
 #endif

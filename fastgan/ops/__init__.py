@@ -12,6 +12,7 @@ from fastgan.ops.minibatch_stddev import minibatch_stddev
 from fastgan.ops.norm_act import batch_norm_act
 from fastgan.ops.penalty import sample_norms, sample_squares
 from fastgan.ops.pixel_norm import pixel_norm
+from fastgan.ops.spectral_norm import spectral_norm
 from fastgan.ops.upfirdn2d import downsample2d, filter2d, setup_filter, upfirdn2d, upsample2d
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "sample_norms",
     "sample_squares",
     "setup_filter",
+    "spectral_norm",
     "upfirdn2d",
     "upsample2d",
 ]
