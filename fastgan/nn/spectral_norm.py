@@ -184,7 +184,7 @@ def _calls(model: nn.Module) -> Iterator[tuple[Hashable, _Call]]:
         place: Hashable
         if isinstance(norm, SpectralNormHook):
             place, call = (layer, name), norm.call(layer, layer.training)
-        elif isinstance(norm, SpectralNorm) and (id(layer), name) not in parametrize._cache:
+        elif isinstance(norm, SpectralNorm) and not parametrize._cache:  # else torch may have no need of it
             place, call = norm, norm.call(_parametrization(layer, name).original)
         else:
             continue
