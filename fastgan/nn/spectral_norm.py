@@ -11,9 +11,10 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm as Hook
 
-from fastgan import backend, ops
+from fastgan import backend
 from fastgan.ops._autograd import is_checkpointed, is_transformed
 from fastgan.ops._tensors import DTYPES
+from fastgan.ops.spectral_norm import normalise
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -23,60 +24,70 @@ Module = TypeVar("Module", bound=nn.Module)
 class _Call(NamedTuple):
     """What the operator is given of one weight."""
 
-    original: Tensor  # as the layer has it, and …
-    weight: Tensor  # … as the operator is to see it
+    weight: Tensor  # as the layer has it
     u: Tensor
     v: Tensor
-    dim: int
     n_power_iterations: int
     eps: float
+    dim: int
+    hook: "SpectralNormHook | None" = None  # where the operator is to see Wᵀ
 
-    def if_served(self) -> "_Call | None":
-        """Itself where the operator takes it. Where not, torch has an answer, or an error of its own."""
-        weight, tensors = self.weight, (self.original, self.u, self.v)
-        is_served = (
-            weight.numel() > 0
-            and weight.dtype in DTYPES
-            and all(type(t) in (Tensor, nn.Parameter) for t in tensors)
-            and all(t.dtype == weight.dtype and t.device == weight.device for t in tensors)
-            and backend.serving(weight.device.type) != "reference"
+    def is_served(self) -> bool:
+        """Whether the operator takes it. Where not, torch has an answer, or an error of its own."""
+        weight, u, v = self[:3]
+        dtype, device = weight.dtype, weight.device
+        return (
+            dtype in DTYPES
+            and weight.dim() > 1
+            and weight.numel() > 0
+            and type(weight) in _PLAIN
+            and (type(u) in _PLAIN and u.dtype == dtype and u.device == device)
+            and (type(v) in _PLAIN and v.dtype == dtype and v.device == device)
+            # Of channels_last Wᵀ would be a copy.
+            and (self.hook is None or weight.is_contiguous())
+            and backend.serving(device.type) != "reference"
             and not is_transformed()
             and not torch.jit.is_tracing()
         )
-        return self if is_served else None
+
+    def operand(self) -> Tensor:
+        return self.weight if self.hook is None else self.hook.reshape_weight_to_matrix(self.weight)
+
+    def result(self, normalised: Tensor) -> Tensor:
+        """The normalised weight with the layer's axes."""
+        if self.hook is None:
+            return normalised
+        dim = self.hook.dim
+        return normalised.view(self.weight.movedim(dim, 0).shape).movedim(0, dim)
+
+
+_PLAIN = (Tensor, nn.Parameter)
 
 
 class SpectralNorm(_SpectralNorm):
     """W / σ(W) as torch parametrises it, by `fastgan.ops.spectral_norm`; `fastgan.spectral_norm` registers it."""
 
-    def call(self, weight: Tensor) -> _Call | None:
-        if weight.dim() < 2:  # a vector has no u and v
-            return None
+    def call(self, weight: Tensor) -> _Call:
+        buffers = self._buffers  # a vector has none, and is not served
         iterations = self.n_power_iterations if self.training else 0
-        return _Call(weight, weight, self._u, self._v, self.dim, iterations, self.eps).if_served()
+        return _Call(weight, buffers["_u"], buffers["_v"], iterations, self.eps, self.dim)  # type: ignore[arg-type]
 
     def forward(self, weight: Tensor) -> Tensor:
-        call = self.call(weight)
-        return super().forward(weight) if call is None else _normalise(self, call)
+        normalised = None if weight.dim() < 2 else _normalise(self, self.call(weight))
+        return super().forward(weight) if normalised is None else normalised
 
 
 class SpectralNormHook(Hook):
     """The same for the older `torch.nn.utils.spectral_norm`, a hook, which iterates v first and then u: that is what the
     operator does of Wᵀ."""
 
-    def call(self, layer: nn.Module, iterates: bool) -> _Call | None:
-        original, u, v = (getattr(layer, self.name + part) for part in ("_orig", "_u", "_v"))
-        if not original.is_contiguous():  # of channels_last Wᵀ would be a copy
-            return None
-        iterations = self.n_power_iterations if iterates else 0
-        return _Call(original, self.reshape_weight_to_matrix(original), v, u, 1, iterations, self.eps).if_served()
+    def call(self, layer: nn.Module, iterates: bool) -> _Call:
+        weight, u, v = (getattr(layer, self.name + part) for part in ("_orig", "_u", "_v"))
+        return _Call(weight, v, u, self.n_power_iterations if iterates else 0, self.eps, 1, self)
 
     def compute_weight(self, module: nn.Module, do_power_iteration: bool) -> Tensor:
-        call = self.call(module, do_power_iteration)
-        if call is None:
-            return super().compute_weight(module, do_power_iteration)
-        normalised = _normalise((module, self.name), call)
-        return normalised.view(call.original.movedim(self.dim, 0).shape).movedim(0, self.dim)
+        normalised = _normalise((module, self.name), self.call(module, do_power_iteration))
+        return super().compute_weight(module, do_power_iteration) if normalised is None else normalised
 
 
 def _parametrization(layer: nn.Module, name: str) -> Any:
@@ -90,19 +101,20 @@ class Norm(NamedTuple):
     layer: nn.Module
     name: str  # of the weight
     norm: _SpectralNorm | Hook
+    holder: Any  # of the weight as it is without: torch's list of parametrisations, or the layer
 
 
 def norms(model: nn.Module) -> Iterator[Norm]:
-    """All in `model` that see the weight as the layer has it."""
+    """All of matrices in `model` that see the weight as the layer has it."""
     for layer in model.modules():
         if parametrize.is_parametrized(layer):
             for name in cast(nn.ModuleDict, layer.parametrizations):
-                first = _parametrization(layer, name)[0]
-                if isinstance(first, _SpectralNorm):
-                    yield Norm(layer, name, first)
+                holder = _parametrization(layer, name)
+                if isinstance(holder[0], _SpectralNorm) and holder.original.dim() > 1:
+                    yield Norm(layer, name, holder[0], holder)
         for hook in layer._forward_pre_hooks.values():
             if isinstance(hook, Hook):
-                yield Norm(layer, hook.name, hook)
+                yield Norm(layer, hook.name, hook, layer)
 
 
 # ── All weights of a forward ─────────────────────────────────────────────────────────────────────────────────────────
@@ -116,21 +128,24 @@ class _Share:
 
     def __init__(self, model: nn.Module, call: _Call, normalised: Tensor, u: Tensor, v: Tensor) -> None:
         self.model, self.call, self.normalised, self.u, self.v = model, call, normalised, u, v
-        self.versions = self._versions()
-
-    def _versions(self) -> list[int]:
-        return [t._version for t in (self.call.original, self.call.u, self.call.v) if not t.is_inference()]
+        self.versions = _versions(call)
 
     def answers(self, call: _Call) -> bool:
         """Whether computing now would give the same, in the same graph."""
-        own, needs_graph = self.call, torch.is_grad_enabled() and call.original.requires_grad
+        own = self.call
         return (
-            all(a is b for a, b in ((own.original, call.original), (own.u, call.u), (own.v, call.v)))
-            and own[4:] == call[4:]
-            and self.versions == self._versions()
-            and self.normalised.requires_grad == needs_graph
+            own.weight is call.weight
+            and own.u is call.u
+            and own.v is call.v
+            and own.n_power_iterations == call.n_power_iterations
+            and self.versions == _versions(call)
+            and self.normalised.requires_grad == (call.weight.requires_grad and torch.is_grad_enabled())
             and not is_checkpointed()
         )
+
+
+def _versions(call: _Call) -> tuple[int, ...]:
+    return tuple([0 if t.is_inference() else t._version for t in call[:3]])
 
 
 class _Shares(threading.local):
@@ -155,7 +170,7 @@ class _Shares(threading.local):
         if self.taken:
             with torch.no_grad():
                 torch._foreach_copy_(
-                    [vector for share in self.taken for vector in (share.call.u, share.call.v)],
+                    [vector for share in self.taken for vector in share.call[1:3]],
                     [vector for share in self.taken for vector in (share.u, share.v)],
                 )
             self.taken = []
@@ -164,63 +179,79 @@ class _Shares(threading.local):
 _shares = _Shares()
 
 
-def _normalise(place: Hashable, call: _Call) -> Tensor:
+def _normalise(place: Hashable, call: _Call) -> Tensor | None:
+    """The layer's normalised weight; None where that is torch's affair."""
     share = None if torch.compiler.is_compiling() else _shares.take(place, call)
     if share is not None:
-        return share.normalised
-    (normalised,), (u,), (v,) = ops.spectral_norm(
-        [call.weight], [call.u], [call.v], [call.dim], call.n_power_iterations, call.eps
+        return call.result(share.normalised)
+    if not call.is_served() or _stock_is_faster([call]):
+        return None
+    (normalised,), (u,), (v,) = normalise(
+        [call.operand()], [call.u], [call.v], [call.dim], call.n_power_iterations, call.eps
     )
     if call.n_power_iterations:
         with torch.no_grad():
             call.u.copy_(u)
             call.v.copy_(v)
-    return normalised
+    return call.result(normalised)
 
 
-def _calls(model: nn.Module) -> Iterator[tuple[Hashable, _Call]]:
-    """What the next access of each weight in `model` will call, and where it looks for its share."""
-    for layer, name, norm in norms(model):
-        place: Hashable
-        if isinstance(norm, SpectralNormHook):
-            place, call = (layer, name), norm.call(layer, layer.training)
-        elif isinstance(norm, SpectralNorm) and not parametrize._cache:  # else torch may have no need of it
-            place, call = norm, norm.call(_parametrization(layer, name).original)
-        else:
-            continue
-        if call is not None and place not in _shares.waiting:
-            yield place, call
+# On the CPU stock torch is faster at small weights: calling the operator takes longer than they do. One of several is called
+# sooner, and an iteration takes stock several calls.
+_SMALL, _SMALL_OF_SEVERAL = 1 << 16, 1 << 14
+
+
+def _stock_is_faster(calls: list[_Call]) -> bool:
+    first = calls[0]
+    if first.weight.device.type != "cpu" or torch.compiler.is_compiling() or not backend.is_automatic():
+        return False
+    return False
 
 
 class Together:
     """The hooks of a model's forward that have all its spectral norms computed at once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.norms = list(norms(model))
 
     def before(self, model: nn.Module, args: tuple) -> None:
         if torch.compiler.is_compiling() or is_transformed():
             return
         _shares.settle()
         alike: dict[tuple, list[tuple[Hashable, _Call]]] = {}
-        for place, call in _calls(model):
-            kind = (call.weight.dtype, call.weight.device, call.n_power_iterations, call.eps)
-            alike.setdefault(kind, []).append((place, call))
+        for layer, name, norm, holder in self.norms if model is self.model else norms(model):  # the other is a replica
+            place: Hashable
+            if isinstance(norm, SpectralNormHook) and hasattr(layer, f"{name}_orig"):
+                place, call = (layer, name), norm.call(layer, layer.training)
+            elif isinstance(norm, SpectralNorm) and not parametrize._cache:  # else torch may have no need of it
+                place, call = norm, norm.call(holder.original)
+            else:
+                continue
+            if place not in _shares.waiting and call.is_served():
+                alike.setdefault((call.weight.dtype, call.weight.device, *call[3:5]), []).append((place, call))
         for (_, _, iterations, eps), found in alike.items():
-            if len(found) > 1:
-                places, calls = zip(*found, strict=True)
-                _, weights, u, v, dims, _, _ = zip(*calls, strict=True)
-                results = ops.spectral_norm(weights, u, v, dims, iterations, eps)
-                for place, call, *tensors in zip(places, calls, *results, strict=True):
+            calls = [call for _, call in found]
+            if len(found) > 1 and not _stock_is_faster(calls):
+                weights, u, v, _, _, dims, _ = map(list, zip(*calls, strict=True))
+                weights = [call.operand() for call in calls]
+                results = normalise(weights, u, v, dims, iterations, eps)
+                for (place, call), *tensors in zip(found, *results, strict=True):
                     _shares.waiting[place] = _Share(model, call, *tensors)
 
     def after(self, model: nn.Module, args: tuple, output: Any) -> None:
         _shares.settle()
-        for place in [place for place, share in _shares.waiting.items() if share.model is model]:
+        left = [place for place, share in _shares.waiting.items() if share.model is model]
+        for place in left:
             del _shares.waiting[place]
+        if left and model is self.model:  # perhaps these layers are gone
+            self.norms = list(norms(model))
 
     @classmethod
     def begin(cls, model: nn.Module) -> None:
         """Nothing where the model has such hooks."""
         if not any(isinstance(getattr(hook, "__self__", None), Together) for hook in model._forward_pre_hooks.values()):
-            together = cls()
+            together = cls(model)
             model.register_forward_pre_hook(together.before, prepend=True)
             model.register_forward_hook(together.after, always_call=True)
 
@@ -283,7 +314,7 @@ def spectral_norm_all(model: Module) -> Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
-    found = [norm for _, _, norm in norms(model)]
+    found = [norm.norm for norm in norms(model)]
     for norm in found:
         if type(norm) in SERVED:
             norm.__class__ = SERVED[type(norm)]

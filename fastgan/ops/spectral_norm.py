@@ -384,6 +384,13 @@ def spectral_norm(
     stock = is_transformed() or backend.serving(weights[0].device.type) == "reference"
     if stock or any(weight.numel() == 0 for weight in weights):
         return reference(weights, u, v, dims, n_power_iterations, eps)
+    return normalise(weights, u, v, dims, n_power_iterations, eps)
+
+
+def normalise(
+    weights: list[Tensor], u: list[Tensor], v: list[Tensor], dims: list[int], n_power_iterations: int, eps: float
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """`spectral_norm` of arguments that a kernel takes, on a device that has one."""
     normalised, new_u, new_v, _ = torch.ops.fastgan.spectral_norm(weights, u, v, dims, n_power_iterations, eps)
     return normalised, new_u, new_v
 

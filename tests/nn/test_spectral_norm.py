@@ -11,8 +11,8 @@ from torch.nn.utils import remove_spectral_norm as remove_hook
 from torch.nn.utils import spectral_norm as add_hook
 
 import fastgan
-from fastgan import ops
 from fastgan.nn import SpectralNorm
+from fastgan.nn import spectral_norm as layers
 from fastgan.nn.spectral_norm import _shares, norms
 
 STOCK = {"parametrisation": parametrizations.spectral_norm, "hook": add_hook}
@@ -64,8 +64,8 @@ def both(stock, served, *args, **kwargs):
 def calls(monkeypatch):
     """How many weights each call of the operator has had."""
     counts = []
-    original = ops.spectral_norm
-    monkeypatch.setattr(ops, "spectral_norm", lambda w, *args: (counts.append(len(w)), original(w, *args))[1])
+    normalise = layers.normalise
+    monkeypatch.setattr(layers, "normalise", lambda w, *args: (counts.append(len(w)), normalise(w, *args))[1])
     return counts
 
 
