@@ -7,6 +7,7 @@
 #include <array>
 #include <cstdlib>
 #include <string>
+#include <vector>
 
 #include "cpu/kernels.h"
 
@@ -93,6 +94,25 @@ UpFirDn2d upfirdn2d_of(int dtype, bool rows, int64_t count, int64_t channels, st
   return {static_cast<DType>(dtype), rows, count, channels, axis(y), axis(x), separable, flip, gain};
 }
 
+SpectralWeight spectral_weight(std::array<int64_t, 3> shape, Address weight, Address u, Address v) {
+  return {shape[0], shape[1], shape[2], at(weight), at(u), at(v)};
+}
+
+SpectralForward spectral_forward(std::array<int64_t, 3> shape, Address weight, Address u, Address v, Address normalised,
+                                 Address new_u, Address new_v) {
+  return {spectral_weight(shape, weight, u, v), at(normalised), at(new_u), at(new_v)};
+}
+
+SpectralBackward spectral_backward(std::array<int64_t, 3> shape, Address weight, Address u, Address v, Address grad,
+                                   Address grad_weight) {
+  return {spectral_weight(shape, weight, u, v), at(grad), at(grad_weight)};
+}
+
+SpectralDoubleBackward spectral_double_backward(std::array<int64_t, 3> shape, Address weight, Address u, Address v,
+                                                Address gg, Address grad, Address g_grad, Address g_weight) {
+  return {spectral_weight(shape, weight, u, v), at(gg), at(grad), at(g_grad), at(g_weight)};
+}
+
 } // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -163,6 +183,19 @@ PYBIND11_MODULE(_C, m) {
   py::class_<UpFirDn2d>(m, "UpFirDn2d").def(py::init(&upfirdn2d_of));
   m.def("upfirdn2d", [](const UpFirDn2d& a, Address x, Address filter, Address y) {
     kernels.upfirdn2d(a, at(x), at(filter), at(y));
+  }, release());
+
+  py::class_<SpectralForward>(m, "SpectralForward").def(py::init(&spectral_forward));
+  py::class_<SpectralBackward>(m, "SpectralBackward").def(py::init(&spectral_backward));
+  py::class_<SpectralDoubleBackward>(m, "SpectralDoubleBackward").def(py::init(&spectral_double_backward));
+  m.def("spectral_norm_forward", [](int dtype, const std::vector<SpectralForward>& weights, int64_t iterations, double eps, Address sigma) {
+    kernels.spectral_norm_forward(static_cast<DType>(dtype), weights.data(), weights.size(), iterations, eps, at(sigma));
+  }, release());
+  m.def("spectral_norm_backward", [](int dtype, const std::vector<SpectralBackward>& weights, Address sigma) {
+    kernels.spectral_norm_backward(static_cast<DType>(dtype), weights.data(), weights.size(), at(sigma));
+  }, release());
+  m.def("spectral_norm_double_backward", [](int dtype, const std::vector<SpectralDoubleBackward>& weights, Address sigma) {
+    kernels.spectral_norm_double_backward(static_cast<DType>(dtype), weights.data(), weights.size(), at(sigma));
   }, release());
 
   m.def("has_matrix_unit", [] { return matrix_kernels != nullptr; }, "Whether the functions of a Convolution can be called.");

@@ -3,6 +3,7 @@
 from fastgan import nn, ops
 from fastgan.fuse import explain, fuse, unfuse
 from fastgan.lean import lean_double_backward
+from fastgan.nn.spectral_norm import spectral_norm, spectral_norm_all
 from fastgan.penalties import dragan_penalty, gradient_penalty, path_length_penalty, r1_penalty, r2_penalty
 
 __all__ = [
@@ -16,5 +17,7 @@ __all__ = [
     "path_length_penalty",
     "r1_penalty",
     "r2_penalty",
+    "spectral_norm",
+    "spectral_norm_all",
     "unfuse",
 ]

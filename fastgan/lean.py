@@ -19,6 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastgan import backend
 from fastgan.ops import activation, avg_pool, conv, norm_act
+from fastgan.ops._autograd import is_checkpointed
 from fastgan.ops._tensors import dense, is_channels_last
 from fastgan.ops.group_norm_act import check_group_norm, check_layer_norm
 from fastgan.ops.group_norm_act import normalise as normalise_groups
@@ -270,16 +271,12 @@ def _held(tensors: list[Tensor]) -> list[Tensor]:
     return [tensor for tensor, n in zip(tensors, _references(tensors), strict=True) if n > _UNHELD]
 
 
-_saving_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # private to torch
-
-
 def _can_be_lean(types: Iterable[type]) -> bool:
-    """Not tensors of a kind that has a rule of its own, and not in a checkpoint: there stock torch will compute once more,
-    outside the context, and compare what it saves."""
+    """Not tensors of a kind that has a rule of its own, and not in a checkpoint: that computes once more outside the
+    context."""
     if not torch.is_grad_enabled() or not all(kind in (Tensor, nn.Parameter) for kind in types):
         return False
-    hooks = _saving_hooks(False) if _saving_hooks else None
-    return hooks is None or hooks[0].__module__ != "torch.utils.checkpoint"
+    return not is_checkpointed()
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:

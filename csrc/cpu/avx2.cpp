@@ -42,6 +42,9 @@ const Kernels avx2_kernels = {"avx2",
                                  avx2::winograd_tiles_to_positions,
                                  avx2::sample_dot,
                                  avx2::sample_scale,
-                                 avx2::upfirdn2d};
+                                 avx2::upfirdn2d,
+                                 avx2::spectral_norm_forward,
+                                 avx2::spectral_norm_backward,
+                                 avx2::spectral_norm_double_backward};
 } // namespace fastgan
 #endif

@@ -42,6 +42,9 @@ const Kernels avx512_kernels = {"avx512",
                                  avx512::winograd_tiles_to_positions,
                                  avx512::sample_dot,
                                  avx512::sample_scale,
-                                 avx512::upfirdn2d};
+                                 avx512::upfirdn2d,
+                                 avx512::spectral_norm_forward,
+                                 avx512::spectral_norm_backward,
+                                 avx512::spectral_norm_double_backward};
 } // namespace fastgan
 #endif

@@ -32,5 +32,8 @@ const Kernels baseline_kernels = {"baseline",
                                  baseline::winograd_tiles_to_positions,
                                  baseline::sample_dot,
                                  baseline::sample_scale,
-                                 baseline::upfirdn2d};
+                                 baseline::upfirdn2d,
+                                 baseline::spectral_norm_forward,
+                                 baseline::spectral_norm_backward,
+                                 baseline::spectral_norm_double_backward};
 } // namespace fastgan

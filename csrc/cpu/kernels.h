@@ -136,6 +136,33 @@ struct Winograd {
   int64_t step;
 };
 
+// A weight of a spectral norm. `acc` as above.
+struct SpectralWeight {
+  int64_t A, D, B;    // memory is (A, D, B); of the matrix rows are D and columns (A, B)
+  const void* weight; // (A, D, B) dtype
+  const void* u;      // (D,) acc
+  const void* v;      // (A, B) acc
+};
+
+struct SpectralForward : SpectralWeight {
+  void* normalised; // (A, D, B) dtype
+  void* new_u;      // (D,) acc, or null where there is no iteration
+  void* new_v;      // (A, B) acc, likewise
+};
+
+struct SpectralBackward : SpectralWeight {
+  const void* grad;  // (A, D, B) dtype
+  void* grad_weight; // (A, D, B) dtype
+};
+
+// Gradients of <gg, grad_weight>.
+struct SpectralDoubleBackward : SpectralWeight {
+  const void* gg;   // (A, D, B) dtype
+  const void* grad; // (A, D, B) dtype
+  void* g_grad;     // (A, D, B) dtype
+  void* g_weight;   // (A, D, B) dtype
+};
+
 // One axis of upfirdn2d: `up` places for each of `in` elements, `pad` zeros before them (or less than none), a filter of so
 // many taps at every `down`-th place.
 struct Resampling {
@@ -190,6 +217,10 @@ struct Kernels {
   void (*sample_scale)(const Samples&, const void* x, const void* factors, void* y);
   // x and y (N, C, in, in) and (N, C, out, out) dtype, filter acc.
   void (*upfirdn2d)(const UpFirDn2d&, const void* x, const void* filter, void* y);
+  // Each of `count` weights at once; sigma (count,) acc.
+  void (*spectral_norm_forward)(DType, const SpectralForward* weights, int64_t count, int64_t iterations, double eps, void* sigma);
+  void (*spectral_norm_backward)(DType, const SpectralBackward* weights, int64_t count, const void* sigma);
+  void (*spectral_norm_double_backward)(DType, const SpectralDoubleBackward* weights, int64_t count, const void* sigma);
 };
 
 extern const Kernels baseline_kernels, avx2_kernels, avx512_kernels;

@@ -5,6 +5,7 @@ from fastgan.nn.conv_norm_act import ConvBnAct2d, ConvTransposeBnAct2d
 from fastgan.nn.equalized import EqualConv2d, EqualLinear
 from fastgan.nn.group_norm_act import GroupNormAct, InstanceNormAct2d, LayerNormAct
 from fastgan.nn.norm_act import BatchNormAct2d
+from fastgan.nn.spectral_norm import SpectralNorm
 from fastgan.nn.upfirdn2d import Blur
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "LayerEpilogue",
     "LayerNormAct",
     "NoiseInjection",
+    "SpectralNorm",
     "StyledConv",
 ]

@@ -13,6 +13,7 @@ from fastgan.ops.norm_act import batch_norm_act
 from fastgan.ops.penalty import sample_norms, sample_squares
 from fastgan.ops.pixel_norm import pixel_norm
 from fastgan.ops.resampled_conv import conv2d_avg_pool2d, upsample_conv2d
+from fastgan.ops.spectral_norm import spectral_norm
 from fastgan.ops.upfirdn2d import downsample2d, filter2d, setup_filter, upfirdn2d, upsample2d
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "sample_norms",
     "sample_squares",
     "setup_filter",
+    "spectral_norm",
     "upfirdn2d",
     "upsample2d",
     "upsample_conv2d",

@@ -1,6 +1,6 @@
 """Registering an operator's gradient, and the zeros that a lean one owes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,36 +15,111 @@ def is_transformed() -> bool:
     return not torch.compiler.is_compiling() and (_has_transforms() or forward_ad._current_level >= 0)
 
 
+_saving_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # private to torch
+
+
+def is_checkpointed() -> bool:
+    """Whether a `torch.utils.checkpoint` runs, which will compute once more and compare what is saved."""
+    hooks = _saving_hooks(False) if _saving_hooks else None
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+
+
 def register_gradient(operator: str, backward: Callable, save: Callable) -> None:
     """What `torch.library.register_autograd` does, without walking the whole schema at every call.
 
-    That walk takes longer than a small layer does. It is what serves where torch has not the private guard used here.
+    That walk takes longer than a small layer does. It is what serves where torch has not the private guard used here. Of an
+    operator on lists of tensors `backward` and `save` see and return lists, as they would there.
     """
     if not hasattr(torch._C, "_AutoDispatchBelowAutograd"):
         torch.library.register_autograd(f"fastgan::{operator}", backward, setup_context=save)
         return
     call = getattr(torch.ops.fastgan, operator).default
 
+    def call_below(*inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            return call(*inputs)
+
     def forward(ctx, *inputs):
         output = call_below(*inputs)
         save(ctx, inputs, output)
         return output
 
-    def call_below(*inputs):
-        with torch._C._AutoDispatchBelowAutograd():
-            return call(*inputs)
-
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function: Any = type(operator, (torch.autograd.Function,), methods)
+    takes_lists = "Tensor[]" in str(call._schema)
+    apply = (_function_of_lists if takes_lists else _function)(operator, forward, backward)
 
     def autograd(*inputs):
         if torch.is_grad_enabled():
             for value in inputs:
-                if isinstance(value, Tensor) and value.requires_grad:
-                    return function.apply(*inputs)
+                if _requires_grad(value):
+                    return apply(*inputs)
         return call_below(*inputs)
 
     torch.library.impl(f"fastgan::{operator}", "Autograd", autograd)
+
+
+def _requires_grad(value: Any) -> bool:
+    if isinstance(value, list):
+        return any(isinstance(item, Tensor) and item.requires_grad for item in value)
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def _function(operator: str, forward: Callable, backward: Callable) -> Callable:
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    made: Any = type(operator, (torch.autograd.Function,), methods)
+    return made.apply
+
+
+class _Lists:
+    """How long the lists are among an operator's arguments and results; None stands for what is no list of tensors."""
+
+    def __init__(self, arguments: tuple) -> None:
+        self.arguments = [_length(value) for value in arguments]
+        self.results: list[int | None] = []
+
+
+def _length(value: Any) -> int | None:
+    return len(value) if isinstance(value, list) and isinstance(value[0], Tensor) else None
+
+
+def _spread(values: Iterable, lengths: list[int | None]) -> Iterator:
+    for value, length in zip(values, lengths, strict=True):
+        if length is None:
+            yield value
+        else:
+            yield from value
+
+
+def _gather(spread: Iterable, lengths: list[int | None]) -> tuple:
+    values = iter(spread)
+    return tuple(next(values) if length is None else [next(values) for _ in range(length)] for length in lengths)
+
+
+def _function_of_lists(operator: str, forward: Callable, backward: Callable) -> Callable:
+    """Autograd finds tensors only that are arguments, so each of a list is one."""
+
+    def forward_of_spread(ctx, lists, *spread):
+        output = forward(ctx, *_gather(spread, lists.arguments))
+        results = output if isinstance(output, tuple) else (output,)
+        ctx.lists, lists.results = lists, [_length(value) for value in results]
+        return tuple(_spread(results, lists.results))
+
+    def backward_of_spread(ctx, *spread):
+        spread_needs = ctx.needs_input_grad
+        ctx.needs_input_grad = _gather(spread_needs[1:], ctx.lists.arguments)
+        try:
+            grads = backward(ctx, *_gather(spread, ctx.lists.results))
+        finally:
+            ctx.needs_input_grad = spread_needs
+        return None, *_spread(grads, ctx.lists.arguments)
+
+    apply = _function(operator, forward_of_spread, backward_of_spread)
+
+    def apply_to_lists(*arguments):
+        lists = _Lists(arguments)
+        results = _gather(apply(lists, *_spread(arguments, lists.arguments)), lists.results)
+        return results if len(results) > 1 else results[0]
+
+    return apply_to_lists
 
 
 # ── Zeros ────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -60,9 +60,14 @@ def address(tensor: Tensor | None) -> int:
 
 
 def remember_edges(ctx, inputs: tuple) -> None:
-    """Note in a `setup_context` which of autograd's edges belongs to which argument: only tensors have one."""
-    tensors = [i for i, value in enumerate(inputs) if isinstance(value, Tensor)]
-    ctx.edges = {argument: edge for edge, argument in enumerate(tensors)}
+    """Note in a `setup_context` which of autograd's edges belongs to which argument: only tensors have one. To a list of
+    them belong as many, from the one noted on."""
+    ctx.edges, edge = {}, 0
+    for argument, value in enumerate(inputs):
+        tensors = value if isinstance(value, list) else [value]
+        if isinstance(tensors[0], Tensor):
+            ctx.edges[argument] = edge
+            edge += len(tensors)
 
 
 def will_use(ctx, index: int) -> bool:
@@ -71,15 +76,23 @@ def will_use(ctx, index: int) -> bool:
     `ctx.needs_input_grad` is True also where `autograd.grad(..., inputs=...)` throws the gradient away. The engine knows,
     but only tells through a private function: without it the gradient counts as used.
     """
-    if not ctx.needs_input_grad[index]:
-        return False
+    return ctx.needs_input_grad[index] and _will_execute(ctx, ctx.edges[index])
+
+
+def will_use_of_list(ctx, index: int) -> list[bool]:
+    """The same of each tensor in an argument that is a list."""
+    first = ctx.edges[index]
+    return [needed and _will_execute(ctx, first + i) for i, needed in enumerate(ctx.needs_input_grad[index])]
+
+
+def _will_execute(ctx, edge: int) -> bool:
     if torch.compiler.is_compiling():  # compiled autograd, which no engine runs
         return True
     will_execute = getattr(torch._C, "_will_engine_execute_node", None)
     if will_execute is None:
         return True
     try:
-        node = ctx.next_functions[ctx.edges[index]][0]
+        node = ctx.next_functions[edge][0]
         return node is None or will_execute(node)
     except RuntimeError:  # the target is a leaf
         return True

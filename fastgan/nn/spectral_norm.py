@@ -1,0 +1,326 @@
+"""Spectral norms: of one layer as torch parametrises it, and of all layers of a model by one call of the operator."""
+
+import threading
+from collections.abc import Hashable, Iterator
+from typing import Any, NamedTuple, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm as Hook
+
+from fastgan import backend
+from fastgan.ops._autograd import is_checkpointed, is_transformed
+from fastgan.ops._tensors import DTYPES
+from fastgan.ops.spectral_norm import normalise
+
+Module = TypeVar("Module", bound=nn.Module)
+
+# ── One weight ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Call(NamedTuple):
+    """What the operator is given of one weight."""
+
+    weight: Tensor  # as the layer has it
+    u: Tensor
+    v: Tensor
+    n_power_iterations: int
+    eps: float
+    dim: int
+    hook: "SpectralNormHook | None" = None  # where the operator is to see Wᵀ
+
+    def is_served(self) -> bool:
+        """Whether the operator takes it. Where not, torch has an answer, or an error of its own."""
+        weight, u, v = self[:3]
+        dtype, device = weight.dtype, weight.device
+        return (
+            dtype in DTYPES
+            and weight.dim() > 1
+            and weight.numel() > 0
+            and type(weight) in _PLAIN
+            and (type(u) in _PLAIN and u.dtype == dtype and u.device == device)
+            and (type(v) in _PLAIN and v.dtype == dtype and v.device == device)
+            # Of channels_last Wᵀ would be a copy.
+            and (self.hook is None or weight.is_contiguous())
+            and backend.serving(device.type) != "reference"
+            and not is_transformed()
+            and not torch.jit.is_tracing()
+        )
+
+    def operand(self) -> Tensor:
+        return self.weight if self.hook is None else self.hook.reshape_weight_to_matrix(self.weight)
+
+    def result(self, normalised: Tensor) -> Tensor:
+        """The normalised weight with the layer's axes."""
+        if self.hook is None:
+            return normalised
+        dim = self.hook.dim
+        return normalised.view(self.weight.movedim(dim, 0).shape).movedim(0, dim)
+
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+class SpectralNorm(_SpectralNorm):
+    """W / σ(W) as torch parametrises it, by `fastgan.ops.spectral_norm`; `fastgan.spectral_norm` registers it."""
+
+    def call(self, weight: Tensor) -> _Call:
+        buffers = self._buffers  # a vector has none, and is not served
+        iterations = self.n_power_iterations if self.training else 0
+        return _Call(weight, buffers["_u"], buffers["_v"], iterations, self.eps, self.dim)  # type: ignore[arg-type]
+
+    def forward(self, weight: Tensor) -> Tensor:
+        normalised = None if weight.dim() < 2 else _normalise(self, self.call(weight))
+        return super().forward(weight) if normalised is None else normalised
+
+
+class SpectralNormHook(Hook):
+    """The same for the older `torch.nn.utils.spectral_norm`, a hook, which iterates v first and then u: that is what the
+    operator does of Wᵀ."""
+
+    def call(self, layer: nn.Module, iterates: bool) -> _Call:
+        weight, u, v = (getattr(layer, self.name + part) for part in ("_orig", "_u", "_v"))
+        return _Call(weight, v, u, self.n_power_iterations if iterates else 0, self.eps, 1, self)
+
+    def compute_weight(self, module: nn.Module, do_power_iteration: bool) -> Tensor:
+        normalised = _normalise((module, self.name), self.call(module, do_power_iteration))
+        return super().compute_weight(module, do_power_iteration) if normalised is None else normalised
+
+
+def _parametrization(layer: nn.Module, name: str) -> Any:
+    """torch's list of what a weight goes through; empty where it is none's."""
+    return layer.parametrizations[name] if parametrize.is_parametrized(layer, name) else ()  # type: ignore[index]
+
+
+class Norm(NamedTuple):
+    """A spectral norm of a layer, torch's or ours."""
+
+    layer: nn.Module
+    name: str  # of the weight
+    norm: _SpectralNorm | Hook
+    holder: Any  # of the weight as it is without: torch's list of parametrisations, or the layer
+
+
+def norms(model: nn.Module) -> Iterator[Norm]:
+    """All of matrices in `model` that see the weight as the layer has it."""
+    for layer in model.modules():
+        if parametrize.is_parametrized(layer):
+            for name in cast(nn.ModuleDict, layer.parametrizations):
+                holder = _parametrization(layer, name)
+                if isinstance(holder[0], _SpectralNorm) and holder.original.dim() > 1:
+                    yield Norm(layer, name, holder[0], holder)
+        for hook in layer._forward_pre_hooks.values():
+            if isinstance(hook, Hook):
+                yield Norm(layer, hook.name, hook, layer)
+
+
+# ── All weights of a forward ─────────────────────────────────────────────────────────────────────────────────────────
+# torch iterates whenever a weight is looked at. Before a model's forward all are computed, once each; a layer that looks at
+# its weight takes its share, which is when that iteration counts. One that looks again, or looks from elsewhere, computes
+# alone.
+
+
+class _Share:
+    """A normalised weight, and the u and v that its buffers will have."""
+
+    def __init__(self, model: nn.Module, call: _Call, normalised: Tensor, u: Tensor, v: Tensor) -> None:
+        self.model, self.call, self.normalised, self.u, self.v = model, call, normalised, u, v
+        self.versions = _versions(call)
+
+    def answers(self, call: _Call) -> bool:
+        """Whether computing now would give the same, in the same graph."""
+        own = self.call
+        return (
+            own.weight is call.weight
+            and own.u is call.u
+            and own.v is call.v
+            and own.n_power_iterations == call.n_power_iterations
+            and self.versions == _versions(call)
+            and self.normalised.requires_grad == (call.weight.requires_grad and torch.is_grad_enabled())
+            and not is_checkpointed()
+        )
+
+
+def _versions(call: _Call) -> tuple[int, ...]:
+    return tuple([0 if t.is_inference() else t._version for t in call[:3]])
+
+
+class _Shares(threading.local):
+    """Of the models whose forward runs in this thread."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[Hashable, _Share] = {}
+        self.taken: list[_Share] = []
+
+    def take(self, place: Hashable, call: _Call) -> _Share | None:
+        """The share that waits for the weight at `place`; else None, and the buffers are as they should be."""
+        share = self.waiting.pop(place, None)
+        if share is None or not share.answers(call):
+            self.settle()
+            return None
+        if call.n_power_iterations:
+            self.taken.append(share)
+        return share
+
+    def settle(self) -> None:
+        """Writes the buffers of what has been taken."""
+        if self.taken:
+            with torch.no_grad():
+                torch._foreach_copy_(
+                    [vector for share in self.taken for vector in share.call[1:3]],
+                    [vector for share in self.taken for vector in (share.u, share.v)],
+                )
+            self.taken = []
+
+
+_shares = _Shares()
+
+
+def _normalise(place: Hashable, call: _Call) -> Tensor | None:
+    """The layer's normalised weight; None where that is torch's affair."""
+    share = None if torch.compiler.is_compiling() else _shares.take(place, call)
+    if share is not None:
+        return call.result(share.normalised)
+    if not call.is_served() or _stock_is_faster([call]):
+        return None
+    (normalised,), (u,), (v,) = normalise(
+        [call.operand()], [call.u], [call.v], [call.dim], call.n_power_iterations, call.eps
+    )
+    if call.n_power_iterations:
+        with torch.no_grad():
+            call.u.copy_(u)
+            call.v.copy_(v)
+    return call.result(normalised)
+
+
+# On the CPU stock torch is faster at small weights: calling the operator takes longer than they do. One of several is called
+# sooner, and an iteration takes stock several calls.
+_SMALL, _SMALL_OF_SEVERAL = 1 << 16, 1 << 14
+
+
+def _stock_is_faster(calls: list[_Call]) -> bool:
+    first = calls[0]
+    if first.weight.device.type != "cpu" or torch.compiler.is_compiling() or not backend.is_automatic():
+        return False
+    return False
+
+
+class Together:
+    """The hooks of a model's forward that have all its spectral norms computed at once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.norms = list(norms(model))
+
+    def before(self, model: nn.Module, args: tuple) -> None:
+        if torch.compiler.is_compiling() or is_transformed():
+            return
+        _shares.settle()
+        alike: dict[tuple, list[tuple[Hashable, _Call]]] = {}
+        for layer, name, norm, holder in self.norms if model is self.model else norms(model):  # the other is a replica
+            place: Hashable
+            if isinstance(norm, SpectralNormHook) and hasattr(layer, f"{name}_orig"):
+                place, call = (layer, name), norm.call(layer, layer.training)
+            elif isinstance(norm, SpectralNorm) and not parametrize._cache:  # else torch may have no need of it
+                place, call = norm, norm.call(holder.original)
+            else:
+                continue
+            if place not in _shares.waiting and call.is_served():
+                alike.setdefault((call.weight.dtype, call.weight.device, *call[3:5]), []).append((place, call))
+        for (_, _, iterations, eps), found in alike.items():
+            calls = [call for _, call in found]
+            if len(found) > 1 and not _stock_is_faster(calls):
+                weights, u, v, _, _, dims, _ = map(list, zip(*calls, strict=True))
+                weights = [call.operand() for call in calls]
+                results = normalise(weights, u, v, dims, iterations, eps)
+                for (place, call), *tensors in zip(found, *results, strict=True):
+                    _shares.waiting[place] = _Share(model, call, *tensors)
+
+    def after(self, model: nn.Module, args: tuple, output: Any) -> None:
+        _shares.settle()
+        left = [place for place, share in _shares.waiting.items() if share.model is model]
+        for place in left:
+            del _shares.waiting[place]
+        if left and model is self.model:  # perhaps these layers are gone
+            self.norms = list(norms(model))
+
+    @classmethod
+    def begin(cls, model: nn.Module) -> None:
+        """Nothing where the model has such hooks."""
+        if not any(isinstance(getattr(hook, "__self__", None), Together) for hook in model._forward_pre_hooks.values()):
+            together = cls(model)
+            model.register_forward_pre_hook(together.before, prepend=True)
+            model.register_forward_hook(together.after, always_call=True)
+
+    @classmethod
+    def end(cls, model: nn.Module) -> None:
+        """Removes the hooks of this very class."""
+        for registered in (model._forward_pre_hooks, model._forward_hooks):
+            for key in [key for key, hook in registered.items() if type(getattr(hook, "__self__", None)) is cls]:
+                del registered[key]
+                model._forward_hooks_always_called.pop(key, None)
+
+
+# ── Functions ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def spectral_norm(
+    module: Module, name: str = "weight", n_power_iterations: int = 1, eps: float = 1e-12, dim: int | None = None
+) -> Module:
+    """W / σ(W) for a weight of `module`: `torch.nn.utils.parametrizations.spectral_norm`, by `fastgan.ops.spectral_norm`.
+
+    Arguments, buffers (`_u`, `_v`), state_dict, numbers and random numbers are torch's: 15 iterations when it is registered,
+    `n_power_iterations` at each access in training, none in evaluation. A weight with one axis is divided by its norm.
+    Twice differentiable by kernels, further by the definition; tensors that the operator does not take (complex ones, say)
+    are torch's affair. Returns `module` itself. `fastgan.spectral_norm_all` computes all norms of a model at once.
+
+    Raises:
+        ValueError: `module` has no tensor of that name, or n_power_iterations < 1.
+        IndexError: dim is no axis of the weight.
+        RuntimeError: the weight is spectrally normalised already, which torch's parametrisation takes for a wish.
+    """
+    if any(isinstance(part, _SpectralNorm) for part in _parametrization(module, name)):
+        raise RuntimeError(f"Cannot register two spectral norms on the same parameter {name}")
+    parametrizations.spectral_norm(module, name, n_power_iterations, eps, dim)
+    _parametrization(module, name)[-1].__class__ = SpectralNorm
+    return module
+
+
+# torch's classes, and ours that compute the same.
+SERVED: dict[type, type] = {_SpectralNorm: SpectralNorm, Hook: SpectralNormHook}
+
+_NORMALISED = (_ConvNd, nn.Linear, nn.Embedding)
+
+
+def spectral_norm_all(model: Module) -> Module:
+    """Have one call of the operator compute all spectral norms of `model`, before each of its forwards; in training one
+    iteration of each.
+
+    Layers that torch has normalised, by its parametrisation or by the older hook `torch.nn.utils.spectral_norm`, and those
+    of `fastgan.spectral_norm`, are all served. Where there is none, every convolution, transposed convolution, linear layer
+    and embedding gets one of `fastgan.spectral_norm`, as the critics of Miyato et al. 2018 have: to have it on some layers
+    only, normalise these before.
+
+    The weights and buffers have the values that they would have in torch, which iterates at every access: a layer that is
+    called twice iterates twice, one that is not called does not, and access from outside of the forward computes alone, as
+    does all under torch.compile and in a `torch.utils.checkpoint`. State_dicts, `parametrize.cached()`, deepcopy,
+    DataParallel, DDP, `remove_parametrizations` and `remove_spectral_norm` stay what they are. Returns `model` itself.
+
+    Raises:
+        TypeError: `model` is no `nn.Module`.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
+    found = [norm.norm for norm in norms(model)]
+    for norm in found:
+        if type(norm) in SERVED:
+            norm.__class__ = SERVED[type(norm)]
+    if not found:
+        for layer in list(model.modules()):
+            if isinstance(layer, _NORMALISED) and "weight" in layer._parameters:
+                spectral_norm(layer)
+    Together.begin(model)
+    return model
