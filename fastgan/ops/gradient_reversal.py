@@ -50,7 +50,8 @@ class _ReversedLinear(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         if will_use(ctx, 0):
             grad_x = _product(grad_y, weight, -_saved_coeff(ctx)).view(x.shape)
-        if will_use(ctx, 1):
+        if will_use(ctx, 1):  # a second derivative comes to x through the reversal, too
+            x = _GradientReversal.apply(x, _saved_coeff(ctx))
             grad_weight = grad_y.t() @ x.reshape(samples, weight.shape[1])
         if will_use(ctx, 2):
             grad_bias = grad_y.sum(0)
