@@ -66,13 +66,15 @@ def test_no_torch_header_in_csrc():
 # Where an operator's name has to stand besides `ops/`, and which operators need not stand there. conv is called through
 # conv_norm_act's modules and benchmarks, and conv_norm_act is made of the kernels of the other two; the lean activations
 # and pools are stock arithmetic with other gradients, which penalties use and measure; composites are stock
-# arithmetic; a layout is part of what others do.
+# arithmetic; a reversal computes nothing that torch's matrix product does not; a layout is part of what others do.
 LEAN = {"activation", "avg_pool"}
 COMPOSITE = {"minibatch_stddev", "pixel_norm"}
 LEVELS = {
     "fastgan/nn/{}.py": {"bias_act", "conv", "layout", "penalty"} | LEAN | COMPOSITE,
-    "kernels/fastgan_kernels/{}.py": {"adain", "conv", "conv_norm_act", "layout"} | LEAN | COMPOSITE,
-    "csrc/cpu/{}.h": {"conv_norm_act"} | LEAN | COMPOSITE,
+    "kernels/fastgan_kernels/{}.py": {"adain", "conv", "conv_norm_act", "gradient_reversal", "layout"}
+    | LEAN
+    | COMPOSITE,
+    "csrc/cpu/{}.h": {"conv_norm_act", "gradient_reversal"} | LEAN | COMPOSITE,
     "tests/ops/test_{}.py": {"avg_pool"},  # among the activations' cases
     "benchmarks/bench_{}.py": {"conv", "layout"} | LEAN | COMPOSITE,
 }

@@ -68,7 +68,9 @@ def test_the_third_derivative_is_the_definition_s():
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (0, 4), (), (2, 3, 4, 5)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64], ids=str
+)
 def test_every_dtype_and_shape_shares_its_memory_and_gets_a_gradient_of_its_own_dtype(dtype, shape):
     x = torch.randn(shape, dtype=dtype, requires_grad=True)
     for coeff in (0.5, torch.tensor(0.5), torch.tensor(0.5, dtype=torch.float64)):
