@@ -290,6 +290,32 @@ def stylegan(
     _train("stylegan", **locals())
 
 
+@train.command()
+def dann(
+    image_size: Annotated[int | None, typer.Option(help="A multiple of 4 from 16 to 84.", show_default="28")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images of each domain per batch and process.", show_default="64")
+    ] = None,
+    steps: Steps = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the domains.", show_default="20")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="SGD's learning rate at the start, from which it falls.", show_default="0.02")
+    ] = None,
+    features: Annotated[int | None, typer.Option(help="Channels of the first convolution.", show_default="32")] = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    precision: Precision = None,
+    out: Out = Path("runs/dann"),
+    checkpoint_every: CheckpointEvery = 500,
+    resume: Resume = False,
+    fuse: Fuse = None,
+    compare: Compare = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Train a classifier of digits for digits blended with photographs, whose labels it never sees."""
+    _train("dann", **locals())
+
+
 def _train(
     system: str,
     *,
@@ -327,6 +353,8 @@ def _summary(system: str, result: run.Result) -> Table:
     table = Table(title=system, title_justify="left", show_header=False)
     table.add_row("trained", f"to step {result.steps} in {result.seconds:.0f} s")
     table.add_row("speed", f"{result.images_per_s:.0f} images/s")
+    for name, score in result.scores.items():
+        table.add_row(name, f"{score:.1%}")
     if comparison := result.comparison:
         times = f"{comparison.fused * 1e3:.1f} against {comparison.stock * 1e3:.1f} ms a step"
         table.add_row("against stock", f"{comparison.speedup:.2f}x: {times}, medians of {comparison.pairs}")

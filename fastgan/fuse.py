@@ -32,6 +32,7 @@ from fastgan.nn.conv_norm_act import (
     is_halving,
     slides,
 )
+from fastgan.nn.gradient_reversal import GradientReversal, ReversedLinear, WarmStartGradientReversal, next_coeff
 from fastgan.nn.group_norm_act import (
     GroupNormAct,
     InstanceNormAct2d,
@@ -88,11 +89,16 @@ def _instance_norm_act(x: Tensor, norm: Any, act: nn.Module | None = None, resid
     return instance_norm_act(x, norm, Activation.of(act), residual)
 
 
+def _reversed_linear(x: Tensor, reversal: Any, linear: Any) -> Tensor:
+    return ops.reversed_linear(x, linear.weight, linear.bias, next_coeff(reversal))
+
+
 CONV = (nn.Conv2d, nn.ConvTranspose2d)
 BATCH, INSTANCE = (nn.BatchNorm2d,), (nn.InstanceNorm2d,)
 NORM = BATCH + INSTANCE
 ACT = (nn.ReLU, nn.LeakyReLU)
 UP, FLAT, DOWN = (nn.Upsample,), (nn.Conv2d,), (nn.AvgPool2d,)
+REVERSAL, LINEAR = (GradientReversal, WarmStartGradientReversal), (nn.Linear,)
 
 # Consecutive layers of exactly these classes, and what computes them at once. The longest that fits is taken.
 PATTERNS: tuple[tuple[tuple[tuple[type[nn.Module], ...], ...], Callable[..., Tensor]], ...] = (
@@ -111,6 +117,7 @@ PATTERNS: tuple[tuple[tuple[tuple[type[nn.Module], ...], ...], Callable[..., Ten
     ((BATCH,), _batch_norm_act),
     ((INSTANCE, ACT), _instance_norm_act),
     ((INSTANCE,), _instance_norm_act),
+    ((REVERSAL, LINEAR), _reversed_linear),
 )
 
 # Layers that compute the same however their input lies in memory. Dropout is not one: it draws in the order of memory.
@@ -163,7 +170,11 @@ def _fits(x: Any, layers: list[nn.Module]) -> bool:
     """Whether an operator takes x and the layers' tensors. Where not, stock has an answer or an error of its own."""
     if not (type(x) in (Tensor, nn.Parameter) or torch.compiler.is_compiling()):
         return False
-    if x.dim() != 4 or x.dtype not in DTYPES:
+    if x.dtype not in DTYPES:
+        return False
+    if isinstance(layers[0], REVERSAL):
+        return True
+    if x.dim() != 4:
         return False
     channels, params = x.shape[1], x
     for layer in layers:
@@ -274,7 +285,7 @@ class Fused(_StandIn, nn.Sequential):
             if is_last and length > 1:
                 length -= 1  # the norm comes alone, and adds
                 run = _RUNS[classes[:length]]
-            if run is not None:
+            if run is not None and not isinstance(head, REVERSAL):
                 if stock is None:
                     stock = torch.channels_last if is_channels_last(x) else torch.contiguous_format
                 if any(isinstance(layer, CONV) and is_channels_last(layer.weight) for layer in layers[:length]):
@@ -295,7 +306,7 @@ class Fused(_StandIn, nn.Sequential):
             else:
                 if head_class not in LAYOUT_BLIND:
                     x, stock = _restore(x, stock), None
-                x = head(x)
+                x = head(x) if run is None else run(x, *layers[:length])
             layers, classes = layers[length:], classes[length:]
         return x, stock, is_added
 
@@ -509,7 +520,7 @@ def _can_fuse(module: nn.Module) -> bool:
         return True
     if isinstance(module, nn.Sequential):
         return _is_chain(module) and any(
-            isinstance(child, CONV + NORM) or _can_fuse(child) for child in module.children()
+            isinstance(child, CONV + NORM + REVERSAL) or _can_fuse(child) for child in module.children()
         )
     return _has_own_forward(module) and bool(Traces(type(module), rewrite).survey(module)[0])
 
@@ -536,8 +547,9 @@ def fuse(model: Model) -> Model:
 
     In `nn.Sequential`: [Conv2d | ConvTranspose2d] → [BatchNorm2d | InstanceNorm2d] → [ReLU | LeakyReLU] and its parts,
     except an activation alone; an Upsample that doubles before a Conv2d, and an AvgPool2d that halves after one, which
-    become part of the convolution. In a forward written by hand: x + chain(x), of a chain that ends in a norm; scale ·
-    instance_norm(act(x + noise_weight · noise + bias)) + shift; `F.conv2d` and `F.conv_transpose2d`.
+    become part of the convolution; [GradientReversal | WarmStartGradientReversal] → Linear. In a forward written by hand:
+    x + chain(x), of a chain that ends in a norm; scale · instance_norm(act(x + noise_weight · noise + bias)) + shift;
+    `F.conv2d` and `F.conv_transpose2d`.
 
     Returns `model` itself. Layers, parameters, buffers and state_dict stay what they are, and the model computes the same
     to rounding, in training and evaluation, to the second derivative. A layer that has hooks, is of a subclass or has a
@@ -572,8 +584,10 @@ def unfuse(model: Model) -> Model:
 
 # ── Explaining ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-_OURS = (BatchNormAct2d, ConvBnAct2d, ConvTransposeBnAct2d, GroupNormAct, InstanceNormAct2d, LayerNormAct)
-_LISTED = (_ConvNd, _NormBase, nn.GroupNorm, nn.LayerNorm)
+_OURS = (
+    BatchNormAct2d, ConvBnAct2d, ConvTransposeBnAct2d, GroupNormAct, InstanceNormAct2d, LayerNormAct, ReversedLinear,
+)  # fmt: skip
+_LISTED = (_ConvNd, _NormBase, nn.GroupNorm, nn.LayerNorm, *REVERSAL, ReversedLinear)
 
 
 class Row(NamedTuple):
@@ -597,7 +611,7 @@ class Explanation(tuple[Row, ...]):
 
 
 def explain(model: nn.Module) -> Explanation:
-    """What is fused in `model`, and which convolutions and norms are not, with the reason.
+    """What is fused in `model`, and which convolutions, norms and reversals are not, with the reason.
 
     `print(explain(model))` shows a table; its rows are tuples (place, pattern, fused, reason). They tell what the
     layers allow: a batch that an operator does not take (one that is not 4-d, say) goes through the layers themselves.
@@ -665,6 +679,8 @@ def _obstacle(layer: nn.Module) -> str:
         return f"its {' and '.join(layer.parametrizations)} is parametrized"  # type: ignore[arg-type]
     if tracks_planes(layer):
         return "it has running statistics"
+    if isinstance(layer, REVERSAL):
+        return "no plain nn.Linear follows it"
     base = next((base for base in CONV + NORM if isinstance(layer, base)), None)
     return f"there is no pattern for {name}" if base is None else f"{name} is a subclass of {base.__name__}"
 

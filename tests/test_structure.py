@@ -67,15 +67,16 @@ def test_no_torch_header_in_csrc():
 
 # Where an operator's name has to stand besides `ops/`, and which operators need not stand there. conv is called through
 # conv_norm_act's modules and benchmarks, conv_norm_act is made of the kernels of the other two, and resampled_conv of conv
-# (`fuse` calls it, and no module does); the lean activations
-# and pools are stock arithmetic with other gradients, which penalties use and measure; composites are stock arithmetic; a
-# layout is part of what others do.
+# (`fuse` calls it, and no module does); the lean activations and pools are stock arithmetic with other gradients, which
+# penalties use and measure; composites are stock arithmetic; a reversal computes nothing that torch's matrix product does
+# not; a layout is part of what others do.
 LEAN = {"activation", "avg_pool"}
 COMPOSITE = {"minibatch_stddev", "pixel_norm"}
+MADE_OF_OTHERS = {"conv_norm_act", "gradient_reversal", "resampled_conv"}
 LEVELS = {
     "fastgan/nn/{}.py": {"bias_act", "conv", "layout", "penalty", "resampled_conv"} | LEAN | COMPOSITE,
-    "kernels/fastgan_kernels/{}.py": {"adain", "conv", "conv_norm_act", "layout", "resampled_conv"} | LEAN | COMPOSITE,
-    "csrc/cpu/{}.h": {"conv_norm_act", "resampled_conv"} | LEAN | COMPOSITE,
+    "kernels/fastgan_kernels/{}.py": {"conv", "layout"} | MADE_OF_OTHERS | LEAN | COMPOSITE,
+    "csrc/cpu/{}.h": MADE_OF_OTHERS | LEAN | COMPOSITE,
     "tests/ops/test_{}.py": {"avg_pool"},  # among the activations' cases
     "benchmarks/bench_{}.py": {"conv", "layout"} | LEAN | COMPOSITE,
 }

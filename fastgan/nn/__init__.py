@@ -3,6 +3,7 @@
 from fastgan.nn.adain import AdaIN, LayerEpilogue, NoiseInjection, StyledConv
 from fastgan.nn.conv_norm_act import ConvBnAct2d, ConvTransposeBnAct2d
 from fastgan.nn.equalized import EqualConv2d, EqualLinear
+from fastgan.nn.gradient_reversal import GradientReversal, ReversedLinear, WarmStartGradientReversal
 from fastgan.nn.group_norm_act import GroupNormAct, InstanceNormAct2d, LayerNormAct
 from fastgan.nn.norm_act import BatchNormAct2d
 from fastgan.nn.spectral_norm import SpectralNorm
@@ -16,11 +17,14 @@ __all__ = [
     "ConvTransposeBnAct2d",
     "EqualConv2d",
     "EqualLinear",
+    "GradientReversal",
     "GroupNormAct",
     "InstanceNormAct2d",
     "LayerEpilogue",
     "LayerNormAct",
     "NoiseInjection",
+    "ReversedLinear",
     "SpectralNorm",
     "StyledConv",
+    "WarmStartGradientReversal",
 ]

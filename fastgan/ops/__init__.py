@@ -7,6 +7,7 @@ from fastgan.ops.avg_pool import adaptive_avg_pool2d, avg_pool2d
 from fastgan.ops.bias_act import bias_act
 from fastgan.ops.conv import conv2d, conv_transpose2d
 from fastgan.ops.conv_norm_act import conv2d_batch_norm_act, conv_transpose2d_batch_norm_act
+from fastgan.ops.gradient_reversal import gradient_reversal, reversed_linear
 from fastgan.ops.group_norm_act import group_norm_act, instance_norm_act, layer_norm_act
 from fastgan.ops.minibatch_stddev import minibatch_stddev
 from fastgan.ops.norm_act import batch_norm_act
@@ -30,6 +31,7 @@ __all__ = [
     "conv_transpose2d_batch_norm_act",
     "downsample2d",
     "filter2d",
+    "gradient_reversal",
     "group_norm_act",
     "hardtanh",
     "instance_norm_act",
@@ -39,6 +41,7 @@ __all__ = [
     "pixel_norm",
     "prelu",
     "relu",
+    "reversed_linear",
     "sample_norms",
     "sample_squares",
     "setup_filter",

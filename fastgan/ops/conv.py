@@ -236,7 +236,7 @@ def prepare(x: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple, lea
     settings = _in_pairs(settings)
     stride, _, _, transposed, output_padding, groups = settings
     check_is_tensor("x", x)
-    x, weight, bias = _cast_for_autocast(x, weight, bias)
+    x, weight, bias = cast_for_autocast(x, weight, bias)
     _check_tensors(x, weight, bias, transposed, groups)
     size = output_shape(x, weight, *settings)
     if min(size[2:]) < 1:
@@ -285,7 +285,8 @@ def is_autocast(x: Tensor) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def _cast_for_autocast(*tensors: Tensor | None) -> tuple:
+def cast_for_autocast(*tensors: Tensor | None) -> tuple:
+    """The tensors as autocast has them, where it is on for the first one's device."""
     x = tensors[0]
     if x is None or not is_autocast(x):
         return tensors

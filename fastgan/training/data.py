@@ -1,6 +1,6 @@
 """Real images: scikit-learn's digits, crops of its photographs, a folder, or a set from the Hugging Face hub.
 
-They come as shuffled batches in [-1, 1].
+They come as shuffled batches in [-1, 1], with their labels where a set has any.
 
 Every image is turned as its EXIF data says, cropped to its central square and resized. Where all images of a set are
 grayscale (16-bit and transparent ones included) batches have one channel, else three. Transparent pixels become white;
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -53,13 +53,14 @@ class Pictures:
 class ImageSet:
     """Images of one size: `images[rows]` is `(len(rows), channels, size, size)` in uint8.
 
-    `option` is the one that named them, for errors.
+    `option` is the one that named them, for errors. `labels` are the numbers of their classes, if they have any.
     """
 
-    def __init__(self, pictures: Pictures, size: int, option: str = "--data"):
+    def __init__(self, pictures: Pictures, size: int, option: str = "--data", labels: Rows | None = None):
         self.pictures = pictures
         self.size = size
         self.option = option
+        self.labels = labels
         self.pool = ThreadPoolExecutor(thread_name_prefix="decode")
         rows = range(len(self))
         self.channels = 1 if all(self.pool.map(self._is_gray, rows)) else 3
@@ -232,8 +233,15 @@ def _table(table: Any, column: str) -> Pictures:
     return Pictures(len(files), name, open_picture)
 
 
-class Batches(Iterator[Tensor]):
-    """Shuffled batches without end, on the accelerator's device, in float32 from -1 to 1.
+class Labelled(NamedTuple):
+    """A batch of a set that has labels: (N, C, size, size), and (N,) in int64."""
+
+    images: Tensor
+    labels: Tensor
+
+
+class Batches(Iterator[Any]):
+    """Shuffled batches without end, on the accelerator's device, in float32 from -1 to 1: tensors, or `Labelled`.
 
     Each epoch is a new order, decided by the seed and the epoch's number, and drops what does not fill a batch. So
     `drawn` is all there is to save: `seek` continues from there. Processes take alternate batches of one order. The
@@ -260,21 +268,26 @@ class Batches(Iterator[Tensor]):
         self.drawn = drawn
         self.ahead = self.reader.submit(self._read, drawn)
 
-    def __next__(self) -> Tensor:
-        pixels = torch.from_numpy(self.ahead.result())
+    def __next__(self) -> Tensor | Labelled:
+        pixels, labels = self.ahead.result()
         self.seek(self.drawn + 1)
-        device = self.accelerator.device
-        if device.type == "cuda":
-            pixels = pixels.pin_memory()
-        return to_floats(pixels.to(device, non_blocking=True))
+        images = to_floats(self._to_device(pixels))
+        return images if labels is None else Labelled(images, self._to_device(labels))
 
-    def _read(self, number: int) -> Pixels:
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        tensor, device = torch.from_numpy(array), self.accelerator.device
+        if device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(device, non_blocking=True)
+
+    def _read(self, number: int) -> tuple[Pixels, Rows | None]:
         epoch, place = divmod(number, self.per_epoch)
         if epoch != self.epoch:
             random = np.random.default_rng((self.seed, epoch, self.stream))
             self.epoch, self.order = epoch, random.permutation(len(self.images))
         start = (place * self.accelerator.num_processes + self.accelerator.process_index) * self.batch_size
-        return self.images[self.order[start : start + self.batch_size]]
+        rows = self.order[start : start + self.batch_size]
+        return self.images[rows], None if self.images.labels is None else self.images.labels[rows]
 
 
 def to_floats(pixels: Tensor) -> Tensor:
@@ -282,7 +295,7 @@ def to_floats(pixels: Tensor) -> Tensor:
     return pixels.float().div_(127.5).sub_(1)
 
 
-class Turns(Iterator[Tensor]):
+class Turns(Iterator[Any]):
     """Batches of one data set after the other, in turn and without end: unaligned, for each has an order of its own.
 
     An epoch lasts until the largest set has been seen.
@@ -300,7 +313,7 @@ class Turns(Iterator[Tensor]):
         for place, part in enumerate(self.parts):
             part.seek((drawn + len(self.parts) - 1 - place) // len(self.parts))
 
-    def __next__(self) -> Tensor:
+    def __next__(self) -> Tensor | Labelled:
         part = self.parts[self.drawn % len(self.parts)]
         self.drawn += 1
         return next(part)

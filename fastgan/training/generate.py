@@ -108,6 +108,8 @@ def _load(checkpoint: Path) -> tuple[System, Path]:
     system_type = SYSTEMS[state["system"]]
     settings = system_type.settings_type(**state["settings"])
     system = system_type(settings, state["channels"], make_accelerator("cpu", "fp32"))
+    if not isinstance(system, (LatentSystem, CycleGAN)):
+        raise InputError(f"{checkpoint}: {system.name} makes no images")
     restore(system, state, checkpoint)
     return system, checkpoint
 

@@ -1,16 +1,21 @@
-"""Sample grids as PNG files."""
+"""Sample grids as PNG files, and scatter plots to put into them."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn.functional import pad
 
 from fastgan.training.checkpoint import atomic_write
 
 GAP = 2
+PLOT, DOT, SMOOTHING = 320, 2.5, 3
+"""Pixels of a scatter plot's side and of a dot's radius, and how many times larger both are drawn first."""
 
 
 class Grid(NamedTuple):
@@ -48,3 +53,18 @@ def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
     """Writes `to_grid(images)` as a PNG, whole or not at all."""
     with atomic_write(path) as file:
         to_grid(images, columns).save(file, format="PNG")
+
+
+def scatter(points: Tensor, colors: Sequence[str]) -> Tensor:
+    """A plot `(3, PLOT, PLOT)` in [-1, 1] of `(N, 2)` points on white, as large as fits. Pillow reads the colours."""
+    points = points.detach().float().cpu()
+    middle = (points.amin(0) + points.amax(0)) / 2
+    reach = (points - middle).abs().max().clamp(min=1e-12)
+    side, radius = PLOT * SMOOTHING, DOT * SMOOTHING
+    places = side / 2 + (points - middle) / reach * (side / 2 - 2 * radius)
+    picture = Image.new("RGB", (side, side), "white")
+    pen = ImageDraw.Draw(picture)
+    for (x, y), color in zip(places.tolist(), colors, strict=True):
+        pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=color)
+    pixels = np.array(picture.resize((PLOT, PLOT), Image.Resampling.BOX))
+    return torch.from_numpy(pixels).permute(2, 0, 1).float().div(127.5).sub(1)

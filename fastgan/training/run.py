@@ -14,17 +14,18 @@ from fastgan import backend
 from fastgan.training import checkpoint
 from fastgan.training.compare import Comparison, compare
 from fastgan.training.cyclegan import CycleGAN
-from fastgan.training.data import ImageSet, Turns, load_images
+from fastgan.training.dann import DANN
+from fastgan.training.data import ImageSet, Turns
 from fastgan.training.dcgan import DCGAN
 from fastgan.training.errors import Diverged, InputError, Interrupted, OutputError, one_line
 from fastgan.training.folder import RunFolder, check_writable
 from fastgan.training.loop import KEPT, Plan, Training
 from fastgan.training.sngan import SNGAN
 from fastgan.training.stylegan import StyleGAN
-from fastgan.training.system import Settings, System, require
+from fastgan.training.system import Settings, System, as_option, require
 from fastgan.training.wgan_gp import WGANGP
 
-SYSTEMS: dict[str, type[System]] = {system.name: system for system in (DCGAN, WGANGP, SNGAN, StyleGAN, CycleGAN)}
+SYSTEMS: dict[str, type[System]] = {system.name: system for system in (DCGAN, WGANGP, SNGAN, StyleGAN, CycleGAN, DANN)}
 
 COMPARE_SECONDS = {False: 4.0, True: 40.0}
 """How long the comparison with stock PyTorch takes, without and with `--compare`."""
@@ -34,7 +35,8 @@ OTHER_VERSION = "another version of fastgan may have written it"
 
 @dataclass(frozen=True)
 class Result:
-    """What a run did. `comparison` is None when the model was not fused, `previous` where an earlier run was moved.
+    """What a run did. `comparison` is None when the model was not fused, `previous` where an earlier run was moved; `scores`
+    are the system's.
 
     `folder` is None after a dry run, which leaves nothing.
     """
@@ -43,6 +45,7 @@ class Result:
     steps: int
     images_per_s: float
     seconds: float
+    scores: dict[str, float]
     comparison: Comparison | None
     previous: Path | None
 
@@ -82,11 +85,8 @@ def train(
         check_writable(out)
     console.quiet |= not accelerator.is_main_process
 
-    sets = []
-    for source in settings.sources:
-        data = getattr(settings, source)
-        with console.status(f"Reading {data}"):
-            sets.append(load_images(data, settings.image_size, _option(source)))
+    with console.status("Reading images"):
+        sets = settings.load()
     channels = max(images.channels for images in sets)
     for images in sets:
         if images.channels < channels:
@@ -130,6 +130,7 @@ def train(
             error.args = (f"{error}; {'a dry run keeps nothing' if dry_run else _kept(error, training)}",)
             raise
 
+    scores = system.scores()
     comparison = None
     if settings.fuse:
         with console.status("Comparing with stock PyTorch"):
@@ -137,8 +138,15 @@ def train(
             stock.is_stock = True
             stock.load_state_dict(system.state_dict())
             comparison = compare(system, stock, batches, COMPARE_SECONDS[careful_compare])
-    images_per_s = curves.images / curves.seconds
-    return Result(None if dry_run else folder, training.step, images_per_s, curves.seconds, comparison, previous)
+    return Result(
+        folder=None if dry_run else folder,
+        steps=training.step,
+        images_per_s=curves.images / curves.seconds,
+        seconds=curves.seconds,
+        scores=scores,
+        comparison=comparison,
+        previous=previous,
+    )
 
 
 def _check_same(sets: list[ImageSet], channels: int, state: dict[str, Any], path: Path) -> None:
@@ -241,15 +249,11 @@ def _settings(kind: type[Settings], given: Mapping[str, Any], state: dict[str, A
     return settings
 
 
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
 def _typed(name: str, value: Any) -> str:
     """Setting `name` as typed on the command line."""
     if isinstance(value, bool):
-        return _option(name if value else f"no_{name}")
-    return f"{_option(name)} {value}"
+        return as_option(name if value else f"no_{name}")
+    return f"{as_option(name)} {value}"
 
 
 def _check_schedule(steps: int | None, epochs: int | None, checkpoint_every: int) -> None:

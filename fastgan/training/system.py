@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from fastgan.fuse import fuse
-from fastgan.training.data import ImageSet
+from fastgan.training.data import ImageSet, load_images
 from fastgan.training.errors import InputError
 from fastgan.training.images import Grid
 
@@ -34,12 +34,21 @@ class Settings:
     precision: str = "fp32"
     fuse: bool = True
 
+    def load(self) -> list[ImageSet]:
+        """The data sets that a system draws from."""
+        return [load_images(getattr(self, source), self.image_size, as_option(source)) for source in self.sources]
+
     def check(self) -> None:
         """Raises `InputError` for the first value that does not fit."""
         require(self.batch_size >= 1, "--batch-size", self.batch_size, "1 or more")
         require(0 < self.lr < math.inf, "--lr", self.lr, "a number above 0")
         require(0 <= self.seed < 2**63, "--seed", self.seed, "from 0 to 2**63 - 1")
         require(self.precision in {"fp32", "bf16"}, "--precision", self.precision, "fp32 or bf16")
+
+
+def as_option(name: str) -> str:
+    """Setting `name` as the command line has it."""
+    return f"--{name.replace('_', '-')}"
 
 
 def require(fits: bool, option: str, value: object, expected: str) -> None:
@@ -83,8 +92,11 @@ class System(ABC, Generic[S]):
         """Called before each step of a run, the first being `step` 0 of `steps`: what follows a schedule follows it here."""
 
     @abstractmethod
-    def step(self, reals: Iterator[Tensor]) -> dict[str, Tensor]:
-        """Takes `draws` batches from `reals`, updates every network, and returns scalars without waiting for them."""
+    def step(self, reals: Iterator[Any]) -> dict[str, Tensor]:
+        """Takes `draws` batches from `reals`, updates every network, and returns scalars without waiting for them.
+
+        A batch is a tensor, or `Labelled` where the set has labels.
+        """
 
     @abstractmethod
     def sample_grid(self, sets: Sequence[ImageSet]) -> Callable[[], Grid]:
@@ -92,6 +104,10 @@ class System(ABC, Generic[S]):
 
         The result draws them with the weights of the moment, and changes nothing in the system.
         """
+
+    def scores(self) -> dict[str, float]:
+        """What a run says of its trained networks at the end, by name, as parts of 1."""
+        return {}
 
     def judge(self, network: nn.Module, images: Tensor) -> Tensor:
         """The network's scores, in float32. Each call has its own autocast: weights change in between."""
