@@ -1,9 +1,10 @@
 """Two domains of digits: scikit-learn's as they are, and blended with photographs, as MNIST-M was made of MNIST.
 
-A blended digit is |patch − digit| in each channel (Ganin & Lempitsky 2015, section 4). No digit is in two of the sets,
-and no part of a photograph both in the target set and in the test set.
+A blended digit is |patch − digit| in each channel (Ganin & Lempitsky 2015, section 4). No digit is in two of the sets, and
+no part of a photograph both in the target set and in the test set.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ class Domains(NamedTuple):
     test: ImageSet
 
 
+@functools.cache
 def load_domains(size: int) -> Domains:
     """The three sets at `size` x `size` pixels, in three channels: always the same ones."""
     from sklearn.datasets import load_digits, load_sample_images

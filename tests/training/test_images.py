@@ -1,4 +1,4 @@
-"""Sample grids, and walks between latents."""
+"""Sample grids, scatter plots, and walks between latents."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from fastgan.training.errors import OutputError
-from fastgan.training.images import GAP, save_grid, to_grid
+from fastgan.training.images import GAP, PLOT, save_grid, scatter, to_grid
 from fastgan.training.latent import slerp
 
 
@@ -56,3 +56,20 @@ def test_slerp_goes_from_start_to_end_without_nearing_the_origin():
     assert lengths.min() > 0.95 * min(start.norm(), end.norm())
     angles = torch.cosine_similarity(walk[1:].flatten(1), walk[:-1].flatten(1)).acos()
     assert angles.max() < 1.5 * angles.min()
+
+
+def test_a_scatter_plot_fills_its_square_and_keeps_proportions():
+    points = torch.tensor([[-2.0, 0.0], [2.0, 0.0], [0.0, 1.0]])
+    plot = scatter(points, ["red", "lime", "blue"])
+    assert plot.shape == (3, PLOT, PLOT) and (plot[:, 0, 0] == 1).all()
+    centres = []
+    for channel in range(3):
+        alone = (plot[channel] == 1) & (plot.sum(0) == -1)
+        centres.append(alone.nonzero().float().mean(0).flip(0))
+    red, lime, blue = centres
+    assert red[0] < 8 and lime[0] > PLOT - 8
+    torch.testing.assert_close(blue, torch.stack([(red + lime)[0] / 2, red[1] + (lime - red)[0] / 4]), atol=0.5, rtol=0)
+
+
+def test_a_scatter_plot_of_one_place_is_drawn():
+    assert (scatter(torch.ones(3, 2), ["black"] * 3) == -1).any()
