@@ -20,6 +20,8 @@ from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm as StockHook
 
 from fastgan import backend, ops
 from fastgan.graph_patterns import ADD, StandIn, either, find_adain, find_conv, is_inner, layer_of, resample
@@ -41,6 +43,7 @@ from fastgan.nn.group_norm_act import (
     tracks_planes,
 )
 from fastgan.nn.norm_act import Activation, BatchNormAct2d, attachment, batch_norm_act
+from fastgan.nn.spectral_norm import SpectralNorm, SpectralNormHook, Together, norms
 from fastgan.ops._autograd import is_transformed
 from fastgan.ops._tensors import DTYPES, dense, is_channels_last
 from fastgan.ops.conv import is_autocast
@@ -402,7 +405,21 @@ def _restore(x: Any, stock: torch.memory_format | None) -> Any:
     return x if stock is None else dense(x, stock == torch.channels_last)
 
 
-_FUSED: dict[type[nn.Module], type[_StandIn]] = {}  # the class that stands in for each
+class FusedSpectralNorm(_StandIn, SpectralNorm):
+    """torch's parametrisation."""
+
+    _unfused = _SpectralNorm
+
+
+class FusedSpectralNormHook(SpectralNormHook):
+    """torch's older hook, which is no module."""
+
+
+class FusedTogether(Together):
+    """What has the spectral norms of a fused model computed together."""
+
+
+_FUSED: dict[type[nn.Module], type[_StandIn]] = {_SpectralNorm: FusedSpectralNorm}  # the class that stands in for each
 
 
 def _set_fused(module: nn.Module) -> nn.Module:
@@ -515,8 +532,9 @@ def _is_chain(module: nn.Module) -> bool:
 
 
 def _can_fuse(module: nn.Module) -> bool:
-    """Whether there are patterns for something in the chain, in a chain that it holds, or in a forward written by hand."""
-    if isinstance(module, _StandIn):
+    """Whether there are patterns for something in the chain, in a chain that it holds, or in a forward written by hand; or
+    whether it is a spectral norm."""
+    if isinstance(module, _StandIn) or type(module) is _SpectralNorm:
         return True
     if isinstance(module, nn.Sequential):
         return _is_chain(module) and any(
@@ -549,7 +567,8 @@ def fuse(model: Model) -> Model:
     except an activation alone; an Upsample that doubles before a Conv2d, and an AvgPool2d that halves after one, which
     become part of the convolution; [GradientReversal | WarmStartGradientReversal] → Linear. In a forward written by hand:
     x + chain(x), of a chain that ends in a norm; scale · instance_norm(act(x + noise_weight · noise + bias)) + shift;
-    `F.conv2d` and `F.conv_transpose2d`.
+    `F.conv2d` and `F.conv_transpose2d`. Anywhere: torch's spectral norms, parametrisations or the older hook; those of the
+    whole model are computed at once before its forward, as `fastgan.spectral_norm_all` says.
 
     Returns `model` itself. Layers, parameters, buffers and state_dict stay what they are, and the model computes the same
     to rounding, in training and evaluation, to the second derivative. A layer that has hooks, is of a subclass or has a
@@ -565,7 +584,16 @@ def fuse(model: Model) -> Model:
     for module in reversed(list(model.modules())):
         if not isinstance(module, _StandIn) and _can_fuse(module):
             _set_fused(module)
+    _swap_hooks(model, StockHook, FusedSpectralNormHook)
+    if any(isinstance(found.norm, (SpectralNorm, SpectralNormHook)) for found in norms(model)):
+        FusedTogether.begin(model)
     return model
+
+
+def _swap_hooks(model: nn.Module, old: type, new: type) -> None:
+    for found in norms(model):
+        if type(found.norm) is old:
+            found.norm.__class__ = new
 
 
 def unfuse(model: Model) -> Model:
@@ -579,6 +607,8 @@ def unfuse(model: Model) -> Model:
         unfused = getattr(type(module), "_unfused", None)
         if unfused is not None and type(module) is _FUSED[unfused]:  # not a class that others made from it
             module.__class__ = unfused
+    _swap_hooks(model, FusedSpectralNormHook, StockHook)
+    FusedTogether.end(model)
     return model
 
 
@@ -611,7 +641,7 @@ class Explanation(tuple[Row, ...]):
 
 
 def explain(model: nn.Module) -> Explanation:
-    """What is fused in `model`, and which convolutions, norms and reversals are not, with the reason.
+    """What is fused in `model`, and which convolutions, norms (spectral ones too) and reversals are not, with the reason.
 
     `print(explain(model))` shows a table; its rows are tuples (place, pattern, fused, reason). They tell what the
     layers allow: a batch that an operator does not take (one that is not 4-d, say) goes through the layers themselves.
@@ -636,6 +666,17 @@ def _rows(model: nn.Module) -> Iterator[Row]:
             for name, layer in parent.named_children():
                 if isinstance(layer, _LISTED):
                     yield _row_of_layer(_join(path, name), layer, why)
+    yield from _rows_of_spectral_norms(model)
+
+
+def _rows_of_spectral_norms(model: nn.Module) -> Iterator[Row]:
+    paths = {module: path for path, module in model.named_modules()}
+    for layer, name, norm, _ in norms(model):
+        fused = isinstance(norm, (SpectralNorm, SpectralNormHook))
+        why = "fastgan.fuse has not been called"
+        if type(norm) not in (_SpectralNorm, StockHook):
+            why = f"{type(norm).__name__} is a subclass of torch's"
+        yield Row(_join(paths[layer], name), "spectral norm", fused, "" if fused else why)
 
 
 def _rows_of_chain(path: str, chain: nn.Module) -> Iterator[Row]:

@@ -14,10 +14,14 @@ import torch.nn.functional as F
 from fusing import assert_agree, batch, twins
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrizations
+from torch.nn.utils import spectral_norm as spectral_norm_hook
 
+import fastgan
 from fastgan import backend
 from fastgan.fuse import Fused, explain, fuse, unfuse
 from fastgan.nn import ConvBnAct2d
+from fastgan.nn.spectral_norm import norms
 
 # ── Models as users have them ────────────────────────────────────────────────────────────────────────────────────────
 
@@ -917,6 +921,8 @@ def test_explain_names_every_layer_and_the_reason():
         ("residual.body.0–2", "Conv2d → BatchNorm2d → ReLU", True, ""),
         ("twice.0", "Conv2d", False, "Twice has a forward of its own"),
         ("ours.1", "ConvBnAct2d", True, ""),
+        ("hooked.0.weight", "spectral norm", True, ""),
+        ("normed.0.weight", "spectral norm", True, ""),
     ]
     lines = str(rows).splitlines()
     assert lines[0].split() == ["place", "pattern"] and lines[-1] == "7 of 13 fused"
@@ -962,3 +968,68 @@ def test_lazy_layers_are_fused_once_they_know_their_size(ran):
 def test_what_is_no_module_is_refused(function):
     with pytest.raises(TypeError, match=r"^model must be an nn\.Module, not list$"):
         function([nn.Conv2d(1, 1, 1)])
+
+
+# ── Spectral norms ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+SPECTRAL = {"parametrisation": parametrizations.spectral_norm, "hook": spectral_norm_hook}
+
+
+class SpectralCritic(nn.Module):
+    """As critics are written: a chain, a block with a residual, and a layer of its own."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.main = nn.Sequential(
+            norm(nn.Conv2d(4, 5, 3, padding=1)), nn.LeakyReLU(0.1),
+            norm(nn.Conv2d(5, 5, 4, stride=2, padding=1)), nn.InstanceNorm2d(5), nn.LeakyReLU(0.1),
+        )  # fmt: skip
+        self.last = norm(nn.Linear(5, 1))
+
+    def forward(self, x):
+        return self.last(self.main(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("kind", SPECTRAL)
+def test_spectral_norms_are_taken_over_and_given_back(kind):
+    stock, fused = twins(lambda: SpectralCritic(SPECTRAL[kind]))
+    keys, kinds = list(stock.state_dict()), [type(found.norm) for found in norms(stock)]
+    assert_agree(stock, fused, batch(), steps=3)
+    assert list(fused.state_dict()) == keys
+    stock.load_state_dict(fused.state_dict())
+    fused.load_state_dict(stock.state_dict())
+    assert all(isinstance(found.norm, kind) for found, kind in zip(norms(fused), kinds, strict=True))
+    unfuse(fused)
+    assert [type(found.norm) for found in norms(fused)] == kinds
+    assert not fused._forward_pre_hooks and not fused._forward_hooks and not fused._forward_hooks_always_called
+    assert_agree(stock, fused, batch())
+
+
+def test_unfuse_leaves_what_spectral_norm_all_has_made():
+    model = fastgan.spectral_norm_all(SpectralCritic(SPECTRAL["parametrisation"]))
+    before = [type(found.norm) for found in norms(model)], list(model._forward_pre_hooks.values())
+    unfuse(fuse(model))
+    assert ([type(found.norm) for found in norms(model)], list(model._forward_pre_hooks.values())) == before
+
+
+@pytest.mark.parametrize("kind", SPECTRAL)
+def test_explain_names_spectral_norms(kind):
+    model = SpectralCritic(SPECTRAL[kind])
+    rows = [row for row in explain(model) if row.pattern == "spectral norm"]
+    assert [row.place for row in rows] == ["main.0.weight", "main.2.weight", "last.weight"]
+    assert {(row.fused, row.reason) for row in rows} == {(False, "fastgan.fuse has not been called")}
+    assert all(row.fused for row in explain(fuse(model)) if row.pattern == "spectral norm")
+
+
+def test_spectral_norms_under_distributed_training():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        stock, fused = twins(lambda: SpectralCritic(SPECTRAL["parametrisation"]))
+        real, fake = batch(), batch()
+        for model in (DistributedDataParallel(stock), DistributedDataParallel(fused)):
+            (model(real).mean() - model(fake).mean()).backward()
+        for a, b in zip(stock.parameters(), fused.parameters(), strict=True):
+            torch.testing.assert_close(b.grad, a.grad)
+        torch.testing.assert_close(dict(fused.named_buffers()), dict(stock.named_buffers()))
+    finally:
+        dist.destroy_process_group()

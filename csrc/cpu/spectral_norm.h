@@ -24,6 +24,7 @@ struct RowBlock {
 };
 
 constexpr int64_t column_chunk = 1024;
+constexpr int64_t spectral_threshold = 4 * parallel_threshold; // threads wait for each other several times
 
 // Which blocks there are, and which weights are worked on together.
 struct SpectralPlan {
@@ -306,7 +307,7 @@ template <class T> struct SpectralNorm {
   }
 
   void compute(int64_t iterations, Acc* sigma) const {
-#pragma omp parallel if (plan.elements > parallel_threshold)
+#pragma omp parallel if (plan.elements > spectral_threshold)
     for (int64_t from = 0, to; from < plan.count; from = to) {
       to = plan.group_end[from];
       for (int64_t i = 0; i < iterations; ++i) iterate(from, to, i == 0);
@@ -322,7 +323,7 @@ template <class T> void backward(const SpectralBackward* weights, int64_t count,
   constexpr int W = lanes<Acc>;
   const SpectralPlan plan(weights, count, 2 * sizeof(T), 0);
   const Scratch<double> products(plan.blocks_count);
-#pragma omp parallel if (plan.elements > parallel_threshold)
+#pragma omp parallel if (plan.elements > spectral_threshold)
   for (int64_t from = 0, to; from < count; from = to) {
     to = plan.group_end[from];
     plan.for_own_blocks(from, to, [&](int64_t b, const RowBlock& block) {
@@ -373,7 +374,7 @@ template <class T> void double_backward(const SpectralDoubleBackward* weights, i
   };
   const SpectralPlan plan(weights, count, 3 * sizeof(T), 0);
   const Scratch<Products> products(plan.blocks_count);
-#pragma omp parallel if (plan.elements > parallel_threshold)
+#pragma omp parallel if (plan.elements > spectral_threshold)
   for (int64_t from = 0, to; from < count; from = to) {
     to = plan.group_end[from];
     plan.for_own_blocks(from, to, [&](int64_t b, const RowBlock& block) {

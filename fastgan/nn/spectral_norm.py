@@ -196,16 +196,16 @@ def _normalise(place: Hashable, call: _Call) -> Tensor | None:
     return call.result(normalised)
 
 
-# On the CPU stock torch is faster at small weights: calling the operator takes longer than they do. One of several is called
-# sooner, and an iteration takes stock several calls.
-_SMALL, _SMALL_OF_SEVERAL = 1 << 16, 1 << 14
+# On the CPU stock torch is faster at fewer elements than these, of which each weight counts as some more: an operator in
+# Python takes longer to call than small weights to read. So it is in evaluation, where stock is three calls, at any size.
+_SMALL, _EACH = 11 << 12, 1 << 12
 
 
 def _stock_is_faster(calls: list[_Call]) -> bool:
-    first = calls[0]
-    if first.weight.device.type != "cpu" or torch.compiler.is_compiling() or not backend.is_automatic():
+    if calls[0].weight.device.type != "cpu" or torch.compiler.is_compiling() or not backend.is_automatic():
         return False
-    return False
+    is_evaluation = calls[0].n_power_iterations == 0 and not torch.is_grad_enabled()
+    return is_evaluation or sum(call.weight.numel() + _EACH for call in calls) < _SMALL
 
 
 class Together:
