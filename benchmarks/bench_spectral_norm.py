@@ -1,106 +1,153 @@
-"""The spectral norms of a whole model against torch's parametrisation of each layer."""
+"""Spectral norms of a model's layers by one operator, against torch's parametrisation and its older hook."""
 
-import copy
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
-from typing import Literal, cast
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils import parametrizations
+from torch.nn.utils import spectral_norm as hook
 
-from benchmarks.case import OURS, Case, Contest
+import fastgan
+from benchmarks.case import OURS, Case, Contest, first_line
 from benchmarks.op import gate
-from fastgan import spectral_norm_all
-from fastgan.models.sngan import Discriminator, ResidualDiscriminator
+from benchmarks.timing import interleave
+from fastgan.nn.spectral_norm import norms
 
-Work = Literal["forward", "forward+backward"]
+SHARE_SECONDS = 1.0
+"""For how long the model without spectral norms is timed."""
 
 
 class Weights(nn.Module):
-    """Layers of which nothing but the weights is computed: what the norms alone cost."""
+    """Layers of which the weights alone are asked for."""
 
-    def __init__(self, layers: list[nn.Module]):
+    def __init__(self, layers: list[nn.Module]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(map(spectral_norm, layers))
+        self.layers = nn.ModuleList(layers)
 
-    def forward(self, _: Tensor) -> Tensor:
-        return torch.stack([cast(Tensor, layer.weight).flatten()[0] for layer in self.layers])
-
-
-def ten_layers() -> nn.Module:
-    return Weights([nn.Linear(2304, 256, bias=False) for _ in range(10)])
-
-
-def copy_twice_read_once(model: nn.Module) -> Callable[[], None]:
-    """What the norms must move at least: each weight is read twice, and written once."""
-    weights = [p.detach() for p in model.parameters() if p.dim() > 1]
-    outputs = [torch.empty_like(weight) for weight in weights]
-
-    def move() -> None:
-        for weight, output in zip(weights, outputs, strict=True):
-            weight.sum()
-            output.copy_(weight)
-
-    return move
+    def forward(self) -> list[Tensor]:
+        for layer in self.layers:
+            for norm in layer._forward_pre_hooks.values():  # the older hook computes the weight before a forward
+                norm(layer, ())
+        return [layer.weight for layer in self.layers]  # type: ignore[misc]
 
 
-@dataclass(frozen=True, kw_only=True)
-class NormCase(Case):
-    """A model with torch's norms, and its copy with `spectral_norm_all`."""
+def critic() -> nn.Module:
+    """The standard critic of Miyato et al. 2018 for 32²."""
+    layers: list[nn.Module] = []
+    for inputs, outputs, kernel in (
+        (3, 64, 3), (64, 64, 4), (64, 128, 3), (128, 128, 4), (128, 256, 3), (256, 256, 4), (256, 512, 3),
+    ):  # fmt: skip
+        layers += [nn.Conv2d(inputs, outputs, kernel, kernel - 2, 1), nn.LeakyReLU(0.1)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512 * 4 * 4, 1))
 
-    work: Work
-    model: Callable[[], nn.Module]
-    image: tuple[int, ...]
 
-    def prepare(self, device: torch.device) -> Contest:
-        torch.manual_seed(0)
-        stock = self.model().to(device)
-        x = torch.randn(self.image, device=device)
-        exact = copy.deepcopy(stock).double()
-        models = {OURS: spectral_norm_all(copy.deepcopy(stock)), "parametrisations": stock}
-        contest = Contest({}, captured=False)
-        results = {name: self._run(model, x)() for name, model in models.items()}
-        expected = self._run(exact, x.double())()
-        contest.gate = gate(results[OURS], [results["parametrisations"]], expected)
-        contest.contenders = {name: self._run(model, x) for name, model in models.items()}
-        if isinstance(stock, Weights):
-            contest.floor = copy_twice_read_once(stock)
-            contest.floor_bytes = 3 * sum(p.nbytes for p in stock.parameters())
-        return contest
+def several(count: int, make: Callable[[], nn.Module]) -> Weights:
+    return Weights([make() for _ in range(count)])
 
-    def _run(self, model: nn.Module, x: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-        parameters = list(model.parameters())
 
-        def forward() -> tuple[Tensor, ...]:
-            return (model(x),)
-
-        def forward_backward() -> tuple[Tensor, ...]:
-            y = model(x)
-            return y, *torch.autograd.grad(y.sum(), parameters)
-
-        return forward if self.work == "forward" else forward_backward
+def normalise(model: nn.Module, norm: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    for layer in list(model.modules()):
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+            norm(layer)
+    return model
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "10 weights 256×2304": (ten_layers, (1,)),
-    "standard discriminator, 64×3×32²": (Discriminator, (64, 3, 32, 32)),
-    "standard discriminator, 1×3×32²": (Discriminator, (1, 3, 32, 32)),
-    "residual discriminator, 64×3×32²": (ResidualDiscriminator, (64, 3, 32, 32)),
+    "ten weights 256×2304": (partial(several, 10, partial(nn.Linear, 2304, 256, bias=False)), ()),
+    "SN-GAN critic, 64×3×32²": (critic, (64, 3, 32, 32)),
+    "four weights 64×64": (partial(several, 4, partial(nn.Linear, 64, 64, bias=False)), ()),
+    "one weight 16×16": (partial(several, 1, partial(nn.Linear, 16, 16, bias=False)), ()),
+    "four ConvTranspose2d 256→128 k4": (partial(several, 4, partial(nn.ConvTranspose2d, 256, 128, 4, bias=False)), ()),
 }
+"""Each with the shape of what it is called with, where that is something."""
+
+
+# How often a weight is read or written at least. σ is known when all has been read, and so is <grad, W>.
+MOVES = {"eval forward": 3, "forward": 3, "forward+backward": 3 + 4}
+
+HEADLINES = tuple(MODELS)[:2]
+
+
+def perform(
+    work: str, run: Callable[..., list[Tensor] | Tensor], model: nn.Module, inputs: list[Tensor]
+) -> list[Tensor]:
+    """What is timed, and what it has computed."""
+    if work == "eval forward":
+        with torch.no_grad():
+            outputs = run(*inputs)
+    else:
+        outputs = run(*inputs)
+    found = outputs if isinstance(outputs, list) else [outputs]
+    if work == "forward+backward":
+        found += torch.autograd.grad(sum(y.square().sum() for y in found), list(model.parameters()))  # type: ignore[arg-type]
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpectralCase(Case):
+    make: Callable[[], nn.Module]
+    input_shape: tuple[int, ...]
+
+    def prepare(self, device: torch.device) -> Contest:
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        plain = self.make().to(device, self.dtype)
+        inputs = [torch.randn(self.input_shape, device=device, dtype=self.dtype)] if self.input_shape else []
+        stock = normalise(deepcopy(plain), parametrizations.spectral_norm).train(self.work != "eval forward")
+        models = {
+            OURS: fastgan.spectral_norm_all(deepcopy(stock)),
+            "parametrisation": stock,
+            "hook": normalise(deepcopy(plain), hook).train(stock.training),
+            "compile": deepcopy(stock),
+        }
+        exact = perform(self.work, *[deepcopy(stock).double()] * 2, [x.double() for x in inputs])
+        contest, results = Contest({}, captured=False), {}
+        for name, model in models.items():
+            run = torch.compile(model, dynamic=False) if name == "compile" else model
+            call = partial(perform, self.work, run, model, inputs)
+            try:
+                results[name] = call()
+            except Exception as error:
+                if name == OURS:
+                    raise
+                contest.notes.append(f"{name}: {first_line(error)}")
+                continue
+            contest.contenders[name] = call
+        contest.gate = gate(results[OURS], [results["parametrisation"]], exact)
+        if inputs:
+            self._note_shares(contest, plain, inputs, device)
+        else:
+            self._add_floor(contest, [norm.holder.original.detach() for norm in norms(stock)])
+        return contest
+
+    def _add_floor(self, contest: Contest, weights: list[Tensor]) -> None:
+        """Copies of the weights."""
+        targets = [torch.empty_like(weight) for weight in weights]
+        contest.floor = lambda: [target.copy_(weight) for target, weight in zip(targets, weights, strict=True)]
+        contest.floor_bytes = 2 * sum(weight.nbytes for weight in weights)
+        contest.bytes_moved = MOVES[self.work] * sum(weight.nbytes for weight in weights)
+
+    def _note_shares(self, contest: Contest, plain: nn.Module, inputs: list[Tensor], device: torch.device) -> None:
+        runs = {name: contest.contenders[name] for name in (OURS, "parametrisation")}
+        runs["without"] = partial(perform, self.work, plain, plain, inputs)
+        times = interleave(runs, SHARE_SECONDS, device, captured=False)
+        for name in (OURS, "parametrisation"):
+            contest.notes.append(f"{name}: spectral norm is {1 - times['without'] / times[name]:.1%} of the time")
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    works: tuple[Work, ...] = ("forward", "forward+backward")
-    for shape, (model, image) in MODELS.items():
-        for work in works:
-            yield NormCase(
+    for shape, (make, input_shape) in MODELS.items():
+        for work in ("forward", "forward+backward", "eval forward"):
+            yield SpectralCase(
                 op="spectral_norm",
                 work=work,
                 shape=shape,
                 dtype=torch.float32,
-                layout="as each likes",
-                headline=True,
-                model=model,
-                image=image,
+                layout="NCHW",
+                headline=shape in HEADLINES and work != "eval forward",
+                make=make,
+                input_shape=input_shape,
             )
