@@ -103,7 +103,8 @@ class SpectralCase(Case):
             "hook": normalise(deepcopy(plain), hook).train(stock.training),
             "compile": deepcopy(stock),
         }
-        exact = perform(self.work, *[deepcopy(stock).double()] * 2, [x.double() for x in inputs])
+        wide = deepcopy(stock).double()
+        exact = perform(self.work, wide, wide, [x.double() for x in inputs])
         contest, results = Contest({}, captured=False), {}
         for name, model in models.items():
             run = torch.compile(model, dynamic=False) if name == "compile" else model
