@@ -249,11 +249,15 @@ class Together:
 
     @classmethod
     def begin(cls, model: nn.Module) -> None:
-        """Nothing where the model has such hooks."""
-        if not any(isinstance(getattr(hook, "__self__", None), Together) for hook in model._forward_pre_hooks.values()):
-            together = cls(model)
-            model.register_forward_pre_hook(together.before, prepend=True)
-            model.register_forward_hook(together.after, always_call=True)
+        """Where the model has such hooks, they look for its norms again."""
+        for hook in model._forward_pre_hooks.values():
+            together = getattr(hook, "__self__", None)
+            if isinstance(together, Together):
+                together.norms = list(norms(model))
+                return
+        together = cls(model)
+        model.register_forward_pre_hook(together.before, prepend=True)
+        model.register_forward_hook(together.after, always_call=True)
 
     @classmethod
     def end(cls, model: nn.Module) -> None:
@@ -290,7 +294,7 @@ def spectral_norm(
 
 
 # torch's classes, and ours that compute the same.
-SERVED: dict[type, type] = {_SpectralNorm: SpectralNorm, Hook: SpectralNormHook}
+_SERVED: dict[type, type] = {_SpectralNorm: SpectralNorm, Hook: SpectralNormHook}
 
 _NORMALISED = (_ConvNd, nn.Linear, nn.Embedding)
 
@@ -307,7 +311,8 @@ def spectral_norm_all(model: Module) -> Module:
     The weights and buffers have the values that they would have in torch, which iterates at every access: a layer that is
     called twice iterates twice, one that is not called does not, and access from outside of the forward computes alone, as
     does all under torch.compile and in a `torch.utils.checkpoint`. State_dicts, `parametrize.cached()`, deepcopy,
-    DataParallel, DDP, `remove_parametrizations` and `remove_spectral_norm` stay what they are. Returns `model` itself.
+    DataParallel, DDP, `remove_parametrizations` and `remove_spectral_norm` stay what they are. Layers that are normalised
+    later compute alone until this is called again. Returns `model` itself.
 
     Raises:
         TypeError: `model` is no `nn.Module`.
@@ -316,8 +321,8 @@ def spectral_norm_all(model: Module) -> Module:
         raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
     found = [norm.norm for norm in norms(model)]
     for norm in found:
-        if type(norm) in SERVED:
-            norm.__class__ = SERVED[type(norm)]
+        if type(norm) in _SERVED:
+            norm.__class__ = _SERVED[type(norm)]
     if not found:
         for layer in list(model.modules()):
             if isinstance(layer, _NORMALISED) and "weight" in layer._parameters:

@@ -11,6 +11,7 @@ from torch.nn.utils import remove_spectral_norm as remove_hook
 from torch.nn.utils import spectral_norm as add_hook
 
 import fastgan
+from fastgan import backend
 from fastgan.nn import SpectralNorm
 from fastgan.nn import spectral_norm as layers
 from fastgan.nn.spectral_norm import _shares, norms
@@ -202,6 +203,16 @@ def test_a_gradient_penalty(kind):
         leaf = x.clone().requires_grad_()
         (grad,) = torch.autograd.grad(model(leaf).sum(), leaf, create_graph=True)
         (model(x).mean() + (grad.flatten(1).norm(dim=1) - 1).square().mean()).backward()
+    assert_same(stock, served)
+
+
+@pytest.mark.parametrize("kind", STOCK)
+def test_the_librarys_own_penalty(kind):
+    stock, served, x = twins(kind)
+    leaf = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(stock(leaf).sum(), leaf, create_graph=True)
+    (5 * grad.square().flatten(1).sum(1).mean()).backward()
+    fastgan.r1_penalty(served, x).backward()
     assert_same(stock, served)
 
 
@@ -399,6 +410,34 @@ def test_a_model_without_spectral_norms_gets_them_on_every_layer_with_a_matrix()
 def test_a_model_with_some_spectral_norms_keeps_to_these():
     model = nn.Sequential(parametrizations.spectral_norm(nn.Linear(3, 3)), nn.Linear(3, 3))
     assert [norm.layer for norm in norms(fastgan.spectral_norm_all(model))] == [model[0]]
+
+
+def test_layers_that_come_and_go(calls):
+    stock, served, x = twins()
+    fresh = parametrizations.spectral_norm(nn.Linear(5, 1)).double()
+    for model in (stock, served):
+        model.last = copy.deepcopy(fresh)
+        model(x)
+    assert calls == [5, 1, 1]  # the layer that has gone, too
+    calls.clear()
+    both(stock, fastgan.spectral_norm_all(served), x)
+    assert calls == [5, 1, 1]
+    served.last = nn.Identity()
+    served(x), calls.clear(), served(x)
+    assert calls == [4, 1, 1]
+
+
+def test_an_automatic_choice_leaves_to_torch_what_it_is_faster_at(calls, monkeypatch):
+    monkeypatch.setattr(backend, "is_automatic", lambda: True)
+    stock, served, x = twins()
+    both(stock, served, x)
+    assert not calls
+    large = fastgan.spectral_norm_all(nn.Sequential(*[nn.Linear(256, 256) for _ in range(2)]))
+    large(torch.randn(1, 256))
+    assert calls == [2]
+    with torch.no_grad():
+        large.eval()(torch.randn(1, 256))
+    assert calls == [2]
 
 
 def test_one_forward_hook_however_often_it_is_called():
