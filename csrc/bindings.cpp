@@ -42,9 +42,10 @@ const MatrixKernels* const matrix_kernels = std::string(kernels.name) == "avx512
 
 NormAct norm_act(int dtype, bool rows, std::array<int64_t, 3> shape, Address x, Address residual, Address weight,
                  Address bias, int64_t groups, bool per_element, bool batch_stats, Address mean, Address var, double eps,
-                 int act, double negative_slope) {
+                 int act, double negative_slope, Address prelu_weight) {
   return {static_cast<DType>(dtype), rows, shape[0], shape[1], shape[2], at(x), at(residual), at(weight), at(bias),
-          groups, per_element, batch_stats, at<double>(mean), at<double>(var), eps, static_cast<Act>(act), negative_slope};
+          groups, per_element, batch_stats, at<double>(mean), at<double>(var), eps, static_cast<Act>(act), negative_slope,
+          at(prelu_weight)};
 }
 
 using release = py::call_guard<py::gil_scoped_release>;
@@ -56,15 +57,16 @@ void define_norm(py::module_& m, const std::string& name, void (*forward)(const 
   m.def(
       (name + "_backward").c_str(),
       [=](const NormAct& a, Address grad_y, Address grad_x, Address grad_residual, Address grad_weight,
-          Address grad_bias) {
-        backward({a, at(grad_y), at(grad_x), at(grad_residual), at(grad_weight), at(grad_bias)});
+          Address grad_bias, Address grad_prelu_weight) {
+        backward({a, at(grad_y), at(grad_x), at(grad_residual), at(grad_weight), at(grad_bias), at(grad_prelu_weight)});
       },
       release());
   m.def(
       (name + "_double_backward").c_str(),
       [=](const NormAct& a, Address grad_y, Address ggx, Address ggr, Address ggw, Address ggb, Address g_grad_y,
-          Address g_x, Address g_weight) {
-        double_backward({a, at(grad_y), at(ggx), at(ggr), at(ggw), at(ggb), at(g_grad_y), at(g_x), at(g_weight)});
+          Address g_x, Address g_weight, Address g_prelu_weight) {
+        double_backward({a, at(grad_y), at(ggx), at(ggr), at(ggw), at(ggb), at(g_grad_y), at(g_x), at(g_weight),
+                         at(g_prelu_weight)});
       },
       release());
 }

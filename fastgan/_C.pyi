@@ -6,7 +6,7 @@ class NormAct:
     def __init__(
         self, dtype: int, rows: bool, shape: Sequence[int], x: int, residual: int, weight: int, bias: int,
         groups: int, per_element: bool, batch_stats: bool, mean: int, var: int, eps: float, act: int,
-        negative_slope: float,
+        negative_slope: float, prelu_weight: int,
     ) -> None: ...  # fmt: skip
 
 class Patches:
@@ -58,18 +58,22 @@ def cpu_capability() -> str: ...
 def max_threads() -> int: ...
 def batch_norm_act_forward(arguments: NormAct, y: int) -> None: ...
 def batch_norm_act_backward(
-    arguments: NormAct, grad_y: int, grad_x: int, grad_residual: int, grad_weight: int, grad_bias: int
-) -> None: ...
+    arguments: NormAct, grad_y: int, grad_x: int, grad_residual: int, grad_weight: int, grad_bias: int,
+    grad_prelu_weight: int,
+) -> None: ...  # fmt: skip
 def batch_norm_act_double_backward(
-    arguments: NormAct, grad_y: int, ggx: int, ggr: int, ggw: int, ggb: int, g_grad_y: int, g_x: int, g_weight: int
-) -> None: ...
+    arguments: NormAct, grad_y: int, ggx: int, ggr: int, ggw: int, ggb: int, g_grad_y: int, g_x: int, g_weight: int,
+    g_prelu_weight: int,
+) -> None: ...  # fmt: skip
 def group_norm_act_forward(arguments: NormAct, y: int) -> None: ...
 def group_norm_act_backward(
-    arguments: NormAct, grad_y: int, grad_x: int, grad_residual: int, grad_weight: int, grad_bias: int
-) -> None: ...
+    arguments: NormAct, grad_y: int, grad_x: int, grad_residual: int, grad_weight: int, grad_bias: int,
+    grad_prelu_weight: int,
+) -> None: ...  # fmt: skip
 def group_norm_act_double_backward(
-    arguments: NormAct, grad_y: int, ggx: int, ggr: int, ggw: int, ggb: int, g_grad_y: int, g_x: int, g_weight: int
-) -> None: ...
+    arguments: NormAct, grad_y: int, ggx: int, ggr: int, ggw: int, ggb: int, g_grad_y: int, g_x: int, g_weight: int,
+    g_prelu_weight: int,
+) -> None: ...  # fmt: skip
 def bias_act_forward(arguments: BiasAct, x: int, y: int) -> None: ...
 def bias_act_backward(arguments: BiasAct, grad_y: int, side: int, grad_x: int, grad_bias: int) -> None: ...
 def bias_act_double_backward(

@@ -1,4 +1,5 @@
-"""Patterns in the graph of a forward: AdaIN, convolutions that are functions, and what stands in for them.
+"""Patterns in the graph of a forward: AdaIN, convolutions that are functions, chains of layers, what is added to them, and
+what stands in for all these.
 
 Each pattern looks at a node. Whether an operator takes the tensors is decided when it is called; otherwise the functions
 here do what the graph did.
@@ -7,7 +8,7 @@ here do what the graph did.
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -15,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fastgan import ops
+from fastgan.chains import NORM, FusedModule, is_chain, matches, plus, run_whole
 from fastgan.nn.group_norm_act import tracks_planes
 from fastgan.nn.norm_act import attachment
 from fastgan.ops._tensors import DTYPES
-from fastgan.ops._types import Act
-from fastgan.tracing import compiled
+from fastgan.ops._types import FixedAct
+from fastgan.tracing import IN_PLACE, compiled
 
 ADD, _MULTIPLY = (operator.add, torch.add), (operator.mul, torch.mul)
 
@@ -30,7 +32,7 @@ class StandIn(NamedTuple):
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    pattern: str
+    pattern: "str | ChainCall"
 
 
 def is_inner(node: Any) -> bool:
@@ -161,7 +163,7 @@ def _plain_norm(node: fx.Node, module: nn.Module) -> float | fx.Node | None:
     return None
 
 
-def _activation_of(node: Any) -> tuple[Act, float, Any]:
+def _activation_of(node: Any) -> tuple[FixedAct, float, Any]:
     """The activation that a node is, and what it is of."""
     if is_inner(node) and _is_activation(node):
         slope = node.kwargs.get("negative_slope")
@@ -218,7 +220,7 @@ def _is_disturbed(inner: set[fx.Node], addends: list[Any]) -> bool:
 
 
 def _adain_of(
-    inner: set[fx.Node], norm: float | fx.Node, addends: list[Any], scale: Any, shift: Any, act: Act, slope: float
+    inner: set[fx.Node], norm: float | fx.Node, addends: list[Any], scale: Any, shift: Any, act: FixedAct, slope: float
 ) -> tuple[Callable[..., Tensor], tuple[fx.Node, ...]]:
     """The operator where it takes the tensors, and otherwise the `inner` nodes as they are; and what to call that on."""
     nodes = [node for node in next(iter(inner)).graph.nodes if node in inner]
@@ -306,3 +308,154 @@ def _as_adain(addends: tuple[Any, ...], scale: Any, shift: Any, features: int | 
 def _is_of_channels(tensor: Tensor, x: Tensor) -> bool:
     channels = x.shape[1]
     return tensor.shape in ((channels, 1, 1), (1, channels, 1, 1)) and tensor.shape != (1, 1, *x.shape[2:])
+
+
+# ── Chains ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class ChainCall:
+    """Runs a chain, perhaps adding: what stands in a graph for layers that are called one after the other.
+
+    Called on x, on the residual if there is an `order` of adding it, and on the layers that have names.
+    """
+
+    __name__ = __qualname__ = "chain"
+
+    def __init__(self, layers: Sequence[str | nn.Module], order: str | None = None):
+        self.layers, self.order = tuple(layers), order  # by name; layers that stand for functions are here
+
+    def __call__(self, x: Any, *given: Any) -> Any:
+        if self.order is None:
+            return run_whole(self._filled(given), x)
+        residual, *modules = given
+        return plus(self._filled(modules), x, residual, self.order)
+
+    def _filled(self, modules: Iterable[nn.Module]) -> list[nn.Module]:
+        named = iter(modules)
+        return [next(named) if isinstance(layer, str) else layer for layer in self.layers]
+
+    def layers_of(self, module: nn.Module) -> list[nn.Module]:
+        return [module.get_submodule(layer) if isinstance(layer, str) else layer for layer in self.layers]
+
+    def _key(self) -> tuple:
+        return self.order, *(layer if isinstance(layer, str) else repr(layer) for layer in self.layers)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ChainCall) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+
+def find_chain(node: fx.Node, module: nn.Module) -> StandIn | None:
+    """Layers that are called one after the other, of which `node` is the last. Nothing else happens in between, so that all
+    of it may as well happen at once."""
+    if _layer(node, module) is None or _follows(_after(node), node, module):
+        return None
+    nodes = [node]
+    while _follows(nodes[0], before := nodes[0].args[0], module):
+        nodes.insert(0, cast(fx.Node, before))
+    layers = cast(list[str | nn.Module], [_layer(each, module) for each in nodes])
+    if not _gains([module.get_submodule(layer) if isinstance(layer, str) else layer for layer in layers]):
+        return None
+    call = ChainCall(layers)
+    modules = [layer_of(each) for each in nodes if each.op == "call_module"]
+    return StandIn(call, (nodes[0].args[0], *modules), {}, call)
+
+
+def _layer(node: fx.Node, module: nn.Module) -> str | nn.Module | None:
+    """The layer that a node calls on one value, by its name, or one that does what the node's function does."""
+    if not node.args or not isinstance(node.args[0], fx.Node) or len(node.all_input_nodes) != 1:
+        return None
+    if node.op == "call_module":
+        return str(node.target) if len(node.args) == 1 and not node.kwargs else None
+    make = _LAYERS.get(node.target) if node.op == "call_function" else None
+    try:
+        return None if make is None else make(*node.args[1:], **node.kwargs)
+    except (TypeError, ValueError):  # arguments that the layer has no place for
+        return None
+
+
+def _interpolation(
+    size=None, scale_factor=None, mode="nearest", align_corners=None, recompute_scale_factor=None, antialias=False
+) -> nn.Upsample | None:
+    return None if antialias or recompute_scale_factor else nn.Upsample(size, scale_factor, mode, align_corners)
+
+
+_LAYERS: dict[Any, Callable[..., nn.Module | None]] = {
+    F.relu: nn.ReLU, torch.relu: lambda: nn.ReLU(), F.leaky_relu: nn.LeakyReLU, torch.tanh: nn.Tanh, F.tanh: nn.Tanh,
+    torch.sigmoid: nn.Sigmoid, F.sigmoid: nn.Sigmoid, F.avg_pool2d: nn.AvgPool2d, F.interpolate: _interpolation,
+    F.pixel_shuffle: nn.PixelShuffle,
+}  # fmt: skip
+
+
+def _after(node: fx.Node) -> fx.Node:
+    after = node.next
+    while after.op == "get_attr":
+        after = after.next
+    return after
+
+
+def _follows(node: fx.Node, before: Any, module: nn.Module) -> bool:
+    """Whether `node` is a layer that is called on the layer before, and nobody else sees what that gives."""
+    return (
+        is_inner(before)
+        and _after(before) is node
+        and node.args[:1] == (before,)
+        and _layer(node, module) is not None
+        and _layer(before, module) is not None
+    )
+
+
+def _gains(layers: list[nn.Module]) -> bool:
+    """Whether there are patterns in the chain, or chains that can hand on a layout."""
+    classes = tuple(map(type, layers))
+    has_patterns = any(True for i in range(len(layers)) for _ in matches(layers[i:], classes[i:]))
+    return has_patterns or sum(isinstance(layer, FusedModule) for layer in layers) > 1
+
+
+def whole_chain(graph: fx.Graph) -> ChainCall | None:
+    """Where a graph of one input is a chain of it, and perhaps the sum of both."""
+    calls = [node for node in graph.nodes if node.op.startswith("call_")]
+    given, output = next(iter(graph.nodes)), next(reversed(graph.nodes))
+    if len(calls) != 1 or not isinstance(calls[0].target, ChainCall) or output.args != (calls[0],):
+        return None
+    call = calls[0].target
+    is_of_input = all(arg is given for arg in calls[0].args[: 1 if call.order is None else 2])
+    return call if is_of_input else None
+
+
+# ── Sums ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def find_residual(node: fx.Node, module: nn.Module) -> StandIn | None:
+    """x + chain(y), of which the chain has just been called."""
+    orders = ("x + y", "y + x") if node.target in ADD else ("x += y", "y += x")
+    for (part, residual), order in zip(either(node, (*ADD, IN_PLACE["iadd"])), orders, strict=False):
+        if not isinstance(residual, fx.Node) or not _is_normed(part, module) or _after(part) is not node:
+            continue
+        if order == "y += x" and not _is_normed(residual, module):
+            continue  # somebody may see what is added to
+        if isinstance(part.target, ChainCall):
+            call, (x, *layers) = ChainCall(part.target.layers, order), part.args
+        else:
+            call, x, layers = ChainCall([str(part.target)], order), part.args[0], [layer_of(part)]
+        name = next(layer for layer in reversed(call.layers) if isinstance(layer, str))
+        return StandIn(call, (x, residual, *layers), {}, f"x + {name}({'x' if len(call.layers) == 1 else '…'})")
+    return None
+
+
+def _is_normed(node: Any, module: nn.Module) -> bool:
+    """Whether a node runs a chain that ends with a norm, for the sum alone."""
+    if not is_inner(node):
+        return False
+    if isinstance(node.target, ChainCall):
+        return node.target.order is None and _ends_with_norm(node.target.layers_of(module)[-1])
+    is_call = node.op == "call_module" and len(node.args) == 1 and not node.kwargs
+    return is_call and is_chain(chain := module.get_submodule(str(node.target))) and _ends_with_norm(chain)
+
+
+def _ends_with_norm(layer: nn.Module) -> bool:
+    if is_chain(layer):
+        return len(children := list(layer.children())) > 0 and _ends_with_norm(children[-1])
+    return isinstance(layer, NORM)

@@ -331,8 +331,8 @@ class Run(NamedTuple):
     globals: list[_Global]
 
 
-Rewrite = Callable[[fx.Graph, nn.Module], list[str]]
-"""Changes a graph for the better, and names what it has found."""
+Rewrite = Callable[[fx.Graph, nn.Module], list[Any]]
+"""Changes a graph for the better, and says what it has found, in values that can be hashed."""
 
 MOST_TRACES = 64
 """Of a class. One whose attributes change with every call runs as it is written."""
@@ -394,11 +394,11 @@ class Traces:
             return None
         return Run(compiled(graph), graph, outside) if self.rewrite(graph, module) else None
 
-    def survey(self, module: nn.Module) -> tuple[list[str], str]:
+    def survey(self, module: nn.Module) -> tuple[list[Any], str]:
         """What there are patterns for in the forward of `module`, with all its arguments or those that it needs; or why its
         forward has no graph."""
         reason = "" if self.names else "its forward takes any arguments"
-        patterns: dict[str, None] = {}
+        patterns: dict[Any, None] = {}
         for tensors in dict.fromkeys((tuple(self.names), tuple(self.needed))) if self.names else ():
             try:
                 graph, _ = trace(module, self.forward, tensors, {}, {})

@@ -225,7 +225,7 @@ CHAINS = {
             Stack(nn.Sequential(nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4)), nn.ReLU()),
             Residual(),
         ),
-        ["conv2d_batch_norm_act"] * 3,
+        [*["conv2d_batch_norm_act"] * 3, "batch_norm_act"],
     ),
     "a layer used twice": (
         lambda: nn.Sequential(*[nn.Conv2d(4, 4, 3, 1, 1), nn.BatchNorm2d(4), nn.ReLU()] * 2),
@@ -917,7 +917,7 @@ def test_explain_names_every_layer_and_the_reason():
         ("hooked.0", "Conv2d", False, "it has a forward pre-hook"),
         ("hooked.1–2", "BatchNorm2d → ReLU", True, ""),
         ("normed.0", "ParametrizedConv2d", False, "its weight is parametrized"),
-        ("residual.norm", "BatchNorm2d", False, "it is in Residual, not in an nn.Sequential"),
+        ("residual.norm", "BatchNorm2d", True, ""),
         ("residual.body.0–2", "Conv2d → BatchNorm2d → ReLU", True, ""),
         ("twice.0", "Conv2d", False, "Twice has a forward of its own"),
         ("ours.1", "ConvBnAct2d", True, ""),
@@ -925,7 +925,7 @@ def test_explain_names_every_layer_and_the_reason():
         ("normed.0.weight", "spectral norm", True, ""),
     ]
     lines = str(rows).splitlines()
-    assert lines[0].split() == ["place", "pattern"] and lines[-1] == "9 of 15 fused"
+    assert lines[0].split() == ["place", "pattern"] and lines[-1] == "10 of 15 fused"
     assert lines[5].split("  ")[-1] == "not fused: Scaled is a subclass of Conv2d"
     assert type(model.head) is nn.Sequential and type(model.twice) is Twice
 

@@ -6,7 +6,7 @@
 namespace fastgan {
 
 enum class DType : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
-enum class Act : int { none = 0, relu = 1, leaky_relu = 2 };
+enum class Act : int { none = 0, relu = 1, leaky_relu = 2, prelu = 3 };
 
 // What the three orders of batch_norm_act and group_norm_act share. `acc` stands for float, or double when dtype is float64.
 struct NormAct {
@@ -25,6 +25,7 @@ struct NormAct {
   double eps;
   Act act;
   double negative_slope;
+  const void* prelu_weight; // (C,) acc: the slope of each channel; null unless act is prelu, of batch norms only
 };
 
 struct NormActForward : NormAct {
@@ -37,6 +38,7 @@ struct NormActBackward : NormAct {
   void* grad_residual; // (N, C, S) dtype, or null
   void* grad_weight;   // (C,) acc, or null
   void* grad_bias;     // (C,) acc, or null
+  void* grad_prelu_weight; // (C,) acc, or null unless act is prelu
 };
 
 // Gradients of <ggx, grad_x> + <ggr, grad_residual> + <ggw, grad_weight> + <ggb, grad_bias>.
@@ -49,6 +51,7 @@ struct NormActDoubleBackward : NormAct {
   void* g_grad_y;     // (N, C, S) dtype
   void* g_x;          // (N, C, S) dtype
   void* g_weight;     // (C,) acc
+  void* g_prelu_weight; // (C,) acc, or null unless act is prelu
 };
 
 // act(x + noise_weight·noise + bias), normalised in every plane, with a scale and shift for it. `groups` is C, and `bias`, as

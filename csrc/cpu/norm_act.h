@@ -13,24 +13,30 @@
 constexpr int unroll = 4; // independent accumulators, to cover the latency of an addition
 constexpr int run = 64;   // additions to one accumulator before a double takes over: long float32 sums lose digits
 
+FASTGAN_INLINE double fixed_slope(const NormAct& a) {
+  return a.act == Act::none ? 1 : a.act == Act::relu ? 0 : a.negative_slope;
+}
+
 template <class T> struct Activation {
   using vec = vec_t<T>;
   using mask = typename Lanes<acc_t<T>>::mask;
-  vec slope;
+  vec slope; // of all slices, where they have none of their own
   mask rectify; // all ones for relu, whose negative side is 0 whatever comes in
 
   explicit Activation(const NormAct& a)
-      : slope(broadcast<acc_t<T>>(a.act == Act::none ? 1 : a.act == Act::relu ? 0 : a.negative_slope)),
+      : slope(broadcast<acc_t<T>>(fixed_slope(a))),
         rectify(mask{} - (a.act == Act::relu)) {}
 
-  inline __attribute__((always_inline)) vec value(vec pre) const {
+  inline __attribute__((always_inline)) vec value(vec pre, vec slope) const {
     return pre <= 0 ? keep(~rectify, pre * slope) : pre;
   }
-  // torch's conventions at NaN: relu passes the gradient, leaky_relu multiplies it by the slope.
-  inline __attribute__((always_inline)) vec gradient(vec pre, vec g) const {
-    const mask below = (pre <= 0) | ((pre != pre) & ~rectify);
-    return below ? keep(~rectify, g * slope) : g;
+  inline __attribute__((always_inline)) vec value(vec pre) const { return value(pre, slope); }
+  // torch's conventions at NaN: relu passes the gradient, leaky_relu and prelu multiply it by the slope.
+  inline __attribute__((always_inline)) mask below(vec pre) const { return (pre <= 0) | ((pre != pre) & ~rectify); }
+  inline __attribute__((always_inline)) vec gradient(vec pre, vec g, vec slope) const {
+    return below(pre) ? keep(~rectify, g * slope) : g;
   }
+  inline __attribute__((always_inline)) vec gradient(vec pre, vec g) const { return gradient(pre, g, slope); }
 };
 
 // A slice's numbers: a table of P rows of as many columns as there are slices, of which a kernel holds one vector each.
@@ -508,14 +514,15 @@ template <class Acc, int N> FASTGAN_INLINE void store_column(Acc* table, int64_t
   for (int i = 0; i < N; ++i) table[i * stride] = static_cast<Acc>(values[i]);
 }
 
-// Rows 0, 1, 2 of every table: the rounded mean, scale, and bias less what rounding the mean adds. `pre` below is computed
-// from them in one way only, so that forward and backward agree on its sign to the bit.
+// Rows 0 to 3 of every table: the rounded mean, scale, bias less what rounding the mean adds, and the activation's slope.
+// `pre` below is computed from them in one way only, so that forward and backward agree on its sign to the bit.
 template <class Acc> void fill_affine(const NormAct& a, const Slices& slices, Acc* table, int64_t unit) {
   const double r = inverse_deviation(a, unit), rest = mean_remainder<Acc>(a, unit);
   const int64_t first = unit * slices.group, channel = first % slices.C;
   for (int64_t i = 0; i < slices.group; ++i) {
     const double scale = element<Acc>(a.weight, channel + i, 1) * r, bias = element<Acc>(a.bias, channel + i, 0);
-    store_column(table + first + i, slices.count, {a.mean[unit], scale, bias - rest * scale});
+    const double slope = element<Acc>(a.prelu_weight, channel + i, fixed_slope(a));
+    store_column(table + first + i, slices.count, {a.mean[unit], scale, bias - rest * scale, slope});
   }
 }
 template <class Acc> void fill_affine(const NormAct& a, const Slices& slices, Acc* table) {
@@ -532,38 +539,40 @@ template <class T> void forward(const NormActForward& a) {
   using Acc = acc_t<T>;
   const Activation<T> act(a);
   const Slices slices(a);
-  const Scratch<Acc> table(3 * slices.count);
+  const Scratch<Acc> table(4 * slices.count);
   const T* x = static_cast<const T*>(a.x);
   T* y = static_cast<T*>(a.y);
   const int64_t ahead = slices.group * a.S; // the next unit: its way from memory overlaps the stores of this one
-  auto body = [&](vec_t<T>*, const Channel<T, 3>& channel, int64_t offset, int n, auto) __attribute__((always_inline)) {
+  auto body = [&](vec_t<T>*, const Channel<T, 4>& channel, int64_t offset, int n, auto) __attribute__((always_inline)) {
     const vec_t<T> t = load(x + offset, n) - channel.p[0];
     __builtin_prefetch(x + offset + ahead, 0, 2);
-    store(y + offset, act.value(preactivation<T, 3>(a, channel, t, offset, n)), n);
+    store(y + offset, act.value(preactivation<T, 4>(a, channel, t, offset, n), channel.p[3]), n);
   };
   if (a.batch_stats)
-    moments_finish_apply<T, 3>(a, table.data, Stored<T>{x}, [&](int64_t unit) { fill_affine(a, slices, table.data, unit); }, body);
+    moments_finish_apply<T, 4>(a, table.data, Stored<T>{x}, [&](int64_t unit) { fill_affine(a, slices, table.data, unit); }, body);
   else
-    sum_finish_apply<T, 3, 1, 3>(
-        a, table.data, false, [](vec_t<T>*, const Channel<T, 3>&, int64_t, int, auto) {},
+    sum_finish_apply<T, 4, 1, 4>(
+        a, table.data, false, [](vec_t<T>*, const Channel<T, 4>&, int64_t, int, auto) {},
         [&](int64_t unit, const Sums&) { fill_affine(a, slices, table.data, unit); }, body);
 }
 
-template <class T> void backward(const NormActBackward& a) {
+template <class T, bool Prelu> void backward(const NormActBackward& a) {
   using Acc = acc_t<T>;
   using vec = vec_t<T>;
   const Activation<T> act(a);
   const Slices slices(a);
-  const Scratch<Acc> table(6 * slices.count);
-  const Scratch<double> grad_weights(slices.count), grad_biases(slices.count); // of each slice
+  const Scratch<Acc> table(7 * slices.count);
+  const Scratch<double> grad_weights(slices.count), grad_biases(slices.count), grad_slopes(slices.count); // of each slice
   fill_affine(a, slices, table.data);
   const T *x = static_cast<const T*>(a.x), *grad_y = static_cast<const T*>(a.grad_y);
   T *grad_x = static_cast<T*>(a.grad_x), *grad_residual = static_cast<T*>(a.grad_residual);
-  auto sums_of = [&](vec* sums, const Channel<T, 3>& channel, int64_t offset, int n, auto) __attribute__((always_inline)) {
+  auto sums_of = [&](vec* sums, const Channel<T, 4>& channel, int64_t offset, int n, auto) __attribute__((always_inline)) {
     const vec t = load(x + offset, n) - channel.p[0];
-    const vec g = act.gradient(preactivation<T, 3>(a, channel, t, offset, n), load(grad_y + offset, n));
+    const vec pre = preactivation<T, 4>(a, channel, t, offset, n), of_y = load(grad_y + offset, n);
+    const vec g = act.gradient(pre, of_y, channel.p[3]);
     sums[0] += g;
     sums[1] += g * t;
+    if constexpr (Prelu) sums[2] += keep(act.below(pre), of_y * pre);
   };
   auto finish = [&](int64_t unit, const Sums& sums) {
     const double M = slices.unit_size(), r = inverse_deviation(a, unit), rest = mean_remainder<Acc>(a, unit);
@@ -573,25 +582,27 @@ template <class T> void backward(const NormActBackward& a) {
       const double g = sums(i, 0), gx = (sums(i, 1) - rest * g) * r, w = element<Acc>(a.weight, channel + i, 1);
       grad_weights[first + i] = gx;
       grad_biases[first + i] = g;
+      if (Prelu) grad_slopes[first + i] = sums(i, 2);
       h += w * g / M;
       hx += w * gx / M;
     }
     const double k2 = a.batch_stats ? -r * r * hx : 0, k3 = a.batch_stats ? -r * h - k2 * rest : 0;
     for (int64_t i = 0; i < slices.group; ++i)
-      store_column(&table[3 * slices.count + first + i], slices.count,
+      store_column(&table[4 * slices.count + first + i], slices.count,
                    {element<Acc>(a.weight, channel + i, 1) * r, k2, k3});
   };
-  auto body = [&](vec_t<T>*, const Channel<T, 6>& channel, int64_t offset, int n, auto) __attribute__((always_inline)) {
+  auto body = [&](vec_t<T>*, const Channel<T, 7>& channel, int64_t offset, int n, auto) __attribute__((always_inline)) {
     const vec t = load(x + offset, n) - channel.p[0];
-    const vec g = act.gradient(preactivation<T, 6>(a, channel, t, offset, n), load(grad_y + offset, n));
+    const vec g = act.gradient(preactivation<T, 7>(a, channel, t, offset, n), load(grad_y + offset, n), channel.p[3]);
     // Outside batch statistics x has no part in it: a nan there must not spread by 0 · nan.
-    if (grad_x) store(grad_x + offset, a.batch_stats ? channel.p[3] * g + channel.p[4] * t + channel.p[5] : channel.p[3] * g, n);
+    if (grad_x) store(grad_x + offset, a.batch_stats ? channel.p[4] * g + channel.p[5] * t + channel.p[6] : channel.p[4] * g, n);
     if (grad_residual) store(grad_residual + offset, g, n);
   };
-  const bool reduces = a.grad_weight || a.grad_bias || (a.batch_stats && a.grad_x);
-  sum_finish_apply<T, 3, 2, 6>(a, table.data, reduces, sums_of, finish, body);
+  const bool reduces = a.grad_weight || a.grad_bias || a.grad_prelu_weight || (a.batch_stats && a.grad_x);
+  sum_finish_apply<T, 4, Prelu ? 3 : 2, 7>(a, table.data, reduces, sums_of, finish, body);
   add_samples<Acc>(slices, grad_weights, a.grad_weight);
   add_samples<Acc>(slices, grad_biases, a.grad_bias);
+  if (Prelu) add_samples<Acc>(slices, grad_slopes, a.grad_prelu_weight);
 }
 
 // The double backward's means over a unit, where h = weight·g, v = ggx, m = ggw·g, and x in a name stands for ·x̂. With
@@ -610,15 +621,15 @@ template <class T> void double_backward(const NormActDoubleBackward& a) {
   using vec = vec_t<T>;
   const Activation<T> act(a);
   const Slices slices(a);
-  const Scratch<Acc> table(10 * slices.count);
+  const Scratch<Acc> table(11 * slices.count);
   const Scratch<double> g_weights(slices.count); // of each slice
   fill_affine(a, slices, table.data);
   const T *x = static_cast<const T*>(a.x), *grad_y = static_cast<const T*>(a.grad_y);
   const T *ggx = static_cast<const T*>(a.ggx), *ggr = static_cast<const T*>(a.ggr);
   T *g_grad_y = static_cast<T*>(a.g_grad_y), *g_x = static_cast<T*>(a.g_x);
-  auto sums_of = [&](vec* sums, const Channel<T, 3>& channel, int64_t offset, int n, auto) __attribute__((always_inline)) {
+  auto sums_of = [&](vec* sums, const Channel<T, 4>& channel, int64_t offset, int n, auto) __attribute__((always_inline)) {
     const vec t = load(x + offset, n) - channel.p[0];
-    const vec g = act.gradient(preactivation<T, 3>(a, channel, t, offset, n), load(grad_y + offset, n));
+    const vec g = act.gradient(preactivation<T, 4>(a, channel, t, offset, n), load(grad_y + offset, n), channel.p[3]);
     sums[0] += g;
     sums[1] += g * t;
     if (!ggx) return;
@@ -648,23 +659,24 @@ template <class T> void double_backward(const NormActDoubleBackward& a) {
       const double g = sums(i, 0), gx = (sums(i, 1) - rest * g) * r;
       const double a2 = ggw - w * r * mean.vx, a3 = element<Acc>(a.ggb, channel + i, 0) - w * r * mean.v;
       g_weights[first + i] = r * (a.batch_stats ? sums(i, 4) - mean.v * g - mean.vx * gx : sums(i, 4));
-      store_column(&table[3 * slices.count + first + i], slices.count,
+      store_column(&table[4 * slices.count + first + i], slices.count,
                    {w * r, a2 * r, a3 - a2 * r * rest, c1, r * a2, c3, c4});
     }
   };
-  auto body = [&](vec_t<T>*, const Channel<T, 10>& channel, int64_t offset, int n, auto) __attribute__((always_inline)) {
+  auto body = [&](vec_t<T>* sums, const Channel<T, 11>& channel, int64_t offset, int n, auto) __attribute__((always_inline)) {
     const auto& p = channel.p;
     const vec t = load(x + offset, n) - p[0], zero = {};
-    const vec pre = preactivation<T, 10>(a, channel, t, offset, n);
-    const vec g = act.gradient(pre, load(grad_y + offset, n));
+    const vec pre = preactivation<T, 11>(a, channel, t, offset, n);
+    const vec of_y = load(grad_y + offset, n), g = act.gradient(pre, of_y, p[3]);
     const vec v = ggx ? load(ggx + offset, n) : zero;
-    vec toward = p[3] * v + p[5];
-    if (a.batch_stats || a.ggw) toward += p[4] * t;
+    vec toward = p[4] * v + p[6];
+    if (a.batch_stats || a.ggw) toward += p[5] * t;
     if (ggr) toward += load(ggr + offset, n);
-    store(g_grad_y + offset, act.gradient(pre, toward), n);
-    store(g_x + offset, a.batch_stats ? p[6] * v + p[7] * g + p[8] * t + p[9] : p[7] * g, n);
+    if (a.g_prelu_weight) sums[0] += keep(act.below(pre), of_y * toward);
+    store(g_grad_y + offset, act.gradient(pre, toward, p[3]), n);
+    store(g_x + offset, a.batch_stats ? p[7] * v + p[8] * g + p[9] * t + p[10] : p[8] * g, n);
   };
-  sum_finish_apply<T, 3, 5, 10>(a, table.data, true, sums_of, finish, body);
+  sum_finish_apply<T, 4, 5, 11, 1>(a, table.data, true, sums_of, finish, body, &a.g_prelu_weight);
   add_samples<Acc>(slices, g_weights, a.g_weight);
 }
 
@@ -677,5 +689,8 @@ template <class T> void double_backward(const NormActDoubleBackward& a) {
   }
 
 void batch_norm_act_forward(const NormActForward& a) { FASTGAN_BY_DTYPE(forward, (a), a.dtype) }
+template <class T> void backward(const NormActBackward& a) {
+  a.act == Act::prelu ? backward<T, true>(a) : backward<T, false>(a);
+}
 void batch_norm_act_backward(const NormActBackward& a) { FASTGAN_BY_DTYPE(backward, (a), a.dtype) }
 void batch_norm_act_double_backward(const NormActDoubleBackward& a) { FASTGAN_BY_DTYPE(double_backward, (a), a.dtype) }

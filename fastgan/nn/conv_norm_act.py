@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgan import ops
-from fastgan.nn.norm_act import Activation, attachment, next_statistics
+from fastgan.nn.norm_act import Activation, attachment, new_prelu_weight, next_statistics
 from fastgan.ops._norm import activate
 from fastgan.ops._types import Act
 from fastgan.ops.conv import Size2
@@ -93,7 +93,7 @@ def conv_batch_norm_act(
     running_mean, running_var, training, momentum = next_statistics(norm)
     return op(
         x, weight, conv.bias, running_mean, running_var, norm.weight, norm.bias, training, momentum, norm.eps,
-        **settings, act=activation.act, negative_slope=activation.negative_slope, keep_layout=keep_layout,
+        **settings, **activation._asdict(), keep_layout=keep_layout,
     )  # fmt: skip
 
 
@@ -103,6 +103,7 @@ class _ConvBnAct(nn.Module):
     out_channels: int
     weight: Tensor
     bias: Tensor | None
+    prelu_weight: nn.Parameter | None
 
     def __init__(
         self,
@@ -113,6 +114,8 @@ class _ConvBnAct(nn.Module):
         track_running_stats: bool = True,
         act: Act = "relu",
         negative_slope: float = 0.01,
+        num_parameters: int = 1,
+        init: float = 0.25,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
@@ -120,7 +123,8 @@ class _ConvBnAct(nn.Module):
         self.bn = nn.BatchNorm2d(
             self.out_channels, eps, momentum, affine, track_running_stats, device=like.device, dtype=like.dtype
         )
-        self.activation = Activation.named(act, negative_slope)
+        self.activation = Activation.named(act, negative_slope, Act)
+        self.prelu_weight = new_prelu_weight(act, num_parameters, init, like)
 
     @classmethod
     def from_modules(cls: type[Module], conv: Conv, bn: nn.BatchNorm2d, act: nn.Module | None = None) -> Module:
@@ -129,7 +133,7 @@ class _ConvBnAct(nn.Module):
         Args:
             conv: an `nn.Conv2d` or `nn.ConvTranspose2d`, whichever this class is.
             bn: becomes the child `bn` itself.
-            act: `nn.ReLU`, `nn.LeakyReLU` or None.
+            act: `nn.ReLU`, `nn.LeakyReLU`, `nn.PReLU` or None.
 
         Raises:
             TypeError: a module of another class.
@@ -146,21 +150,23 @@ class _ConvBnAct(nn.Module):
         names += ["output_padding"] if base is nn.ConvTranspose2d else []
         settings = {name: getattr(conv, name) for name in names}
         fused = cls(conv.in_channels, conv.out_channels, **settings, bias=conv.bias is not None, device="meta")
-        fused.weight, fused.bias, fused.bn, fused.activation = conv.weight, conv.bias, bn, activation
+        fused.weight, fused.bias, fused.bn = conv.weight, conv.bias, bn
+        fused.activation, fused.prelu_weight = activation._replace(prelu_weight=None), getattr(act, "weight", None)
         fused.training = conv.training
         return fused
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Also takes the keys of `nn.Sequential(conv, bn, act)`."""
-        for key in [key for key in state_dict if key.startswith((f"{prefix}0.", f"{prefix}1."))]:
-            index, name = key[len(prefix) :].split(".", 1)
-            state_dict[prefix + ("bn." if index == "1" else "") + name] = state_dict.pop(key)
+        for index, place in (("0.", ""), ("1.", "bn."), ("2.", "prelu_")):
+            for key in [key for key in state_dict if key.startswith(prefix + index)]:
+                state_dict[prefix + place + key.removeprefix(prefix + index)] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _forward(self, x: Tensor, conv: Conv, output_size: list[int] | None = None) -> Tensor:
+        activation = self.activation._replace(prelu_weight=self.prelu_weight)
         if type(self.bn) is nn.BatchNorm2d and not attachment(self.bn):
-            return conv_batch_norm_act(x, conv, self.bn, self.activation, output_size)
-        return activate(self.bn(conv2d(x, conv, output_size)), *self.activation)
+            return conv_batch_norm_act(x, conv, self.bn, activation, output_size)
+        return activate(self.bn(conv2d(x, conv, output_size)), *activation)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.activation}"
@@ -173,11 +179,13 @@ class ConvBnAct2d(_ConvBnAct, nn.Conv2d):
 
     Args:
         eps, momentum, affine, track_running_stats: of the batch norm, as in `nn.BatchNorm2d`.
-        act: "none", "relu" or "leaky_relu".
+        act: "none", "relu", "leaky_relu" or "prelu".
         negative_slope: of "leaky_relu".
+        num_parameters, init: of "prelu", as in `nn.PReLU`.
 
-    `weight` and `bias` are the convolution's; the child `bn` is an `nn.BatchNorm2d`, which is called where it has hooks
-    or was replaced (by `convert_sync_batchnorm`, say). A state_dict of `nn.Sequential(conv, bn, act)` loads too.
+    `weight` and `bias` are the convolution's, `prelu_weight` is that of "prelu" or None; the child `bn` is an
+    `nn.BatchNorm2d`, which is called where it has hooks or was replaced (by `convert_sync_batchnorm`, say). A state_dict of
+    `nn.Sequential(conv, bn, act)` loads too.
 
     Raises:
         ValueError: `act` is unknown, or what `nn.Conv2d` and the operator raise.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fastgan import ops
 from fastgan.nn.norm_act import Activation
 from fastgan.ops._norm import activate, with_zero_gradient
-from fastgan.ops._types import Act
+from fastgan.ops._types import FixedAct
 
 
 def tracks_planes(layer: nn.Module) -> bool:
@@ -29,7 +29,7 @@ def instance_norm_act(
         y = norm(x)
         return activate(y if residual is None else y + residual, *activation)
     return ops.instance_norm_act(
-        x, norm.weight, with_zero_gradient(norm.bias, conv_bias), norm.eps, **activation._asdict(), residual=residual
+        x, norm.weight, with_zero_gradient(norm.bias, conv_bias), norm.eps, **activation.fixed, residual=residual
     )
 
 
@@ -48,13 +48,13 @@ class GroupNormAct(nn.GroupNorm):
         ValueError: `act` is unknown, or what `fastgan.ops.group_norm_act` raises.
     """
 
-    def __init__(self, *args: Any, act: Act = "none", negative_slope: float = 0.01, **kwargs: Any):
+    def __init__(self, *args: Any, act: FixedAct = "none", negative_slope: float = 0.01, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.activation = Activation.named(act, negative_slope)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return ops.group_norm_act(
-            x, self.num_groups, self.weight, self.bias, self.eps, **self.activation._asdict(), residual=residual
+            x, self.num_groups, self.weight, self.bias, self.eps, **self.activation.fixed, residual=residual
         )
 
     def extra_repr(self) -> str:
@@ -78,7 +78,7 @@ class InstanceNormAct2d(nn.InstanceNorm2d):
             `fastgan.ops.instance_norm_act` raises.
     """
 
-    def __init__(self, *args: Any, act: Act = "none", negative_slope: float = 0.01, **kwargs: Any):
+    def __init__(self, *args: Any, act: FixedAct = "none", negative_slope: float = 0.01, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.activation = Activation.named(act, negative_slope)
 
@@ -92,7 +92,7 @@ class InstanceNormAct2d(nn.InstanceNorm2d):
         if images.shape[1] != self.num_features:
             raise ValueError(f"expected {self.num_features} channels, not x of shape {tuple(x.shape)}")
         y = ops.instance_norm_act(
-            images, self.weight, self.bias, self.eps, **self.activation._asdict(),
+            images, self.weight, self.bias, self.eps, **self.activation.fixed,
             residual=residual if batched or residual is None else residual[None],
         )  # fmt: skip
         return y if batched else y[0]
@@ -116,14 +116,12 @@ class LayerNormAct(nn.LayerNorm):
         ValueError: `act` is unknown, or what `fastgan.ops.layer_norm_act` raises.
     """
 
-    def __init__(self, *args: Any, act: Act = "none", negative_slope: float = 0.01, **kwargs: Any):
+    def __init__(self, *args: Any, act: FixedAct = "none", negative_slope: float = 0.01, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.activation = Activation.named(act, negative_slope)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.layer_norm_act(
-            x, self.normalized_shape, self.weight, self.bias, self.eps, **self.activation._asdict()
-        )
+        return ops.layer_norm_act(x, self.normalized_shape, self.weight, self.bias, self.eps, **self.activation.fixed)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.activation}"

@@ -1,12 +1,14 @@
 """`BatchNormAct2d`, and what every fused layer asks of an `nn.BatchNorm2d` and of an activation."""
 
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from fastgan import ops
+from fastgan.ops._norm import check_act
 from fastgan.ops._tensors import accumulation_dtype
-from fastgan.ops._types import Act
+from fastgan.ops._types import Act, FixedAct
 
 
 class Activation(NamedTuple):
@@ -14,6 +16,7 @@ class Activation(NamedTuple):
 
     act: Act
     negative_slope: float
+    prelu_weight: Tensor | None = None
 
     @classmethod
     def of(cls, module: nn.Module | None) -> "Activation":
@@ -24,13 +27,20 @@ class Activation(NamedTuple):
             return cls("leaky_relu", module.negative_slope)
         if isinstance(module, nn.ReLU):
             return cls("relu", 0.0)
-        raise TypeError(f"act must be nn.ReLU, nn.LeakyReLU or None, not {type(module).__name__}")
+        if isinstance(module, nn.PReLU):
+            return cls("prelu", 0.0, module.weight)
+        raise TypeError(f"act must be nn.ReLU, nn.LeakyReLU, nn.PReLU or None, not {type(module).__name__}")
 
     @classmethod
-    def named(cls, act: Act, negative_slope: float) -> "Activation":
-        if act not in get_args(Act):
-            raise ValueError(f"act must be one of {', '.join(get_args(Act))}, not {act!r}")
+    def named(cls, act: Act, negative_slope: float, acts: Any = FixedAct) -> "Activation":
+        """`acts`: the type of setting that `act` is of."""
+        check_act(act, acts)
         return cls(act, negative_slope)
+
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """What operators are given that take no parameters of an activation."""
+        return {"act": self.act, "negative_slope": self.negative_slope}
 
     def __str__(self) -> str:
         slope = f", negative_slope={self.negative_slope}" if self.act == "leaky_relu" else ""
@@ -91,8 +101,16 @@ def batch_norm_act(x: Tensor, norm: nn.BatchNorm2d, activation: Activation, resi
     running_mean, running_var, training, momentum = next_statistics(norm)
     return ops.batch_norm_act(
         x, running_mean, running_var, norm.weight, norm.bias, training, momentum, norm.eps,
-        act=activation.act, negative_slope=activation.negative_slope, residual=residual,
+        **activation._asdict(), residual=residual,
     )  # fmt: skip
+
+
+def new_prelu_weight(act: Act, count: int, init: float, like: Tensor | None) -> nn.Parameter | None:
+    """What a layer has for `prelu_weight`, on the device and in the dtype of `like`."""
+    if act != "prelu":
+        return None
+    like = torch.empty(0) if like is None else like
+    return nn.Parameter(torch.full((count,), init, device=like.device, dtype=like.dtype))
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
@@ -101,10 +119,12 @@ class BatchNormAct2d(nn.BatchNorm2d):
     Takes the arguments of `nn.BatchNorm2d`, and by keyword:
 
     Args:
-        act: "none", "relu" or "leaky_relu".
+        act: "none", "relu", "leaky_relu" or "prelu".
         negative_slope: of "leaky_relu".
+        num_parameters, init: of "prelu", as in `nn.PReLU`: 1 or the number of channels, and what they begin as. They are the
+            parameter `prelu_weight`, which is None otherwise.
 
-    Parameters, buffers, state_dict and what training and evaluation do with them are `nn.BatchNorm2d`'s.
+    All else of parameters, buffers, state_dict and what training and evaluation do with them is `nn.BatchNorm2d`'s.
     `nn.SyncBatchNorm.convert_sync_batchnorm` replaces this layer by a norm without activation: use it on plain layers,
     before or after `fastgan.fuse`.
 
@@ -112,13 +132,22 @@ class BatchNormAct2d(nn.BatchNorm2d):
         ValueError: `act` is unknown, x has not 4 dimensions, or what `fastgan.ops.batch_norm_act` raises.
     """
 
-    def __init__(self, *args: Any, act: Act = "relu", negative_slope: float = 0.01, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        act: Act = "relu",
+        negative_slope: float = 0.01,
+        num_parameters: int = 1,
+        init: float = 0.25,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
-        self.activation = Activation.named(act, negative_slope)
+        self.activation = Activation.named(act, negative_slope, Act)
+        self.prelu_weight = new_prelu_weight(act, num_parameters, init, self.weight)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         self._check_input_dim(x)
-        return batch_norm_act(x, self, self.activation, residual)
+        return batch_norm_act(x, self, self.activation._replace(prelu_weight=self.prelu_weight), residual)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.activation}"

@@ -1,6 +1,6 @@
 """What the norm operators share: the activation, the call of a C++ kernel, the third derivative, and the checks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import torch
@@ -9,21 +9,23 @@ from torch import Tensor
 
 from fastgan import backend
 from fastgan.ops._tensors import DTYPES, accumulation_dtype, address, check_is_tensor, dense, is_channels_last, planes
-from fastgan.ops._types import Act
+from fastgan.ops._types import Act, FixedAct
 
 _ACT_CODES = {act: code for code, act in enumerate(get_args(Act))}
 
 
-def activate(x: Tensor, act: Act, negative_slope: float) -> Tensor:
+def activate(x: Tensor, act: Act, negative_slope: float, prelu_weight: Tensor | None = None) -> Tensor:
     if act == "relu":
         return F.relu(x)
+    if prelu_weight is not None:
+        return F.prelu(x, prelu_weight.to(x.dtype))
     return F.leaky_relu(x, negative_slope) if act == "leaky_relu" else x
 
 
-def activate_(x: Tensor, act: Act, negative_slope: float) -> Tensor:
+def activate_(x: Tensor, act: Act, negative_slope: float, prelu_weight: Tensor | None = None) -> Tensor:
     """`activate` on a tensor that nobody else holds."""
-    if act == "none":
-        return x
+    if act == "none" or prelu_weight is not None:
+        return activate(x, act, negative_slope, prelu_weight)
     if act == "relu":
         return F.relu(x, inplace=True)
     return F.leaky_relu(x, negative_slope, inplace=negative_slope >= 0)  # else the output does not tell the side
@@ -61,8 +63,9 @@ class NormCall:
     """
 
     def __init__(
-        self, x, weight, bias, residual, mean, var, own_stats, eps, act, negative_slope, *, groups=0, per_element=False
-    ):
+        self, x, weight, bias, residual, mean, var, own_stats, eps, act, negative_slope, *, prelu_weight=None, groups=0,
+        per_element=False,
+    ):  # fmt: skip
         from fastgan import _C
 
         self.C = _C
@@ -74,6 +77,8 @@ class NormCall:
         n, c, s = planes(x)
         self.residual = self.like_x(residual)
         self.weight, self.bias = self.parameter(weight), self.parameter(bias)
+        # Of one number every channel has that one.
+        self.prelu_weight = None if prelu_weight is None else self.parameter(prelu_weight.expand(c))
         self.parameter_shape = next((p.shape for p in (weight, bias) if p is not None), x.shape[1:2])
         self.parameter_dtype = self.acc if weight is None else weight.dtype
         self.mean, self.var = (t.to(torch.float64).contiguous() for t in (mean, var))
@@ -82,6 +87,7 @@ class NormCall:
             (n, 1, c * s) if per_element else (n, c, s),
             self.x.data_ptr(), address(self.residual), address(self.weight), address(self.bias), groups, per_element,
             own_stats, self.mean.data_ptr(), self.var.data_ptr(), eps, _ACT_CODES[act], negative_slope,
+            address(self.prelu_weight),
         )  # fmt: skip
 
     def like_x(self, tensor: Tensor | None) -> Tensor | None:
@@ -101,13 +107,15 @@ class NormCall:
 
     def backward(
         self, grad_y: Tensor, needs_x: bool, needs_params: bool, needs_residual: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(grad_x, grad_weight, grad_bias, grad_residual); what is not needed is empty."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """(grad_x, grad_weight, grad_bias, grad_residual, grad_prelu_weight); what is not needed is empty."""
         dense_grad_y = self.like_x(grad_y)
         grad_x, grad_residual = (torch.empty_like(self.x) if needed else None for needed in (needs_x, needs_residual))
         grad_weight, grad_bias = (self._empty_parameter() if needs_params else None for _ in range(2))
+        grad_prelu_weight = self._empty_prelu_weight() if needs_params else None
         self._kernel("backward")(
-            self.arguments, *map(address, (dense_grad_y, grad_x, grad_residual, grad_weight, grad_bias))
+            self.arguments,
+            *map(address, (dense_grad_y, grad_x, grad_residual, grad_weight, grad_bias, grad_prelu_weight)),
         )
         nothing = self.x.new_empty(0)
         return (
@@ -115,17 +123,24 @@ class NormCall:
             nothing if grad_weight is None else self._returned(grad_weight),
             nothing if grad_bias is None else self._returned(grad_bias),
             nothing if grad_residual is None else grad_residual,
+            nothing if grad_prelu_weight is None else grad_prelu_weight,
         )
 
-    def double_backward(self, ggx, ggw, ggb, ggr, grad_y) -> tuple[Tensor, Tensor, Tensor]:
-        """(g_grad_y, g_x, g_weight)."""
+    def double_backward(self, ggx, ggw, ggb, ggr, grad_y) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(g_grad_y, g_x, g_weight, g_prelu_weight)."""
         ggx, ggr, grad_y = map(self.like_x, (ggx, ggr, grad_y))
         ggw, ggb = map(self.parameter, (ggw, ggb))
         g_grad_y, g_x, g_weight = torch.empty_like(self.x), torch.empty_like(self.x), self._empty_parameter()
+        g_prelu_weight = self._empty_prelu_weight()
         self._kernel("double_backward")(
-            self.arguments, *map(address, (grad_y, ggx, ggr, ggw, ggb, g_grad_y, g_x, g_weight))
+            self.arguments, *map(address, (grad_y, ggx, ggr, ggw, ggb, g_grad_y, g_x, g_weight, g_prelu_weight))
         )
-        return g_grad_y, g_x, self._returned(g_weight)
+        return (
+            g_grad_y,
+            g_x,
+            self._returned(g_weight),
+            self.x.new_empty(0) if g_prelu_weight is None else g_prelu_weight,
+        )
 
     def _kernel(self, order: str) -> Callable:
         return getattr(self.C, f"{self.operator}_{order}")
@@ -135,6 +150,9 @@ class NormCall:
         if self.per_element:
             return torch.empty_like(self.x[:1], dtype=self.acc)
         return self.x.new_empty(self.x.shape[1], dtype=self.acc)
+
+    def _empty_prelu_weight(self) -> Tensor | None:
+        return None if self.prelu_weight is None else torch.empty_like(self.prelu_weight)
 
     def _returned(self, grad: Tensor) -> Tensor:
         grad = grad[0].contiguous().view(self.parameter_shape) if self.per_element else grad
@@ -155,32 +173,23 @@ def third_derivative(
     cotangents: tuple[Tensor | None, ...],
     inputs: int = 4,
     outputs: tuple[int, ...] = (0, 1, 2),
+    ggs: int | None = None,
 ) -> tuple:
     """Gradients of a norm's double backward, by differentiating `composed`: y of its `inputs` in the type of accumulation,
     in operations whose own derivatives are right to any order.
 
-    ctx has saved the gradients of the backward's outputs, one for each input, grad_y, the inputs (x, weight, bias and
-    residual, say) and perhaps more. `outputs`: of what the double backward returns gradients, counted from grad_y.
+    ctx has saved the gradients of the backward's outputs, one for each input or for the first `ggs`, grad_y, the inputs (x,
+    weight, bias and residual, say) and perhaps more. `outputs`: of what the double backward returns gradients, counted from
+    grad_y.
     """
     keeps_graph = torch.is_grad_enabled()
+    first = inputs if ggs is None else ggs
     with torch.enable_grad():
-        # Views, so that the derivatives inside stop at the arguments and do not run on into what these were made of.
-        given: list[Any] = [
-            t if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
-            for t in ctx.saved_tensors[: 2 * inputs + 1]
-        ]
-        ggs, grad_y, arguments = given[:inputs], given[inputs], given[inputs + 1 :]
-        acc = accumulation_dtype(arguments[0].dtype)
-        y = composed([t if t is None else t.to(acc) for t in arguments])
-        pairs = [(gg, t) for gg, t in zip(ggs, arguments, strict=True) if gg is not None and t is not None]
-        first = torch.autograd.grad(
-            y, [t for _, t in pairs], grad_y.to(y.dtype), create_graph=True, materialize_grads=True
-        )
-        total = torch.stack([(grad * gg).sum() for grad, (gg, _) in zip(first, pairs, strict=True)]).sum()
+        given = _without_past(ctx.saved_tensors[: first + 1 + inputs])
         targets = [
-            (given[inputs + i], c) for i, c in zip(outputs, cotangents, strict=True) if given[inputs + i] is not None
+            (given[first + i], c) for i, c in zip(outputs, cotangents, strict=True) if given[first + i] is not None
         ]
-        second = torch.autograd.grad(total, [t for t, _ in targets], create_graph=True, materialize_grads=True)
+        second = _second_derivative(composed, given[:first], *given[first:], of=[t for t, _ in targets])
         chosen = [(g, c) for g, (_, c) in zip(second, targets, strict=True) if c is not None and g.requires_grad]
         wanted = [i for i in range(len(given)) if ctx.needs_input_grad[i]]
         third = torch.autograd.grad(
@@ -193,9 +202,42 @@ def third_derivative(
     return tuple(grads)
 
 
-def check_settings(eps: float, act: str) -> None:
-    if act not in _ACT_CODES:
-        raise ValueError(f"act must be one of {', '.join(_ACT_CODES)}, not {act!r}")
+def second_derivative(
+    composed: Callable[[list[Any]], Tensor], ggs: Sequence[Tensor | None], tensors: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Gradients with respect to `tensors`, which are grad_y and the inputs, of the sum of all products of a gradient of the
+    backward with its gg; by differentiating `composed`, as in `third_derivative`."""
+    keeps_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        given = _without_past([*ggs, *tensors])
+        present = [t for t in given[len(ggs) :] if t is not None]
+        found = iter(_second_derivative(composed, given[: len(ggs)], *given[len(ggs) :], of=present))
+    grads = [None if t is None else next(found) for t in tensors]
+    return grads if keeps_graph else [None if grad is None else grad.detach() for grad in grads]
+
+
+def _without_past(tensors: Sequence[Tensor | None]) -> list[Any]:
+    """Views, so that derivatives stop at the tensors and do not run on into what these were made of."""
+    return [t if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in tensors]
+
+
+def _second_derivative(composed, ggs: list[Any], grad_y: Tensor, *inputs: Any, of: list[Tensor]) -> tuple[Tensor, ...]:
+    acc = accumulation_dtype(inputs[0].dtype)
+    y = composed([t if t is None else t.to(acc) for t in inputs])
+    pairs = [(gg, t) for gg, t in zip(ggs, inputs, strict=False) if gg is not None and t is not None]
+    first = torch.autograd.grad(y, [t for _, t in pairs], grad_y.to(y.dtype), create_graph=True, materialize_grads=True)
+    total = torch.stack([(grad * gg).sum() for grad, (gg, _) in zip(first, pairs, strict=True)]).sum()
+    return torch.autograd.grad(total, of, create_graph=True, materialize_grads=True)
+
+
+def check_act(act: str, acts: Any) -> None:
+    """`acts`: one of the types of settings."""
+    if act not in get_args(acts):
+        raise ValueError(f"act must be one of {', '.join(get_args(acts))}, not {act!r}")
+
+
+def check_settings(eps: float, act: str, acts: Any = FixedAct) -> None:
+    check_act(act, acts)
     if eps < 0:
         raise ValueError(f"eps must not be negative, not {eps}")
 
@@ -211,6 +253,17 @@ def check_parameter(name: str, tensor: Tensor | None, x: Tensor, shape: tuple[in
         raise TypeError(f"{name} must be {x.dtype} like x, or float32, not {tensor.dtype}")
     if tensor.device != x.device:
         raise ValueError(f"{name} is on {tensor.device}, x on {x.device}")
+
+
+def check_prelu_weight(prelu_weight: Tensor | None, act: str, x: Tensor, channels: int) -> None:
+    if act != "prelu":
+        if prelu_weight is not None:
+            raise ValueError(f"prelu_weight is for act 'prelu', not for {act!r}")
+        return
+    if prelu_weight is None:
+        raise ValueError("act 'prelu' needs prelu_weight")
+    one = isinstance(prelu_weight, Tensor) and prelu_weight.shape == (1,)
+    check_parameter("prelu_weight", prelu_weight, x, (1,) if one else (channels,), "one for each channel, or (1,)")
 
 
 def check_residual(residual: Tensor | None, x: Tensor) -> None:

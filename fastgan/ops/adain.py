@@ -28,7 +28,7 @@ from fastgan.ops._tensors import (
     remember_edges,
     will_use,
 )
-from fastgan.ops._types import Act
+from fastgan.ops._types import FixedAct
 
 # ── Definition ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -42,7 +42,7 @@ def reference(
     noise: Tensor | None = None,
     noise_weight: Tensor | None = None,
     bias: Tensor | None = None,
-    act: Act = "none",
+    act: FixedAct = "none",
     negative_slope: float = 0.2,
 ) -> Tensor:
     """`adain` in plain torch."""
@@ -278,7 +278,7 @@ def adain(
     noise: Tensor | None = None,
     noise_weight: Tensor | None = None,
     bias: Tensor | None = None,
-    act: Act = "none",
+    act: FixedAct = "none",
     negative_slope: float = 0.2,
 ) -> Tensor:
     """scale · (y − μ) / √(σ² + eps) + shift, y = act(x + noise_weight · noise + bias), with μ and σ² of each plane of y: the

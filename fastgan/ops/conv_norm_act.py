@@ -34,12 +34,13 @@ def reference(
     dilation: Size2 = 1,
     act: Act = "relu",
     negative_slope: float = 0.01,
+    prelu_weight: Tensor | None = None,
 ) -> Tensor:
     """Both functions below in plain torch."""
     y = conv.reference(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
     return norm_act.reference(
         y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps,
-        act=act, negative_slope=negative_slope,
+        act=act, negative_slope=negative_slope, prelu_weight=prelu_weight,
     )  # fmt: skip
 
 
@@ -65,6 +66,7 @@ def conv2d_batch_norm_act(
     groups: int = 1,
     act: Act = "relu",
     negative_slope: float = 0.01,
+    prelu_weight: Tensor | None = None,
     keep_layout: bool = True,
 ) -> Tensor:
     """y = act(batch_norm(conv2d(x, weight) + bias)).
@@ -75,8 +77,8 @@ def conv2d_batch_norm_act(
 
     Args:
         x, weight, bias, stride, padding, dilation, groups, keep_layout: as in `fastgan.ops.conv2d`.
-        running_mean, running_var, bn_weight, bn_bias, training, momentum, eps, act, negative_slope: as `running_mean`,
-            `running_var`, `weight`, `bias`, … in `fastgan.ops.batch_norm_act`.
+        running_mean, running_var, bn_weight, bn_bias, training, momentum, eps, act, negative_slope, prelu_weight: as
+            `running_mean`, `running_var`, `weight`, `bias`, … in `fastgan.ops.batch_norm_act`.
 
     Under autocast the convolution runs in the autocast dtype; statistics, bn_weight, bn_bias and the running statistics
     stay float32. Twice differentiable by kernels, and further through the definition of the norm. Saved for backward: x,
@@ -87,7 +89,7 @@ def conv2d_batch_norm_act(
     """
     return _conv_norm_act(
         x, weight, bias, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps,
-        (stride, padding, dilation, False, 0, groups), act, negative_slope, keep_layout,
+        (stride, padding, dilation, False, 0, groups), act, negative_slope, prelu_weight, keep_layout,
     )  # fmt: skip
 
 
@@ -110,6 +112,7 @@ def conv_transpose2d_batch_norm_act(
     dilation: Size2 = 1,
     act: Act = "relu",
     negative_slope: float = 0.01,
+    prelu_weight: Tensor | None = None,
     keep_layout: bool = True,
 ) -> Tensor:
     """y = act(batch_norm(conv_transpose2d(x, weight) + bias)).
@@ -118,42 +121,43 @@ def conv_transpose2d_batch_norm_act(
     """
     return _conv_norm_act(
         x, weight, bias, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps,
-        (stride, padding, dilation, True, output_padding, groups), act, negative_slope, keep_layout,
+        (stride, padding, dilation, True, output_padding, groups), act, negative_slope, prelu_weight, keep_layout,
     )  # fmt: skip
 
 
 def _conv_norm_act(
     x, weight, bias, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps,
-    settings, act: Act, negative_slope: float, keep_layout: bool,
+    settings, act: Act, negative_slope: float, prelu_weight: Tensor | None, keep_layout: bool,
 ) -> Tensor:  # fmt: skip
     convolution = conv.prepare(x, weight, bias, settings)
     norm_act.check_parameters(
-        x, convolution.size[1], running_mean, running_var, bn_weight, bn_bias, training, eps, act, prefix="bn_"
-    )
+        x, convolution.size[1], running_mean, running_var, bn_weight, bn_bias, training, eps, act, prelu_weight,
+        prefix="bn_",
+    )  # fmt: skip
     if training:
         norm_act.check_batch_size(convolution.size)
     if convolution.runs_as_stock:
         y = conv.convolve(convolution, keep_layout)
         return norm_act.normalise(
-            y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps, act, negative_slope
+            y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps, act, negative_slope, prelu_weight
         )
     stock_is_channels_last = is_channels_last(x) or is_channels_last(weight)
     if training:
         y = conv.convolve(convolution._replace(bias=None), keep_layout=False)
         y = norm_act.normalise(
             y, running_mean, running_var, bn_weight, with_zero_gradient(bn_bias, bias), True, momentum, eps, act,
-            negative_slope, mean_offset=bias,
+            negative_slope, prelu_weight, mean_offset=bias,
         )  # fmt: skip
     elif weight.dtype.itemsize == 2 or _costs_more_to_fold(convolution):
         # A folded 16-bit weight would be rounded once more.
         y = conv.convolve(convolution, keep_layout=False)
         y = norm_act.normalise(
-            y, running_mean, running_var, bn_weight, bn_bias, False, momentum, eps, act, negative_slope
+            y, running_mean, running_var, bn_weight, bn_bias, False, momentum, eps, act, negative_slope, prelu_weight
         )
     else:
         folded = _fold(weight, bias, running_mean, running_var, bn_weight, bn_bias, eps, convolution.settings)
         y = conv.convolve(conv.prepare(convolution.x, *folded, convolution.settings), keep_layout=False)
-        y = norm_act.activate_(y, act, negative_slope)
+        y = norm_act.activate_(y, act, negative_slope, prelu_weight)
     return dense(y, stock_is_channels_last) if keep_layout else y
 
 

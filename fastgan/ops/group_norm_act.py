@@ -23,7 +23,7 @@ from fastgan.ops._norm import (
     third_derivative,
 )
 from fastgan.ops._tensors import accumulation_dtype, check_input, dense, is_channels_last, remember_edges, will_use
-from fastgan.ops._types import Act
+from fastgan.ops._types import FixedAct
 
 # ── Definition ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -35,7 +35,7 @@ def reference(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     *,
-    act: Act = "none",
+    act: FixedAct = "none",
     negative_slope: float = 0.01,
     residual: Tensor | None = None,
 ) -> Tensor:
@@ -177,7 +177,7 @@ def _save_double_backward(ctx, inputs, output) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _composed(tensors: list, num_groups: int, eps: float, act: Act, negative_slope: float) -> Tensor:
+def _composed(tensors: list, num_groups: int, eps: float, act: FixedAct, negative_slope: float) -> Tensor:
     """`reference` in elementary operations."""
     x, weight, bias, residual = tensors
 
@@ -218,11 +218,11 @@ def _cpp_forward(x, weight, bias, residual, num_groups, *settings):
 
 
 def _cpp_backward(grad_y, *arguments):
-    return _call(*arguments[:-3]).backward(grad_y, *arguments[-3:])
+    return _call(*arguments[:-3]).backward(grad_y, *arguments[-3:])[:4]
 
 
 def _cpp_double_backward(ggx, ggw, ggb, ggr, grad_y, *arguments):
-    return _call(*arguments).double_backward(ggx, ggw, ggb, ggr, grad_y)
+    return _call(*arguments).double_backward(ggx, ggw, ggb, ggr, grad_y)[:3]
 
 
 register_kernels("group_norm_act", "group_norm_act", "group_norm_act_forward", _cpp_forward)
@@ -242,7 +242,7 @@ def group_norm_act(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     *,
-    act: Act = "none",
+    act: FixedAct = "none",
     negative_slope: float = 0.01,
     residual: Tensor | None = None,
 ) -> Tensor:
@@ -277,7 +277,7 @@ def instance_norm_act(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     *,
-    act: Act = "none",
+    act: FixedAct = "none",
     negative_slope: float = 0.01,
     residual: Tensor | None = None,
 ) -> Tensor:
@@ -297,7 +297,7 @@ def layer_norm_act(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     *,
-    act: Act = "none",
+    act: FixedAct = "none",
     negative_slope: float = 0.01,
 ) -> Tensor:
     """y = act((x − μ) / √(σ² + eps) · weight + bias), with μ and σ² over the last axes of x (Ba, Kiros & Hinton 2016).
@@ -320,7 +320,7 @@ def normalise(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    act: Act,
+    act: FixedAct,
     negative_slope: float,
     residual: Tensor | None = None,
     lean: bool = False,

@@ -1,7 +1,7 @@
 """Batch normalisation, residual addition and activation in one operator, exact to the second derivative."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +16,11 @@ from fastgan.ops._norm import (
     activate,
     activate_,
     check_parameter,
+    check_prelu_weight,
     check_residual,
     check_settings,
     empty_statistics,
+    second_derivative,
     third_derivative,
 )
 from fastgan.ops._tensors import accumulation_dtype, check_input, dense, is_channels_last
@@ -39,13 +41,14 @@ def reference(
     *,
     act: Act = "relu",
     negative_slope: float = 0.01,
+    prelu_weight: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
     """`batch_norm_act` in plain torch."""
     y = F.batch_norm(x, running_mean, running_var, weight, bias, training, float(momentum), eps)
     if residual is not None:
         y = y + residual
-    return activate_(y, act, negative_slope)
+    return activate_(y, act, negative_slope, prelu_weight)
 
 
 # ── Schema ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -54,35 +57,39 @@ def reference(
 
 torch.library.define(
     "fastgan::batch_norm_act",
-    "(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mean, Tensor? var, float eps, str act, "
-    "float negative_slope) -> (Tensor y, Tensor mean, Tensor var)",
+    "(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? prelu_weight, Tensor? mean, Tensor? var, float eps, "
+    "str act, float negative_slope) -> (Tensor y, Tensor mean, Tensor var)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 torch.library.define(
     "fastgan::batch_norm_act_backward",
-    "(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor mean, Tensor var, bool training, "
-    "float eps, str act, float negative_slope, bool needs_x, bool needs_params, bool needs_residual) "
-    "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)",
+    "(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? prelu_weight, Tensor mean, "
+    "Tensor var, bool training, float eps, str act, float negative_slope, bool needs_x, bool needs_params, "
+    "bool needs_residual) "
+    "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual, Tensor grad_prelu_weight)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 torch.library.define(
     "fastgan::batch_norm_act_double_backward",
     "(Tensor? ggx, Tensor? ggw, Tensor? ggb, Tensor? ggr, Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, "
-    "Tensor? residual, Tensor mean, Tensor var, bool training, float eps, str act, float negative_slope) "
-    "-> (Tensor g_grad_y, Tensor g_x, Tensor g_weight)",
+    "Tensor? residual, Tensor? prelu_weight, Tensor mean, Tensor var, bool training, float eps, str act, "
+    "float negative_slope) -> (Tensor g_grad_y, Tensor g_x, Tensor g_weight, Tensor g_prelu_weight)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
 
 @torch.library.register_fake("fastgan::batch_norm_act")
-def _(x, weight, bias, residual, mean, var, eps, act, negative_slope):
+def _(x, weight, bias, residual, prelu_weight, mean, var, eps, act, negative_slope):
     channels = x.shape[1] if mean is None else 0
     y = torch.empty_like(dense(x, is_channels_last(x)))
     return y, empty_statistics(x, channels), empty_statistics(x, channels)
 
 
 @torch.library.register_fake("fastgan::batch_norm_act_backward")
-def _(grad_y, x, weight, bias, residual, mean, var, training, eps, act, slope, needs_x, needs_params, needs_residual):
+def _(
+    grad_y, x, weight, bias, residual, prelu_weight, mean, var, training, eps, act, slope, needs_x, needs_params,
+    needs_residual,
+):  # fmt: skip
     param_dtype = accumulation_dtype(x.dtype) if weight is None else weight.dtype
 
     def like_x(needed):
@@ -91,42 +98,49 @@ def _(grad_y, x, weight, bias, residual, mean, var, training, eps, act, slope, n
     def param():
         return x.new_empty(x.shape[1], dtype=param_dtype) if needs_params else x.new_empty(0)
 
-    return like_x(needs_x), param(), param(), like_x(needs_residual)
+    return like_x(needs_x), param(), param(), like_x(needs_residual), _like_prelu_weight(x, prelu_weight, needs_params)
 
 
 @torch.library.register_fake("fastgan::batch_norm_act_double_backward")
-def _(ggx, ggw, ggb, ggr, grad_y, x, weight, bias, residual, mean, var, training, eps, act, negative_slope):
+def _(
+    ggx, ggw, ggb, ggr, grad_y, x, weight, bias, residual, prelu_weight, mean, var, training, eps, act, negative_slope
+):  # fmt: skip
     like_x = torch.empty_like(dense(x, is_channels_last(x)))
     param_dtype = accumulation_dtype(x.dtype) if weight is None else weight.dtype
-    return like_x, torch.empty_like(like_x), x.new_empty(x.shape[1], dtype=param_dtype)
+    g_weight = x.new_empty(x.shape[1], dtype=param_dtype)
+    return like_x, torch.empty_like(like_x), g_weight, _like_prelu_weight(x, prelu_weight)
+
+
+def _like_prelu_weight(x: Tensor, prelu_weight: Tensor | None, needed: bool = True) -> Tensor:
+    return torch.empty_like(prelu_weight) if prelu_weight is not None and needed else x.new_empty(0)
 
 
 # ── Gradient ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _save_forward(ctx, inputs, output) -> None:
-    x, weight, bias, residual, mean, var, *settings = inputs
+    x, weight, bias, residual, prelu_weight, mean, var, *settings = inputs
     _, batch_mean, batch_var = output
     ctx.training, ctx.settings = mean is None, settings
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(batch_mean, batch_var)
     statistics = (batch_mean, batch_var) if mean is None else (mean, var)
-    ctx.save_for_backward(x, weight, bias, residual, *statistics)
+    ctx.save_for_backward(x, weight, bias, residual, prelu_weight, *statistics)
 
 
 def _backward(ctx, grad_y, _mean, _var):
-    needs_x, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
+    needs_x, needs_weight, needs_bias, needs_residual, needs_prelu_weight, *_ = ctx.needs_input_grad
     act = ctx.settings[1]
-    grads: list[Tensor | None] = [None] * 9
+    grads: list[Tensor | None] = [None] * 10
     if grad_y is None:
         return tuple(grads)
     # Without an activation the residual's gradient is grad_y itself.
     passes_residual = needs_residual and act == "none"
     found = torch.ops.fastgan.batch_norm_act_backward(
         grad_y, *ctx.saved_tensors, ctx.training, *ctx.settings,
-        needs_x, needs_weight or needs_bias, needs_residual and not passes_residual,
+        needs_x, needs_weight or needs_bias or needs_prelu_weight, needs_residual and not passes_residual,
     )  # fmt: skip
-    for i, needed in enumerate((needs_x, needs_weight, needs_bias, needs_residual)):
+    for i, needed in enumerate((needs_x, needs_weight, needs_bias, needs_residual, needs_prelu_weight)):
         if needed:
             grads[i] = found[i]
     if passes_residual:
@@ -144,18 +158,23 @@ def _save_backward(ctx, inputs, output) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _double_backward(ctx, ggx, ggw, ggb, ggr):
-    grads: list[Tensor | None] = [None] * 14
-    if ggx is ggw is ggb is ggr is None:
+def _double_backward(ctx, ggx, ggw, ggb, ggr, gg_prelu_weight):
+    grads: list[Tensor | None] = [None] * 15
+    if ggx is ggw is ggb is ggr is gg_prelu_weight is None:
+        return tuple(grads)
+    if gg_prelu_weight is not None:  # a loss on that gradient, which is rare
+        *tensors, mean, var = ctx.saved_tensors
+        composed = _composed_like(ctx, mean, var)
+        grads[:6] = second_derivative(composed, (ggx, ggw, ggb, ggr, gg_prelu_weight), tensors)
         return tuple(grads)
     bias = ctx.saved_tensors[3]
     found = torch.ops.fastgan.batch_norm_act_double_backward(
         ggx, ggw, ggb, ggr, *ctx.saved_tensors, ctx.training, *ctx.settings
     )
     depends_on_x = ctx.training or ggw is not None
-    for i, depends in enumerate((True, depends_on_x, True)):
+    for i, depends, grad in zip((0, 1, 2, 5), (True, depends_on_x, True, True), found, strict=True):
         if depends and ctx.needs_input_grad[i]:
-            grads[i] = found[i]
+            grads[i] = grad
     if ctx.needs_input_grad[3] and ctx.settings[1] != "none":
         grads[3] = torch.zeros_like(bias)  # bias moves only the switching points of the activation
     return tuple(grads)
@@ -165,14 +184,15 @@ register_gradient("batch_norm_act_backward", _double_backward, _save_backward)
 
 
 def _save_double_backward(ctx, inputs, output) -> None:
-    *tensors, ctx.training, ctx.eps, ctx.act, ctx.negative_slope = inputs
+    *tensors, ctx.training, eps, act, negative_slope = inputs
+    ctx.settings = (eps, act, negative_slope)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors)
 
 
 def _composed(tensors: list[Any], eps: float, act: Act, negative_slope: float) -> Tensor:
     """`reference` in elementary operations: the third derivative of torch's own `batch_norm` is wrong in training."""
-    x, weight, bias, residual, mean, var = tensors
+    x, weight, bias, residual, prelu_weight, mean, var = tensors
     axes = [0, *range(2, x.dim())]
     shape = [1, -1, *[1] * (x.dim() - 2)]
     if mean is None:
@@ -185,17 +205,25 @@ def _composed(tensors: list[Any], eps: float, act: Act, negative_slope: float) -
         y = y * weight.view(shape)
     if bias is not None:
         y = y + bias.view(shape)
-    return activate(y if residual is None else y + residual, act, negative_slope)
+    pre = y if residual is None else y + residual
+    if prelu_weight is None:
+        return activate(pre, act, negative_slope)
+    return torch.where(pre > 0, pre, pre * (prelu_weight if prelu_weight.numel() == 1 else prelu_weight.view(shape)))
+
+
+def _composed_like(ctx, mean: Tensor, var: Tensor) -> Callable[[list[Any]], Tensor]:
+    """`_composed` of the tensors that have gradients, as ctx has been called."""
+
+    def composed(tensors):
+        statistics = [None, None] if ctx.training else [mean.to(tensors[0].dtype), var.to(tensors[0].dtype)]
+        return _composed([*tensors, *statistics], *ctx.settings)
+
+    return composed
 
 
 def _triple_backward(ctx, *cotangents):
     *_, mean, var = ctx.saved_tensors
-
-    def composed(tensors):
-        statistics = [None, None] if ctx.training else [mean.to(tensors[0].dtype), var.to(tensors[0].dtype)]
-        return _composed(tensors + statistics, ctx.eps, ctx.act, ctx.negative_slope)
-
-    return third_derivative(ctx, composed, cotangents)
+    return third_derivative(ctx, _composed_like(ctx, mean, var), cotangents, inputs=5, outputs=(0, 1, 2, 5), ggs=4)
 
 
 register_gradient("batch_norm_act_double_backward", _triple_backward, _save_double_backward)
@@ -204,19 +232,30 @@ register_gradient("batch_norm_act_double_backward", _triple_backward, _save_doub
 # ── Kernels ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _cpp_forward(x, weight, bias, residual, mean, var, *settings):
+def _cpp_forward(x, weight, bias, residual, prelu_weight, mean, var, *settings):
     found_mean, found_var = (empty_statistics(x, x.shape[1] if mean is None else 0) for _ in range(2))
     statistics = (found_mean, found_var, True) if mean is None else (mean, var, False)
-    y = NormCall(x, weight, bias, residual, *statistics, *settings).forward()
+    y = NormCall(x, weight, bias, residual, *statistics, *settings, prelu_weight=prelu_weight).forward()
     return y, found_mean, found_var
 
 
-def _cpp_backward(grad_y, *arguments):
-    return NormCall(*arguments[:-3]).backward(grad_y, *arguments[-3:])
+def _cpp_backward(grad_y, x, weight, bias, residual, prelu_weight, *rest):
+    call = NormCall(x, weight, bias, residual, *rest[:-3], prelu_weight=prelu_weight)
+    *grads, grad_prelu_weight = call.backward(grad_y, *rest[-3:])
+    return *grads, _summed(grad_prelu_weight, prelu_weight)
 
 
-def _cpp_double_backward(ggx, ggw, ggb, ggr, grad_y, *arguments):
-    return NormCall(*arguments).double_backward(ggx, ggw, ggb, ggr, grad_y)
+def _cpp_double_backward(ggx, ggw, ggb, ggr, grad_y, x, weight, bias, residual, prelu_weight, *rest):
+    call = NormCall(x, weight, bias, residual, *rest, prelu_weight=prelu_weight)
+    *grads, g_prelu_weight = call.double_backward(ggx, ggw, ggb, ggr, grad_y)
+    return *grads, _summed(g_prelu_weight, prelu_weight)
+
+
+def _summed(grad: Tensor, prelu_weight: Tensor | None) -> Tensor:
+    """A gradient for each channel as that of `prelu_weight`, where it is needed."""
+    if prelu_weight is None or grad.numel() == 0:
+        return grad
+    return (grad.sum(0, keepdim=True) if prelu_weight.numel() == 1 else grad).to(prelu_weight.dtype)
 
 
 register_kernels("batch_norm_act", "norm_act", "batch_norm_act_forward", _cpp_forward)
@@ -239,6 +278,7 @@ def batch_norm_act(
     *,
     act: Act = "relu",
     negative_slope: float = 0.01,
+    prelu_weight: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
     """y = act((x − μ) / √(σ² + eps) · weight + bias + residual), per channel (Ioffe & Szegedy 2015).
@@ -253,22 +293,26 @@ def batch_norm_act(
         running_mean, running_var: (C,), in x's dtype or float32; both or neither.
         weight, bias: (C,), in x's dtype or float32; None stands for 1 and 0.
         momentum: a number, or a 0-d tensor so that a schedule needs no synchronisation.
-        act: "none", "relu" or "leaky_relu" (max(y, 0) + negative_slope · min(y, 0)).
+        act: "none", "relu", "leaky_relu" (max(y, 0) + negative_slope · min(y, 0)) or "prelu" (the same with prelu_weight;
+            He et al. 2015).
+        prelu_weight: (1,) or (C,), in x's dtype or float32; with "prelu" only.
         residual: of x's shape, dtype and device, added before the activation.
 
     Statistics and sums are float32 (float64 for float64), and deterministic. Twice differentiable by its own kernels in x,
-    weight, bias and residual; higher orders go through the definition. Saved for backward: x, the residual, and (C,)
-    vectors.
+    weight, bias, residual and prelu_weight; higher orders, and what differentiates the gradient of prelu_weight, go through
+    the definition. Saved for backward: x, the residual, and (C,) vectors.
 
     Raises:
         TypeError: x is not floating point, or another tensor has a dtype that does not fit it.
         ValueError: shapes, devices or settings that do not fit, one value per channel in training, or no running
             statistics outside it. The message names the argument.
     """
-    check_batch_norm(x, residual, running_mean, running_var, weight, bias, training, eps, act)
+    check_batch_norm(x, residual, running_mean, running_var, weight, bias, training, eps, act, prelu_weight)
     if training:
         check_batch_size(x.shape)
-    return normalise(x, running_mean, running_var, weight, bias, training, momentum, eps, act, negative_slope, residual)
+    return normalise(
+        x, running_mean, running_var, weight, bias, training, momentum, eps, act, negative_slope, prelu_weight, residual
+    )  # fmt: skip
 
 
 def normalise(
@@ -282,6 +326,7 @@ def normalise(
     eps: float,
     act: Act,
     negative_slope: float,
+    prelu_weight: Tensor | None = None,
     residual: Tensor | None = None,
     mean_offset: Tensor | None = None,
     lean: bool = False,
@@ -297,10 +342,12 @@ def normalise(
     ):
         return reference(
             x, running_mean, running_var, weight, bias, training, momentum, eps,
-            act=act, negative_slope=negative_slope, residual=residual,
+            act=act, negative_slope=negative_slope, prelu_weight=prelu_weight, residual=residual,
         )  # fmt: skip
     mean, var = (None, None) if training else (running_mean, running_var)
-    y, mean, var = torch.ops.fastgan.batch_norm_act(x, weight, bias, residual, mean, var, eps, act, negative_slope)
+    y, mean, var = torch.ops.fastgan.batch_norm_act(
+        x, weight, bias, residual, prelu_weight, mean, var, eps, act, negative_slope
+    )  # fmt: skip
     if training and running_mean is not None and running_var is not None:
         n = x.numel() // x.shape[1]
         if mean_offset is not None:
@@ -343,10 +390,12 @@ def check_parameters(
     training: bool,
     eps: float,
     act: str,
+    prelu_weight: Tensor | None = None,
     prefix: str = "",
 ) -> None:
     """Raise what `batch_norm_act` says it raises of everything but x and the residual; `prefix`: of weight's name."""
-    check_settings(eps, act)
+    check_settings(eps, act, Act)
+    check_prelu_weight(prelu_weight, act, x, channels)
     named = {
         "running_mean": running_mean,
         "running_var": running_var,

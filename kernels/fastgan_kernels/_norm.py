@@ -53,10 +53,16 @@ def load(pointer, at, ok, absent, ACC: tl.constexpr):
 @triton.jit
 def activate(pre, value, slope, ACT: tl.constexpr, ACC: tl.constexpr):
     """act'(pre) * value. As act is piecewise linear, act(pre) is activate(pre, pre). A NaN passes, as in torch."""
+    return activate_by(pre, value, tl.full([1, 1], slope, ACC), ACT)
+
+
+@triton.jit
+def activate_by(pre, value, slopes, ACT: tl.constexpr):
+    """The same with a tile of slopes, of which "prelu" has one for each channel."""
     if ACT == "relu":
         value = tl.where(pre <= 0, 0.0, value)
-    elif ACT == "leaky_relu":
-        value = tl.where(pre > 0, value, value * tl.full(value.shape, slope, ACC))
+    elif ACT != "none":
+        value = tl.where(pre > 0, value, value * slopes)
     return value
 
 

@@ -1,6 +1,6 @@
 """Batch normalisation, residual and activation in one operator, with its first and second derivatives.
 
-    y = act((x - mean) / sqrt(var + eps) * weight + bias + residual),    act in {"none", "relu", "leaky_relu"}
+    y = act((x - mean) / sqrt(var + eps) * weight + bias + residual),    act in {"none", "relu", "leaky_relu", "prelu"}
 
 Every order is one pass that sums over each channel, and one that applies per-channel coefficients to each element.
 The data are cut into tiles, and the tiles of a channel dealt out to one program or to several:
@@ -24,7 +24,7 @@ from fastgan_kernels._norm import (
     MAX_SPLITS,
     PROGRAMS,
     ROW_CHANNELS,
-    activate,
+    activate_by,
     channels,
     combine,
     dense,
@@ -44,24 +44,26 @@ _TILES_IN_ONE_PROGRAM = 8
 
 
 @triton.jit
-def _affine(mean, var, weight, bias, c, c_ok, eps, ACC: tl.constexpr):
+def _affine(mean, var, weight, bias, prelu_weight, c, c_ok, eps, slope, ACC: tl.constexpr):
+    """What is done to each element of a channel: its mean, 1 / deviation, weight, bias and the activation's slope."""
     r = tl.rsqrt(var + tl.full(var.shape, eps, ACC))
-    return mean, r, load(weight, c, c_ok, 1.0, ACC), load(bias, c, c_ok, 0.0, ACC)
+    slopes = tl.full(c.shape, slope, ACC) if prelu_weight is None else load(prelu_weight, c, c_ok, 0.0, ACC)
+    return mean, r, load(weight, c, c_ok, 1.0, ACC), load(bias, c, c_ok, 0.0, ACC), slopes
 
 
 @triton.jit
 def _normalise(x, residual, affine, at, ok, ACC: tl.constexpr):
     """The normalised xh, and what the activation is applied to."""
-    mean, r, w, b = affine
+    mean, r, w, b, _ = affine
     xh = (load(x, at, ok, 0.0, ACC) - mean) * r
     return xh, xh * w + b + load(residual, at, ok, 0.0, ACC)
 
 
 @triton.jit
-def _gradient(grad_y, x, residual, affine, slope, at, ok, ACT: tl.constexpr, ACC: tl.constexpr):
-    g = load(grad_y, at, ok, 0.0, ACC)
+def _gradient(grad_y, x, residual, affine, at, ok, ACT: tl.constexpr, ACC: tl.constexpr):
+    of_y = load(grad_y, at, ok, 0.0, ACC)
     xh, pre = _normalise(x, residual, affine, at, ok, ACC)
-    return xh, pre, activate(pre, g, slope, ACT, ACC)
+    return xh, pre, of_y, activate_by(pre, of_y, affine[4], ACT)
 
 
 @triton.jit
@@ -95,27 +97,31 @@ def _moments(x, group, shape, tiles, ROWS: tl.constexpr, HEIGHT: tl.constexpr, W
 
 
 @triton.jit
-def _sums(grad_y, x, residual, ggx, affine, slope, group, shape, tiles, ACT: tl.constexpr, ROWS: tl.constexpr,
+def _sums(grad_y, x, residual, ggx, affine, group, shape, tiles, ACT: tl.constexpr, ROWS: tl.constexpr,
           HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    """Sums over the program's tiles of g, g·xh and, with v = ggx, of v, v·xh, v·g."""
+    """Sums over the program's tiles of g, g·xh and, with v = ggx, of v, v·xh, v·g; without it, of what prelu_weight gets."""
     g_sum = tl.zeros([HEIGHT, WIDTH], ACC)
     gx_sum = tl.zeros([HEIGHT, WIDTH], ACC)
     v_sum = tl.zeros([HEIGHT, WIDTH], ACC)
     vx_sum = tl.zeros([HEIGHT, WIDTH], ACC)
     vg_sum = tl.zeros([HEIGHT, WIDTH], ACC)
+    p_sum = tl.zeros([HEIGHT, WIDTH], ACC)
     t = tl.program_id(1)
     while t < tiles:
         at, ok = tile(t, group, shape, ROWS, HEIGHT, WIDTH)
-        xh, _pre, g = _gradient(grad_y, x, residual, affine, slope, at, ok, ACT, ACC)
+        xh, pre, of_y, g = _gradient(grad_y, x, residual, affine, at, ok, ACT, ACC)
         g_sum += g
         gx_sum += g * xh
+        if ACT == "prelu" and ggx is None:
+            p_sum += tl.where(pre > 0, 0.0, of_y * pre)
         if ggx is not None:
             v = load(ggx, at, ok, 0.0, ACC)
             v_sum += v
             vx_sum += v * xh
             vg_sum += v * g
         t += tl.num_programs(1)
-    return _sum(g_sum, ROWS), _sum(gx_sum, ROWS), _sum(v_sum, ROWS), _sum(vx_sum, ROWS), _sum(vg_sum, ROWS)
+    g, gx, p = _sum(g_sum, ROWS), _sum(gx_sum, ROWS), _sum(p_sum, ROWS)
+    return g, gx, p, _sum(v_sum, ROWS), _sum(vx_sum, ROWS), _sum(vg_sum, ROWS)
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels
@@ -135,8 +141,8 @@ def _moments_kernel(x, partial, shape, tiles, ROWS: tl.constexpr, HEIGHT: tl.con
 
 
 @triton.jit
-def _forward_kernel(x, weight, bias, residual, mean, var, y, eps: tl.float64, slope: tl.float64, shape, tiles,
-                    REDUCE: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, HEIGHT: tl.constexpr,
+def _forward_kernel(x, weight, bias, residual, prelu_weight, mean, var, y, eps: tl.float64, slope: tl.float64,
+                    shape, tiles, REDUCE: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, HEIGHT: tl.constexpr,
                     WIDTH: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     group, c, c_ok = channels(shape, ROWS, WIDTH)
     if REDUCE:
@@ -148,30 +154,30 @@ def _forward_kernel(x, weight, bias, residual, mean, var, y, eps: tl.float64, sl
     else:
         center = load(mean, c, c_ok, 0.0, ACC)
         spread = load(var, c, c_ok, 0.0, ACC)
-    affine = _affine(center, spread, weight, bias, c, c_ok, eps, ACC)
+    affine = _affine(center, spread, weight, bias, prelu_weight, c, c_ok, eps, slope, ACC)
     t = tl.program_id(1)
     while t < tiles:
         at, ok = tile(t, group, shape, ROWS, HEIGHT, WIDTH)
         _, pre = _normalise(x, residual, affine, at, ok, ACC)
-        tl.store(y + at, activate(pre, pre, slope, ACT, ACC), ok)
+        tl.store(y + at, activate_by(pre, pre, affine[4], ACT), ok)
         t += tl.num_programs(1)
 
 
 @triton.jit
-def _sums_kernel(grad_y, x, weight, bias, residual, mean, var, ggx, partial, eps: tl.float64, slope: tl.float64, shape,
-                 tiles, ACT: tl.constexpr, ROWS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-                 ACC: tl.constexpr):  # fmt: skip
+def _sums_kernel(grad_y, x, weight, bias, residual, prelu_weight, mean, var, ggx, partial, eps: tl.float64,
+                 slope: tl.float64, shape, tiles, ACT: tl.constexpr, ROWS: tl.constexpr,
+                 HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     group, c, c_ok = channels(shape, ROWS, WIDTH)
     center = load(mean, c, c_ok, 0.0, ACC)
     spread = load(var, c, c_ok, 0.0, ACC)
-    affine = _affine(center, spread, weight, bias, c, c_ok, eps, ACC)
-    g, gx, v, vx, vg = _sums(
-        grad_y, x, residual, ggx, affine, slope, group, shape, tiles, ACT, ROWS, HEIGHT, WIDTH, ACC
-    )
+    affine = _affine(center, spread, weight, bias, prelu_weight, c, c_ok, eps, slope, ACC)
+    g, gx, p, v, vx, vg = _sums(grad_y, x, residual, ggx, affine, group, shape, tiles, ACT, ROWS, HEIGHT, WIDTH, ACC)
     at = partial + tl.program_id(1) * shape[1] + c
     field = tl.num_programs(1) * shape[1]
     tl.store(at, g, c_ok)
     tl.store(at + field, gx, c_ok)
+    if ACT == "prelu" and ggx is None:
+        tl.store(at + 2 * field, p, c_ok)
     if ggx is not None:
         tl.store(at + 2 * field, v, c_ok)
         tl.store(at + 3 * field, vx, c_ok)
@@ -179,32 +185,35 @@ def _sums_kernel(grad_y, x, weight, bias, residual, mean, var, ggx, partial, eps
 
 
 @triton.jit
-def _backward_kernel(grad_y, x, weight, bias, residual, mean, var, sums, grad_x, grad_weight, grad_bias, grad_residual,
-                     eps: tl.float64, slope: tl.float64, count: tl.float64, shape, tiles, TRAINING: tl.constexpr,
-                     REDUCE: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, HEIGHT: tl.constexpr,
-                     WIDTH: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+def _backward_kernel(grad_y, x, weight, bias, residual, prelu_weight, mean, var, sums, grad_x, grad_weight, grad_bias,
+                     grad_residual, grad_prelu_weight, eps: tl.float64, slope: tl.float64, count: tl.float64,
+                     shape, tiles, TRAINING: tl.constexpr, REDUCE: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr,
+                     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     group, c, c_ok = channels(shape, ROWS, WIDTH)
     center = load(mean, c, c_ok, 0.0, ACC)
     spread = load(var, c, c_ok, 0.0, ACC)
-    affine = _affine(center, spread, weight, bias, c, c_ok, eps, ACC)
+    affine = _affine(center, spread, weight, bias, prelu_weight, c, c_ok, eps, slope, ACC)
     if REDUCE:
-        g_sum, gx_sum, _, _, _ = _sums(
-            grad_y, x, residual, None, affine, slope, group, shape, tiles, ACT, ROWS, HEIGHT, WIDTH, ACC
+        g_sum, gx_sum, p_sum, _, _, _ = _sums(
+            grad_y, x, residual, None, affine, group, shape, tiles, ACT, ROWS, HEIGHT, WIDTH, ACC
         )
     else:
         g_sum = load(sums, c, c_ok, 0.0, ACC)
         gx_sum = load(sums, c + shape[1], c_ok, 0.0, ACC)
+        p_sum = load(sums if ACT == "prelu" else None, c + 2 * shape[1], c_ok, 0.0, ACC)
     if grad_weight is not None:  # noqa: SIM102, decided when compiling; the next line when running
         if tl.program_id(1) == 0:
             tl.store(grad_weight + c, gx_sum, c_ok)
             tl.store(grad_bias + c, g_sum, c_ok)
+            if grad_prelu_weight is not None:
+                tl.store(grad_prelu_weight + c, p_sum, c_ok)
     if grad_x is not None or grad_residual is not None:
-        _, r, w, _ = affine
+        _, r, w, _, _ = affine
         m = tl.full(c.shape, count, ACC)
         t = tl.program_id(1)
         while t < tiles:
             at, ok = tile(t, group, shape, ROWS, HEIGHT, WIDTH)
-            xh, _pre, g = _gradient(grad_y, x, residual, affine, slope, at, ok, ACT, ACC)
+            xh, _pre, _of_y, g = _gradient(grad_y, x, residual, affine, at, ok, ACT, ACC)
             if grad_residual is not None:
                 tl.store(grad_residual + at, g, ok)
             if grad_x is not None:
@@ -215,21 +224,22 @@ def _backward_kernel(grad_y, x, weight, bias, residual, mean, var, sums, grad_x,
 
 
 @triton.jit
-def _double_backward_kernel(ggx, ggw, ggb, ggr, grad_y, x, weight, bias, residual, mean, var, sums, g_grad_y, g_x,
-                            g_weight, eps: tl.float64, slope: tl.float64, count: tl.float64, shape, tiles,
-                            TRAINING: tl.constexpr, REDUCE: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr,
-                            HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+def _double_backward_kernel(ggx, ggw, ggb, ggr, grad_y, x, weight, bias, residual, prelu_weight, mean, var, sums,
+                            g_grad_y, g_x, g_weight, g_prelu_weight, eps: tl.float64, slope: tl.float64,
+                            count: tl.float64, shape, tiles, TRAINING: tl.constexpr, REDUCE: tl.constexpr,
+                            ACT: tl.constexpr, ROWS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+                            ACC: tl.constexpr):  # fmt: skip
     group, c, c_ok = channels(shape, ROWS, WIDTH)
     center = load(mean, c, c_ok, 0.0, ACC)
     spread = load(var, c, c_ok, 0.0, ACC)
-    affine = _affine(center, spread, weight, bias, c, c_ok, eps, ACC)
-    _, r, w, _ = affine
+    affine = _affine(center, spread, weight, bias, prelu_weight, c, c_ok, eps, slope, ACC)
+    _, r, w, _, _ = affine
     scale = w * r
     dw = load(ggw, c, c_ok, 0.0, ACC)
     db = load(ggb, c, c_ok, 0.0, ACC)
     if REDUCE:
-        g_sum, gx_sum, v_sum, vx_sum, vg_sum = _sums(
-            grad_y, x, residual, ggx, affine, slope, group, shape, tiles, ACT, ROWS, HEIGHT, WIDTH, ACC
+        g_sum, gx_sum, _, v_sum, vx_sum, vg_sum = _sums(
+            grad_y, x, residual, ggx, affine, group, shape, tiles, ACT, ROWS, HEIGHT, WIDTH, ACC
         )
     else:
         g_sum = load(sums, c, c_ok, 0.0, ACC)
@@ -258,18 +268,23 @@ def _double_backward_kernel(ggx, ggw, ggb, ggr, grad_y, x, weight, bias, residua
         tl.store(g_weight + c, gw, c_ok)
 
     slant = dw - scale * vx_mean
+    p_sum = tl.zeros([HEIGHT, WIDTH], ACC)
     t = tl.program_id(1)
     while t < tiles:
         at, ok = tile(t, group, shape, ROWS, HEIGHT, WIDTH)
-        xh, pre, g = _gradient(grad_y, x, residual, affine, slope, at, ok, ACT, ACC)
+        xh, pre, of_y, g = _gradient(grad_y, x, residual, affine, at, ok, ACT, ACC)
         v = load(ggx, at, ok, 0.0, ACC) - v_mean
         gg = scale * v + slant * xh + db + load(ggr, at, ok, 0.0, ACC)
-        tl.store(g_grad_y + at, activate(pre, gg, slope, ACT, ACC), ok)
+        tl.store(g_grad_y + at, activate_by(pre, gg, affine[4], ACT), ok)
+        if g_prelu_weight is not None:
+            p_sum += tl.where(pre > 0, 0.0, of_y * gg)
         gx = slant * (g - g_mean)
         if TRAINING:
             gx -= scale * gx_mean * v + xh * curvature
         tl.store(g_x + at, r * gx, ok)
         t += tl.num_programs(1)
+    if g_prelu_weight is not None:  # of each program, to be added up
+        tl.store(g_prelu_weight + tl.program_id(1) * shape[1] + c, _sum(p_sum, ROWS), c_ok)
 
 
 # --------------------------------------------------------------------------------------------------------------- launch
@@ -309,6 +324,10 @@ class _Plan:
         """The tensors, copied where their memory is not in the plan's order."""
         return dense(self.rows, *tensors)
 
+    def slopes(self, prelu_weight: Tensor | None) -> Tensor | None:
+        """One for each channel."""
+        return None if prelu_weight is None else prelu_weight.expand(self.channels).contiguous()
+
 
 _cached_plan = lru_cache(maxsize=4096)(_Plan)
 
@@ -322,6 +341,7 @@ def batch_norm_act_forward(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
+    prelu_weight: Tensor | None,
     mean: Tensor | None,
     var: Tensor | None,
     eps: float,
@@ -331,7 +351,8 @@ def batch_norm_act_forward(
     """y = act((x - mean) / sqrt(var + eps) * weight + bias + residual), as (y, mean, var).
 
     x: (N, C, *spatial), float32, bfloat16, float16 or float64; y has its dtype and layout, residual its shape.
-    weight, bias, mean, var: (C,), in any of these dtypes. act: "none", "relu" or "leaky_relu".
+    weight, bias, mean, var: (C,), in any of these dtypes. act: "none", "relu", "leaky_relu" or "prelu", whose slopes are
+    prelu_weight, (C,) or (1,).
 
     Without mean and var, the batch's own are taken, var biased, and come back in the dtype of accumulation: float64 for
     float64, else float32. Where they are given, two empty tensors come back in their place.
@@ -350,7 +371,7 @@ def batch_norm_act_forward(
             _moments_kernel[plan.grid](x, partial, **plan.options)
             combine(partial, mean, var)
         _forward_kernel[plan.grid](
-            x, weight, bias, residual, mean, var, y, eps, negative_slope,
+            x, weight, bias, residual, plan.slopes(prelu_weight), mean, var, y, eps, negative_slope,
             REDUCE=plan.reduces_within, ACT=act, **plan.options,
         )  # fmt: skip
     return y, batch_mean, batch_var
@@ -362,6 +383,7 @@ def batch_norm_act_backward(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
+    prelu_weight: Tensor | None,
     mean: Tensor,
     var: Tensor,
     training: bool,
@@ -371,32 +393,39 @@ def batch_norm_act_backward(
     needs_x: bool,
     needs_params: bool,
     needs_residual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(grad_x, grad_weight, grad_bias, grad_residual); what is not needed comes back empty, and is not computed.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(grad_x, grad_weight, grad_bias, grad_residual, grad_prelu_weight).
+
+    What is not needed comes back empty, and is not computed.
 
     With r = (var + eps)^-1/2, xh = (x - mean) r, g = act'(xh weight + bias + residual) grad_y, and M elements to a
     channel:
 
         grad_residual = g,  grad_bias = sum g,  grad_weight = sum g xh,
-        grad_x = weight r (g - grad_bias / M - xh grad_weight / M)  in training,  weight r g  otherwise.
+        grad_x = weight r (g - grad_bias / M - xh grad_weight / M)  in training,  weight r g  otherwise,
+        grad_prelu_weight = sum grad_y (xh weight + bias + residual)  of the elements where that is not positive.
 
     Shapes and dtypes are those of the forward; training says that mean and var are the batch's own. grad_weight and
     grad_bias have weight's dtype or, without a weight, that of accumulation.
     """
     plan = _plan(x, reduces=needs_params or (training and needs_x))
     grad_y, x, residual = plan.dense(grad_y, x, residual)
-    inputs = (grad_y, x, *dense(False, weight, bias), residual, *dense(False, mean, var))
+    slopes = plan.slopes(prelu_weight)
+    inputs = (grad_y, x, *dense(False, weight, bias), residual, slopes, *dense(False, mean, var))
     dtype = plan.dtype if weight is None else weight.dtype
     grad_x, grad_residual = (torch.empty_like(x) if needed else None for needed in (needs_x, needs_residual))
     grad_weight, grad_bias = (x.new_empty(plan.channels, dtype=dtype) if needs_params else None for _ in range(2))
-    grads = (grad_x, grad_weight, grad_bias, grad_residual)
+    needs_slopes = slopes is not None and needs_params
+    grad_slopes = x.new_empty(plan.channels, dtype=plan.dtype) if needs_slopes else None
+    grads = (grad_x, grad_weight, grad_bias, grad_residual, grad_slopes)
     with torch.cuda.device_of(x):
         _backward_kernel[plan.grid](
             *inputs, _split_sums(plan, inputs, None, eps, act, negative_slope), *grads, eps, negative_slope, plan.count,
             TRAINING=training, REDUCE=plan.reduces_within, ACT=act, **plan.options,
         )  # fmt: skip
-    grad_x, grad_weight, grad_bias, grad_residual = (x.new_empty(0) if grad is None else grad for grad in grads)
-    return grad_x, grad_weight, grad_bias, grad_residual
+    *found, grad_slopes = (x.new_empty(0) if grad is None else grad for grad in grads)
+    grad_x, grad_weight, grad_bias, grad_residual = found
+    return grad_x, grad_weight, grad_bias, grad_residual, _summed(grad_slopes, prelu_weight)
 
 
 def batch_norm_act_double_backward(
@@ -409,25 +438,28 @@ def batch_norm_act_double_backward(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
+    prelu_weight: Tensor | None,
     mean: Tensor,
     var: Tensor,
     training: bool,
     eps: float,
     act: str,
     negative_slope: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of sum(ggx grad_x) + sum(ggw grad_weight) + sum(ggb grad_bias) + sum(ggr grad_residual).
 
-    They are with respect to grad_y, x and weight, and any gg may be None. In the terms of batch_norm_act_backward, with
-    v = ggx, means written E, s = act', a = ggw - weight r E[v xh] and K = E[v g] - E[v] E[g] - E[v xh] E[g xh], in
-    training:
+    They are with respect to grad_y, x, weight and prelu_weight, and any gg may be None. In the terms of
+    batch_norm_act_backward, with v = ggx, means written E, s = act', a = ggw - weight r E[v xh] and
+    K = E[v g] - E[v] E[g] - E[v xh] E[g xh], in training:
 
         g_grad_y = s (weight r (v - E[v]) + a xh + ggb + ggr),    g_weight = r M K,
         g_x = r (a (g - E[g]) - weight r E[g xh] (v - E[v]) - xh (E[g xh] (ggw - 2 weight r E[v xh]) + weight r K)),
 
     and otherwise
 
-        g_grad_y = s (weight r v + ggw xh + ggb + ggr),    g_weight = r sum(v g),    g_x = r ggw g.
+        g_grad_y = s (weight r v + ggw xh + ggb + ggr),    g_weight = r sum(v g),    g_x = r ggw g;
+
+    g_prelu_weight is the sum of grad_y g_grad_y / s of the elements where the activation's input is not positive.
 
     ggx and ggr have x's shape, ggw and ggb (C,). g_weight is (C,), in weight's dtype or, without a weight, that of
     accumulation.
@@ -435,25 +467,35 @@ def batch_norm_act_double_backward(
     plan = _plan(x, reduces=training or ggx is not None)
     ggx, ggr, grad_y, x, residual = plan.dense(ggx, ggr, grad_y, x, residual)
     ggw, ggb = dense(False, ggw, ggb)
-    inputs = (grad_y, x, *dense(False, weight, bias), residual, *dense(False, mean, var))
+    slopes = plan.slopes(prelu_weight)
+    inputs = (grad_y, x, *dense(False, weight, bias), residual, slopes, *dense(False, mean, var))
     g_grad_y, g_x = torch.empty_like(x), torch.empty_like(x)
     g_weight = x.new_empty(plan.channels, dtype=plan.dtype if weight is None else weight.dtype)
+    g_slopes = None if slopes is None else x.new_empty((plan.splits, plan.channels), dtype=plan.dtype)
     with torch.cuda.device_of(x):
         _double_backward_kernel[plan.grid](
             ggx, ggw, ggb, ggr, *inputs, _split_sums(plan, inputs, ggx, eps, act, negative_slope),
-            g_grad_y, g_x, g_weight, eps, negative_slope, plan.count,
+            g_grad_y, g_x, g_weight, g_slopes, eps, negative_slope, plan.count,
             TRAINING=training, REDUCE=plan.reduces_within, ACT=act, **plan.options,
         )  # fmt: skip
-    return g_grad_y, g_x, g_weight
+    return g_grad_y, g_x, g_weight, _summed(x.new_empty(0) if g_slopes is None else g_slopes.sum(0), prelu_weight)
+
+
+def _summed(grad: Tensor, prelu_weight: Tensor | None) -> Tensor:
+    """A gradient for each channel as that of `prelu_weight`, where it is needed."""
+    if prelu_weight is None or grad.numel() == 0:
+        return grad
+    return (grad.sum(0, keepdim=True) if prelu_weight.numel() == 1 else grad).to(prelu_weight.dtype)
 
 
 def _split_sums(
     plan: _Plan, inputs: tuple, ggx: Tensor | None, eps: float, act: str, negative_slope: float
 ) -> Tensor | None:
-    """Every channel's sums, (2 or 5, C), where more than one program adds them."""
+    """Every channel's sums, (2, 3 or 5, C), where more than one program adds them."""
     if not plan.reduces_first:
         return None
     x = inputs[1]
-    partial = x.new_empty((2 if ggx is None else 5, plan.splits, plan.channels), dtype=plan.dtype)
+    fields = 5 if ggx is not None else 3 if act == "prelu" else 2
+    partial = x.new_empty((fields, plan.splits, plan.channels), dtype=plan.dtype)
     _sums_kernel[plan.grid](*inputs, ggx, partial, eps, negative_slope, ACT=act, **plan.options)
     return partial.sum(1)

@@ -25,9 +25,10 @@ pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.filterwarnings("i
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS, SLOPE = 1e-3, 0.2
-ACTS = ("none", "relu", "leaky_relu")
+ACTS = ("none", "relu", "leaky_relu", "prelu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NAMES = ("y", "grad_x", "grad_weight", "grad_bias", "grad_residual", "g_grad_y", "g_x", "g_weight")
+PRELU_NAMES = (*NAMES[:5], "grad_prelu_weight", *NAMES[5:], "g_prelu_weight")
 SUMS = ("grad_weight", "grad_bias", "g_weight")
 ELEMENTWISE = tuple(name for name in NAMES if name not in SUMS)
 
@@ -51,6 +52,11 @@ class Problem:
     ggw: Tensor | None
     ggb: Tensor | None
     ggr: Tensor | None
+    prelu_weight: Tensor | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return PRELU_NAMES if self.act == "prelu" else NAMES
 
     @property
     def training(self) -> bool:
@@ -96,11 +102,16 @@ def problem(
         ggw=vector(),
         ggb=vector(),
         ggr=data(),
+        prelu_weight=vector() if act == "prelu" else None,
     )
 
 
-def definition(p: Problem, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+def definition(
+    p: Problem, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, prelu_weight: Tensor | None = None
+) -> Tensor:
     pre = F.batch_norm(x, p.mean, p.var, weight, bias, p.training, 0.0, EPS) + residual
+    if prelu_weight is not None:
+        return F.prelu(pre, prelu_weight)
     return {"none": lambda: pre, "relu": lambda: F.relu(pre), "leaky_relu": lambda: F.leaky_relu(pre, SLOPE)}[p.act]()
 
 
@@ -110,36 +121,43 @@ def by_autograd(p: Problem, dtype: torch.dtype) -> dict[str, Tensor]:
     weight = p.x.new_ones(channels) if p.weight is None else p.weight
     bias = p.x.new_zeros(channels) if p.bias is None else p.bias
     residual = torch.zeros_like(p.x) if p.residual is None else p.residual
-    inputs = [t.detach().clone().requires_grad_() for t in (p.x, weight, bias, residual)]
+    of_act = [] if p.prelu_weight is None else [p.prelu_weight]
+    inputs = [t.detach().clone().requires_grad_() for t in (p.x, weight, bias, residual, *of_act)]
     grad_y = p.grad_y.clone().requires_grad_()
     y = definition(p, *inputs)
     grads = torch.autograd.grad(y, inputs, grad_y, create_graph=True)
     seeds = (p.ggx, p.ggw, p.ggb, p.ggr)
-    scalar = sum((grad * seed).sum() for grad, seed in zip(grads, seeds, strict=True) if seed is not None)
-    seconds = torch.autograd.grad(scalar, (grad_y, *inputs[:2]), materialize_grads=True)
-    return dict(zip(NAMES, (t.detach() for t in (y, *grads, *seconds)), strict=True))
+    scalar = sum((grad * seed).sum() for grad, seed in zip(grads[:4], seeds, strict=True) if seed is not None)
+    seconds = torch.autograd.grad(scalar, (grad_y, *inputs[:2], *inputs[4:]), materialize_grads=True)
+    return dict(zip(p.names, (t.detach() for t in (y, *grads, *seconds)), strict=True))
 
 
 def forward(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    return batch_norm_act_forward(p.x, p.weight, p.bias, p.residual, p.mean, p.var, EPS, p.act, SLOPE)
+    return batch_norm_act_forward(p.x, p.weight, p.bias, p.residual, p.prelu_weight, p.mean, p.var, EPS, p.act, SLOPE)
 
 
 def saved(p: Problem, mean: Tensor, var: Tensor) -> tuple:
     """The arguments that both backwards have in common."""
     mean, var = (mean, var) if p.training else (p.mean, p.var)
-    return p.grad_y, p.x, p.weight, p.bias, p.residual, mean, var, p.training, EPS, p.act, SLOPE
+    return p.grad_y, p.x, p.weight, p.bias, p.residual, p.prelu_weight, mean, var, p.training, EPS, p.act, SLOPE
 
 
 def by_kernels(p: Problem) -> dict[str, Tensor]:
     y, mean, var = forward(p)
     grads = batch_norm_act_backward(*saved(p, mean, var), True, True, True)
     seconds = batch_norm_act_double_backward(p.ggx, p.ggw, p.ggb, p.ggr, *saved(p, mean, var))
+    *grads, grad_prelu_weight = grads
+    *seconds, g_prelu_weight = seconds
+    if p.act == "prelu":
+        return dict(zip(PRELU_NAMES, (y, *grads, grad_prelu_weight, *seconds, g_prelu_weight), strict=True))
+    assert grad_prelu_weight.numel() == g_prelu_weight.numel() == 0
     return dict(zip(NAMES, (y, *grads, *seconds), strict=True))
 
 
 def assert_as_exact_as_eager(p: Problem) -> None:
     terms = p.x[:, 0].numel() * rms(p.grad_y)
-    assert_kernels_are_as_exact_as_eager(by_kernels(p), by_autograd, p, dict.fromkeys(SUMS, terms))
+    sums = (*SUMS, "grad_prelu_weight", "g_prelu_weight")
+    assert_kernels_are_as_exact_as_eager(by_kernels(p), by_autograd, p, dict.fromkeys(sums, terms))
 
 
 def assert_same(ours: dict[str, Tensor], expected: dict[str, Tensor], names: tuple[str, ...] = NAMES) -> None:
@@ -190,6 +208,14 @@ def test_every_order_is_as_exact_as_eager(programs, rows, training, dtype):
 @pytest.mark.parametrize("act", ACTS)
 def test_every_activation_is_as_exact_as_eager(rows, training, act):
     assert_as_exact_as_eager(problem(4, 3, 5, 5, rows=rows, training=training, act=act))
+
+
+@layouts
+@modes
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_slope_for_each_channel_or_one_for_all(programs, rows, training, count):
+    p = problem(3, 3, 6, 7, rows=rows, training=training, act="prelu")
+    assert_as_exact_as_eager(replace(p, prelu_weight=p.prelu_weight[:count]))
 
 
 @layouts
@@ -245,7 +271,7 @@ def test_float32_parameters_serve_bfloat16_data():
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    _, mean, var = batch_norm_act_forward(x, None, None, None, None, None, EPS, "none", 0.0)
+    _, mean, var = batch_norm_act_forward(x, None, None, None, None, None, None, EPS, "none", 0.0)
     return mean, var
 
 
@@ -315,14 +341,14 @@ def test_a_pre_activation_of_exactly_zero_is_on_the_side_that_torch_puts_it(rows
 
 @layouts
 @modes
-@pytest.mark.parametrize("act", ["relu", "leaky_relu"])
+@pytest.mark.parametrize("act", ["relu", "leaky_relu", "prelu"])
 def test_nan_and_inf_spread_as_in_torch(several_programs, rows, training, act):
     p = problem(3, 3, 6, 7, rows=rows, training=training, act=act)
     p.x[1, 1, 2, 3] = torch.nan
     p.x[1, 2, 2, 3] = torch.inf
     ours, eager = by_kernels(p), by_autograd(p, torch.float32)
     assert ours["y"].isnan().any(3).any(2).any(0).tolist() == [False, True, training]
-    for name in ("y", "grad_x", "grad_weight", "grad_bias", "grad_residual"):
+    for name in p.names[: p.names.index("g_grad_y")]:
         torch.testing.assert_close(
             ours[name], eager[name], rtol=1e-4, atol=1e-4, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
         )
@@ -387,9 +413,9 @@ def test_expanded_gradients_are_read_right():
 
 
 @modes
-@pytest.mark.parametrize(("wanted", "places"), [("x", [0]), ("params", [1, 2]), ("residual", [3])])
+@pytest.mark.parametrize(("wanted", "places"), [("x", [0]), ("params", [1, 2, 4]), ("residual", [3])])
 def test_what_is_not_needed_comes_back_empty(programs, training, wanted, places):
-    p = problem(3, 3, 6, 7, training=training)
+    p = problem(3, 3, 6, 7, training=training, act="prelu")
     _, mean, var = forward(p)
     everything = batch_norm_act_backward(*saved(p, mean, var), True, True, True)
     needs = [wanted == name for name in ("x", "params", "residual")]
@@ -435,7 +461,10 @@ def compiled_problems() -> Iterator[tuple[str, Problem]]:
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         for rows in (False, True):
             for programs, shape in (("several", (8, 64, 64, 64)), ("one", (16, 64, 8, 4))):
-                yield f"{dtype} {'rows' if rows else 'planes'} {programs}", problem(*shape, rows=rows, dtype=dtype)
+                # What "prelu" adds is the same in every dtype.
+                for act in ("leaky_relu", "prelu") if dtype == torch.float32 else ("leaky_relu",):
+                    case = f"{dtype} {'rows' if rows else 'planes'} {programs} {act}"
+                    yield case, problem(*shape, rows=rows, dtype=dtype, act=act)
     # An integer argument of 1 is a constant to the compiler, and an absent tensor no argument.
     for shape in ((1, 1, 200, 200), (1, 3, 5), (5, 1)):
         p = problem(*shape, act="relu", training=shape != (1, 3, 5))
@@ -480,7 +509,7 @@ def test_a_captured_graph_replays_every_order_bit_for_bit(rows):
 def test_data_past_two_to_the_31_elements(rows):
     x = torch.randn(33, 64, 1024, 1024, dtype=torch.bfloat16, device=DEVICE)
     x = x.to(memory_format=torch.channels_last) if rows else x
-    y, mean, var = batch_norm_act_forward(x, None, None, None, None, None, EPS, "relu", 0.0)
+    y, mean, var = batch_norm_act_forward(x, None, None, None, None, None, None, EPS, "relu", 0.0)
     expected = F.relu(F.batch_norm(x[-1:].float(), mean, var, eps=EPS))
     torch.testing.assert_close(y[-1:].float(), expected, rtol=2**-8, atol=2**-8)
 

@@ -180,7 +180,7 @@ def test_print_shows_norm_and_activation():
 
 def test_bad_input_is_named():
     conv, norm = nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)
-    with pytest.raises(ValueError, match="act must be one of none, relu, leaky_relu, not 'tanh'"):
+    with pytest.raises(ValueError, match="act must be one of none, relu, leaky_relu, prelu, not 'tanh'"):
         ConvBnAct2d(4, 6, 3, act="tanh")
     with pytest.raises(TypeError, match=r"conv must be an nn\.ConvTranspose2d, not Conv2d"):
         ConvTransposeBnAct2d.from_modules(conv, norm)
@@ -190,3 +190,22 @@ def test_bad_input_is_named():
         ConvBnAct2d.from_modules(conv, norm, nn.GELU())
     with pytest.raises(ValueError, match="bn must be for conv's 6 channels, not 5"):
         ConvBnAct2d.from_modules(conv, nn.BatchNorm2d(5))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["k3", "transposed k4 s2 p1"])
+def test_prelu_loads_from_a_sequential_and_comes_from_modules(name, training):
+    stock = make_stock(name, nn.PReLU(6, 0.1).double()).train(training)
+    loaded = FUSED[CONVOLUTIONS[name][0]](4, 6, **CONVOLUTIONS[name][1], act="prelu", num_parameters=6).double()
+    loaded.load_state_dict(stock.state_dict())
+    made = FUSED[CONVOLUTIONS[name][0]].from_modules(*copy.deepcopy(stock))
+    assert made.prelu_weight.shape == (6,)
+    x = batch()
+    for fused in (loaded.train(training), made):
+        twin = copy.deepcopy(stock)
+        ys = [module(x) for module in (twin, fused)]
+        torch.testing.assert_close(*ys)
+        for y in ys:
+            y.square().sum().backward()
+        torch.testing.assert_close(fused.prelu_weight.grad, twin[2].weight.grad)
+        torch.testing.assert_close(fused.weight.grad, twin[0].weight.grad)

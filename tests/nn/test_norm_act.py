@@ -106,9 +106,32 @@ def test_print_shows_the_activation():
 
 
 def test_bad_input_is_named():
-    with pytest.raises(ValueError, match="act must be one of none, relu, leaky_relu, not 'gelu'"):
+    with pytest.raises(ValueError, match="act must be one of none, relu, leaky_relu, prelu, not 'gelu'"):
         BatchNormAct2d(3, act="gelu")
     with pytest.raises(ValueError, match="expected 4D input"):
         BatchNormAct2d(3)(torch.randn(4, 3))
     with pytest.raises(TypeError, match=r"act must be nn\.ReLU, nn\.LeakyReLU or None, not Tanh"):
         Activation.of(nn.Tanh())
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("count", [1, 3])
+def test_prelu_is_a_parameter_of_the_layer(count, training):
+    torch.manual_seed(0)
+    norm, prelu = nn.BatchNorm2d(3), nn.PReLU(count, 0.1)
+    fused = BatchNormAct2d(3, act="prelu", num_parameters=count, init=0.1)
+    assert list(fused.state_dict()) == [*("weight", "bias"), "prelu_weight", *list(norm.state_dict())[2:]]
+    stock = nn.Sequential(norm, prelu).double().train(training)
+    fused.double().train(training)
+    results = []
+    x = torch.randn(4, 3, 5, 6, dtype=torch.float64)
+    for module, weights in ((stock, [norm.weight, prelu.weight]), (fused, [fused.weight, fused.prelu_weight])):
+        given = x.clone().requires_grad_()
+        y = module(given)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [given, *weights])])
+    torch.testing.assert_close(*results)
+    assert "act=prelu" in str(fused)
+
+
+def test_other_activations_have_no_weight():
+    assert BatchNormAct2d(3).prelu_weight is None and "prelu_weight" not in BatchNormAct2d(3).state_dict()

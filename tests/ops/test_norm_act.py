@@ -14,7 +14,7 @@ from fastgan import backend
 from fastgan.ops import batch_norm_act
 from fastgan.ops.norm_act import reference
 
-ACTS = ("none", "relu", "leaky_relu")
+ACTS = ("none", "relu", "leaky_relu", "prelu")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 # Ragged tails in channels and planes, one-element planes, several blocks, a plane cut into pieces, few and many channels.
@@ -28,22 +28,26 @@ SHAPES = (
     (1, 130, 20, 21),
 )
 
-RESULTS = [
-    "y", "grad_x", "grad_weight", "grad_bias", "grad_residual",
-    "g_x", "g_weight", "g_bias", "g_residual", "g_grad_y",
-]  # fmt: skip
+INPUTS = ["x", "weight", "bias", "residual", "prelu_weight"]
 
 needs_cpp = pytest.mark.skipif(
     os.environ.get("FASTGAN_BACKEND", "auto") not in ("auto", "cpp"), reason="another backend"
 )
 
 
-def inputs_of(shape, dtype=torch.float64, layout=torch.contiguous_format, residual=False, affine=True):
-    """[x, weight, bias, residual]; rounded to dtype, so that an upcast copy is the same input."""
+def inputs_of(shape, dtype=torch.float64, layout=torch.contiguous_format, residual=False, affine=True, slopes=0):
+    """[x, weight, bias, residual, prelu_weight]; rounded to dtype, so that an upcast copy is the same input."""
     x = (2 * torch.randn(shape, dtype=torch.float64) + 3).to(dtype).contiguous(memory_format=layout)
     channels = (torch.randn(shape[1], dtype=torch.float64).to(dtype) for _ in range(2))
     weight, bias = channels if affine else (None, None)
-    return [x, weight, bias, torch.randn_like(x) if residual else None]
+    prelu_weight = torch.randn(slopes, dtype=torch.float64).to(dtype) if slopes else None
+    return [x, weight, bias, torch.randn_like(x) if residual else None, prelu_weight]
+
+
+def names_of(inputs):
+    """What `two_orders` returns of them."""
+    present = [name for name, tensor in zip(INPUTS, inputs, strict=True) if tensor is not None]
+    return ["y", *(f"grad_{name}" for name in present), *(f"g_{name}" for name in present), "g_grad_y"]
 
 
 def leaves(inputs, dtype=None):
@@ -51,11 +55,11 @@ def leaves(inputs, dtype=None):
 
 
 def with_statistics(function, training, act, momentum=0.3):
-    def call(x, weight, bias, residual):
+    def call(x, weight, bias, residual, prelu_weight=None):
         running_mean, running_var = (torch.full((x.shape[1],), value, dtype=x.dtype) for value in (2.0, 3.0))
         return function(
             x, running_mean, running_var, weight, bias, training, momentum, 1e-3,
-            act=act, negative_slope=0.2, residual=residual,
+            act=act, negative_slope=0.2, prelu_weight=prelu_weight, residual=residual,
         )  # fmt: skip
 
     return call
@@ -67,13 +71,13 @@ def with_statistics(function, training, act, momentum=0.3):
 def test_values_and_both_derivatives_are_as_exact_as_eager(shape, dtype, layout, poisoned):
     errors = Errors()
     for act, training, residual in itertools.product(ACTS, (True, False), (False, True)):
-        inputs = inputs_of(shape, dtype, LAYOUTS[layout], residual)
+        slopes = (1 if residual else shape[1]) if act == "prelu" else 0
+        inputs = inputs_of(shape, dtype, LAYOUTS[layout], residual, slopes=slopes)
         ours, stock = (with_statistics(f, training, act) for f in (batch_norm_act, reference))
         # Eager torch overflows in float16 sums of gradients where it need not: there bfloat16 is the peer.
         peer = torch.bfloat16 if dtype == torch.float16 else dtype
-        names = RESULTS if residual else [name for name in RESULTS if "residual" not in name]
         errors.add(
-            names,
+            names_of(inputs),
             two_orders(ours, leaves(inputs), dtype),
             two_orders(stock, leaves(inputs, peer), dtype),
             two_orders(stock, leaves(inputs, torch.float64), dtype),
@@ -90,9 +94,9 @@ def test_any_number_of_spatial_dimensions(shape):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("act", ACTS)
-def test_gradcheck_and_gradgradcheck(act, training, layout):
-    inputs = leaves(inputs_of((3, 4, 3, 2), layout=LAYOUTS[layout], residual=True))
+@pytest.mark.parametrize(("act", "slopes"), [*((act, 0) for act in ACTS[:3]), ("prelu", 1), ("prelu", 4)])
+def test_gradcheck_and_gradgradcheck(act, slopes, training, layout):
+    inputs = leaves(inputs_of((3, 4, 3, 2), layout=LAYOUTS[layout], residual=True, slopes=slopes))
     function = with_statistics(batch_norm_act, training, act)
     assert torch.autograd.gradcheck(function, inputs)
     assert torch.autograd.gradgradcheck(function, inputs)
@@ -107,14 +111,16 @@ def test_gradgradcheck_without_affine_parameters():
 @pytest.mark.parametrize("affine", [True, False])
 def test_the_third_derivative_agrees_with_differences_of_the_second(training, affine):
     """With torch's own batch norm it would not, in training."""
-    x, weight, bias, residual = leaves(inputs_of((3, 4, 3, 2), residual=True))
-    given = [x, weight, bias, residual] if affine else [x, residual]
+    x, weight, bias, residual, prelu_weight = leaves(inputs_of((3, 4, 3, 2), residual=True, slopes=4))
+    given = [x, weight, bias, residual, prelu_weight] if affine else [x, residual]
 
     def second(*tensors):
-        x, weight, bias, residual = tensors if affine else (tensors[0], None, None, tensors[1])
-        y = with_statistics(batch_norm_act, training, "leaky_relu")(x, weight, bias, residual).pow(3).sum()
+        x, weight, bias, residual, prelu_weight = tensors if affine else (tensors[0], None, None, tensors[1], None)
+        act = "leaky_relu" if prelu_weight is None else "prelu"
+        y = with_statistics(batch_norm_act, training, act)(x, weight, bias, residual, prelu_weight).pow(3).sum()
         (first,) = torch.autograd.grad(y, x, create_graph=True)
-        return torch.autograd.grad(first.pow(2).sum(), [x, weight] if affine else [x], create_graph=True)
+        targets = [x, weight, prelu_weight] if affine else [x]
+        return torch.autograd.grad(first.pow(2).sum(), targets, create_graph=True)
 
     assert torch.autograd.gradcheck(second, given, eps=1e-6, atol=1e-4, rtol=1e-4)
 
@@ -126,53 +132,57 @@ def r1(critic, x, parameters):
 
 
 @pytest.mark.parametrize("last", [True, False], ids=["last layer", "parameters after it"])
+@pytest.mark.parametrize("act", ["leaky_relu", "prelu"])
 @pytest.mark.parametrize("training", [True, False])
-def test_a_gradient_penalty_through_the_operator(training, last):
+def test_a_gradient_penalty_through_the_operator(training, act, last):
     def gradients(function):
         torch.manual_seed(0)
-        x, weight, bias, _ = leaves(inputs_of((4, 3, 6, 6)))
+        x, weight, bias, _, prelu_weight = leaves(inputs_of((4, 3, 6, 6), slopes=3 if act == "prelu" else 0))
+        parameters = [weight, bias] if prelu_weight is None else [weight, bias, prelu_weight]
         head = torch.linspace(-1, 1, 36 * 3, dtype=torch.float64).requires_grad_()
 
         def critic(x):
-            y = with_statistics(function, training, "leaky_relu")(x, weight, bias, None).pow(2)
+            y = with_statistics(function, training, act)(x, weight, bias, None, prelu_weight).pow(2)
             return y if last else (y.flatten(1) @ head).tanh()
 
-        return r1(critic, x, (weight, bias) if last else (weight, bias, head))
+        return r1(critic, x, parameters if last else [*parameters, head])
 
     for ours, stock in zip(gradients(batch_norm_act), gradients(reference), strict=True):
         torch.testing.assert_close(ours, stock)
 
 
 def test_bias_has_a_zero_second_gradient_not_none():
-    x, weight, bias, _ = leaves(inputs_of((4, 3, 6, 6)))
+    x, weight, bias, *_ = leaves(inputs_of((4, 3, 6, 6)))
     grads = r1(lambda x: batch_norm_act(x, None, None, weight, bias, training=True), x, (weight, bias))
     assert grads[1] is not None and not grads[1].any()
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(dtype, training):
-    x, weight, bias, residual = leaves(inputs_of((3, 5, 4, 4), dtype, residual=True))
+@pytest.mark.parametrize("slopes", [0, 5])
+def test_opcheck(slopes, dtype, training):
+    x, weight, bias, residual, prelu_weight = leaves(inputs_of((3, 5, 4, 4), dtype, residual=True, slopes=slopes))
     mean, var = (None, None) if training else (torch.zeros(5), torch.ones(5))
-    settings = (1e-5, "leaky_relu", 0.2)
+    settings = (1e-5, "prelu" if slopes else "leaky_relu", 0.2)
     ops = torch.ops.fastgan
-    torch.library.opcheck(ops.batch_norm_act, (x, weight, bias, residual, mean, var, *settings))
+    torch.library.opcheck(ops.batch_norm_act, (x, weight, bias, residual, prelu_weight, mean, var, *settings))
     mean, var = torch.zeros(5), torch.ones(5)
-    grads = (torch.randn_like(x).requires_grad_(), x, weight, bias, residual, mean, var, training)
+    grads = (torch.randn_like(x).requires_grad_(), x, weight, bias, residual, prelu_weight, mean, var, training)
     torch.library.opcheck(ops.batch_norm_act_backward, (*grads, *settings, True, True, True))
     torch.library.opcheck(
         ops.batch_norm_act_double_backward, (torch.randn_like(x), None, None, None, *grads, *settings)
     )
 
 
-@pytest.mark.parametrize("act", ["relu", "leaky_relu"])
+@pytest.mark.parametrize("act", ["relu", "leaky_relu", "prelu"])
 def test_the_switching_point_belongs_to_the_negative_side(act):
     """x equal to its mean, in every vector lane and in the tail."""
     x = torch.tensor([-1.0, 0.0, 1.0]).repeat(37).view(1, 1, 1, -1).requires_grad_()
     mean, var = torch.zeros(1), torch.ones(1)
+    prelu_weight = torch.tensor([-0.3]) if act == "prelu" else None
 
     def gradients(function):
-        y = function(x, mean, var, eps=0.0, act=act, negative_slope=0.2)
+        y = function(x, mean, var, eps=0.0, act=act, negative_slope=0.2, prelu_weight=prelu_weight)
         return torch.autograd.grad(y, x, torch.ones_like(y))[0]
 
     assert torch.equal(gradients(batch_norm_act), gradients(reference))
@@ -218,9 +228,10 @@ def test_special_values_go_where_eager_sends_them(act, training, value):
     x[1, 1, 2, 3] = value
 
     def results(function):
-        leaf = x.clone().requires_grad_()
-        y = function(leaf, torch.zeros(3), torch.ones(3), training=training, act=act, negative_slope=0.2)
-        return y, torch.autograd.grad(y, leaf, torch.ones_like(y))[0]
+        leaf, prelu_weight = x.clone().requires_grad_(), torch.full((3,), 0.2, requires_grad=True)
+        kind = dict(prelu_weight=prelu_weight) if act == "prelu" else dict(negative_slope=0.2)
+        y = function(leaf, torch.zeros(3), torch.ones(3), training=training, act=act, **kind)
+        return y, *torch.autograd.grad(y, [leaf, *([prelu_weight] if act == "prelu" else [])], torch.ones_like(y))
 
     for ours, stock in zip(results(batch_norm_act), results(reference), strict=True):
         torch.testing.assert_close(ours, stock, equal_nan=True, rtol=1e-5, atol=1e-5)
@@ -328,7 +339,7 @@ def test_compiled_whole():
     def step(x, mean, var, weight, bias):
         return batch_norm_act(x, mean, var, weight, bias, training=True, act="leaky_relu").square().mean()
 
-    x, weight, bias, _ = leaves(inputs_of((4, 6, 5, 5), torch.float32))
+    x, weight, bias, *_ = leaves(inputs_of((4, 6, 5, 5), torch.float32))
     results = []
     for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
         mean, var = torch.zeros(6), torch.ones(6)
@@ -339,7 +350,7 @@ def test_compiled_whole():
 
 def test_only_vectors_are_saved_beside_the_input():
     saved = []
-    x, weight, bias, _ = leaves(inputs_of((4, 6, 5, 5), torch.float32))
+    x, weight, bias, *_ = leaves(inputs_of((4, 6, 5, 5), torch.float32))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         batch_norm_act(x, None, None, weight, bias, training=True)
     assert [t.data_ptr() for t in saved if t.numel() > 6] == [x.data_ptr()]
@@ -359,7 +370,15 @@ BAD = {
     "half of the statistics": (dict(running_var=None), ValueError, "must be given together"),
     "no statistics": (dict(running_mean=None, running_var=None, training=False), ValueError, "needed outside training"),
     "one value": (dict(x=torch.randn(1, 3, 1, 1)), ValueError, "more than 1 value per channel"),
-    "unknown act": (dict(act="gelu"), ValueError, "act must be one of none, relu, leaky_relu, not 'gelu'"),
+    "unknown act": (dict(act="gelu"), ValueError, "act must be one of none, relu, leaky_relu, prelu, not 'gelu'"),
+    "prelu without its weight": (dict(act="prelu"), ValueError, "act 'prelu' needs prelu_weight"),
+    "a weight without prelu": (dict(prelu_weight=torch.ones(3)), ValueError, "prelu_weight is for act 'prelu', not"),
+    "two slopes": (
+        dict(act="prelu", prelu_weight=torch.ones(2)),
+        ValueError,
+        r"prelu_weight must have shape \(3,\), one",
+    ),
+    "slope no tensor": (dict(act="prelu", prelu_weight=0.1), TypeError, "prelu_weight must be a tensor, not float"),
     "negative eps": (dict(eps=-1.0), ValueError, "eps must not be negative"),
     "residual of another shape": (dict(residual=torch.randn(2, 3, 4, 5)), ValueError, "residual must have x's shape"),
     "residual of another dtype": (dict(residual=x4.double()), TypeError, "residual must be torch.float32"),
@@ -385,7 +404,7 @@ def test_a_momentum_on_the_device_moves_statistics_of_any_dtype(momentum):
 
 
 def test_function_transforms_see_through_the_operator():
-    x, weight, bias, _ = inputs_of((4, 3, 2, 2))
+    x, weight, bias, *_ = inputs_of((4, 3, 2, 2))
 
     def score(function, x):
         return with_statistics(function, True, "leaky_relu")(x, weight, bias, None).pow(2).sum()

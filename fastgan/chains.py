@@ -1,0 +1,354 @@
+"""Chains of layers: which patterns there are in them, and how a chain is run, each pattern by its operator.
+
+A chain is what an `nn.Sequential` holds, or what a forward written by hand calls one after the other. It is looked at
+whenever it runs, as layers may have changed; what is in no pattern, or must be called, is called.
+"""
+
+import math
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from fastgan import backend, ops
+from fastgan.nn.conv_norm_act import conv2d, conv_batch_norm_act, is_doubling, is_halving, slides
+from fastgan.nn.gradient_reversal import GradientReversal, WarmStartGradientReversal, next_coeff
+from fastgan.nn.group_norm_act import instance_norm_act, tracks_planes
+from fastgan.nn.norm_act import Activation, attachment, batch_norm_act
+from fastgan.ops._autograd import is_transformed
+from fastgan.ops._tensors import DTYPES, dense, is_channels_last
+from fastgan.ops.conv import is_autocast
+
+# ── Patterns ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _conv_batch_norm_act(x: Tensor, conv: Any, norm: Any, act: nn.Module | None = None) -> Tensor:
+    return conv_batch_norm_act(x, conv, norm, Activation.of(act), keep_layout=False)
+
+
+def _conv_instance_norm_act(x: Tensor, conv: Any, norm: Any, act: nn.Module | None = None) -> Tensor:
+    y = conv2d(x, conv, with_bias=False, keep_layout=False)
+    return instance_norm_act(y, norm, Activation.of(act), conv_bias=conv.bias)
+
+
+def _conv(x: Tensor, conv: Any) -> Tensor:
+    return conv2d(x, conv, keep_layout=False)
+
+
+def _up_conv_batch_norm_act(x: Tensor, _up: Any, conv: Any, norm: Any, act: nn.Module | None = None) -> Tensor:
+    return conv_batch_norm_act(x, conv, norm, Activation.of(act), doubled=True, keep_layout=False)
+
+
+def _up_conv_instance_norm_act(x: Tensor, _up: Any, conv: Any, norm: Any, act: nn.Module | None = None) -> Tensor:
+    y = ops.upsample_conv2d(x, conv.weight, padding=conv.padding, groups=conv.groups, keep_layout=False)
+    return instance_norm_act(y, norm, Activation.of(act), conv_bias=conv.bias)
+
+
+def _up_conv(x: Tensor, _up: Any, conv: Any) -> Tensor:
+    return ops.upsample_conv2d(x, conv.weight, conv.bias, padding=conv.padding, groups=conv.groups, keep_layout=False)
+
+
+def _conv_down(x: Tensor, conv: Any, _pool: Any) -> Tensor:
+    return ops.conv2d_avg_pool2d(x, conv.weight, conv.bias, padding=conv.padding, groups=conv.groups, keep_layout=False)
+
+
+def _batch_norm_act(x: Tensor, norm: Any, act: nn.Module | None = None, residual: Tensor | None = None) -> Tensor:
+    return batch_norm_act(x, norm, Activation.of(act), residual)
+
+
+def _instance_norm_act(x: Tensor, norm: Any, act: nn.Module | None = None, residual: Tensor | None = None) -> Tensor:
+    return instance_norm_act(x, norm, Activation.of(act), residual)
+
+
+def _reversed_linear(x: Tensor, reversal: Any, linear: Any) -> Tensor:
+    return ops.reversed_linear(x, linear.weight, linear.bias, next_coeff(reversal))
+
+
+CONV = (nn.Conv2d, nn.ConvTranspose2d)
+BATCH, INSTANCE = (nn.BatchNorm2d,), (nn.InstanceNorm2d,)
+NORM = BATCH + INSTANCE
+ACT = (nn.ReLU, nn.LeakyReLU)
+ACT_OR_PRELU = (*ACT, nn.PReLU)
+UP, FLAT, DOWN = (nn.Upsample,), (nn.Conv2d,), (nn.AvgPool2d,)
+REVERSAL, LINEAR = (GradientReversal, WarmStartGradientReversal), (nn.Linear,)
+
+# Consecutive layers of exactly these classes, and what computes them at once. The longest that fits is taken.
+PATTERNS: tuple[tuple[tuple[tuple[type[nn.Module], ...], ...], Callable[..., Tensor]], ...] = (
+    ((CONV, BATCH, ACT_OR_PRELU), _conv_batch_norm_act),
+    ((CONV, BATCH), _conv_batch_norm_act),
+    ((CONV, INSTANCE, ACT), _conv_instance_norm_act),
+    ((CONV, INSTANCE), _conv_instance_norm_act),
+    ((UP, FLAT, BATCH, ACT_OR_PRELU), _up_conv_batch_norm_act),
+    ((UP, FLAT, BATCH), _up_conv_batch_norm_act),
+    ((UP, FLAT, INSTANCE, ACT), _up_conv_instance_norm_act),
+    ((UP, FLAT, INSTANCE), _up_conv_instance_norm_act),
+    ((UP, FLAT), _up_conv),
+    ((FLAT, DOWN), _conv_down),
+    ((CONV,), _conv),
+    ((BATCH, ACT_OR_PRELU), _batch_norm_act),
+    ((BATCH,), _batch_norm_act),
+    ((INSTANCE, ACT), _instance_norm_act),
+    ((INSTANCE,), _instance_norm_act),
+    ((REVERSAL, LINEAR), _reversed_linear),
+)
+
+# Layers that compute the same however their input lies in memory. Dropout is not one: it draws in the order of memory.
+LAYOUT_BLIND = {
+    nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.CELU, nn.ELU, nn.GELU, nn.Hardtanh, nn.Identity, nn.LeakyReLU, nn.PReLU,
+    nn.PixelShuffle, nn.ReLU, nn.ReLU6, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.SELU, nn.SiLU, nn.Sigmoid,
+    nn.Softplus, nn.Tanh, nn.Upsample, nn.ZeroPad2d,
+}  # fmt: skip
+
+Classes = tuple[type[nn.Module] | None, ...]
+_RUNS: dict[Classes, Callable[..., Tensor]] = {
+    classes: run for pattern, run in PATTERNS for classes in product(*pattern)
+}
+_LONGEST = max(map(len, _RUNS))
+
+
+def classes_of(layers: Iterable[nn.Module]) -> Classes:
+    """What the patterns are matched against. A layer that must be called stands as None, which is in no pattern."""
+    return tuple(None if attachment(layer) or tracks_planes(layer) else type(layer) for layer in layers)
+
+
+def matches(layers: list[nn.Module], classes: Classes) -> Iterator[tuple[int, Callable[..., Tensor]]]:
+    """The patterns that the layers begin with, the longest first: how many layers, and what computes them."""
+    for length in range(min(_LONGEST, len(classes)), 0, -1):
+        run = _RUNS.get(classes[:length])
+        if run is not None and _is_resampling(layers[:length]) in (None, True):
+            yield length, run
+
+
+def _is_resampling(layers: list[nn.Module]) -> bool | None:
+    """Whether what a pattern doubles or halves is doubled or halved as the operators do it; None where nothing is."""
+    if isinstance(layers[0], UP):
+        return is_doubling(layers[0]) and slides(layers[1])
+    return is_halving(layers[-1]) and slides(layers[-2]) if isinstance(layers[-1], DOWN) else None
+
+
+# ── Running ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_has_global_hooks = getattr(torch_module, "_has_any_global_hook", bool)  # private to torch
+
+
+def is_observed() -> bool:
+    """Whether someone follows or transforms each layer: hooks on all modules, a tracer, `torch.func`, forward AD."""
+    if torch.compiler.is_compiling():
+        return False
+    return _has_global_hooks() or torch.jit.is_tracing() or is_transformed()
+
+
+def _fits(x: Any, layers: list[nn.Module]) -> bool:
+    """Whether an operator takes x and the layers' tensors. Where not, stock has an answer or an error of its own."""
+    if not (type(x) in (Tensor, nn.Parameter) or torch.compiler.is_compiling()):
+        return False
+    if x.dtype not in DTYPES:
+        return False
+    if isinstance(layers[0], REVERSAL):
+        return True
+    if x.dim() != 4:
+        return False
+    channels, params = x.shape[1], x
+    for layer in layers:
+        if isinstance(layer, CONV):
+            if channels != layer.in_channels:
+                return False
+            channels, params = layer.out_channels, layer.weight
+            if params.dtype != x.dtype and not is_autocast(x):
+                return False
+        elif isinstance(layer, NORM):
+            if channels != layer.num_features:
+                return False
+            params = layer.running_mean if layer.weight is None else layer.weight  # None: of an instance norm
+            if params is not None and params.dtype not in (x.dtype, torch.float32):
+                return False
+        elif isinstance(layer, nn.PReLU):
+            params = layer.weight
+            # Under autocast stock computes it in 16 bits, which is what convolutions give.
+            is_16_bit = x.dtype != torch.float32 or any(isinstance(part, CONV) for part in layers)
+            if params.numel() not in (1, channels) or not (is_16_bit if is_autocast(x) else params.dtype == x.dtype):
+                return False
+        if params is not None and params.device != x.device:
+            return False
+    return True
+
+
+def _choose(x: Any, layers: list[nn.Module], classes: Classes) -> tuple[int, Callable[..., Tensor] | None]:
+    """How many layers to compute next, and what computes them: None where one layer is to be called."""
+    for length, run in matches(layers, classes):
+        if _is_resampling(layers[:length]) and _has_few_pixels(x, isinstance(layers[0], UP)):
+            continue
+        if _fits(x, layers[:length]):
+            return (1, None) if _is_little(x, layers[0]) else (length, run)
+    return 1, None
+
+
+# Pixels of the larger image, in the whole batch, below which the sums of weights take longer than what they save.
+_FEW_PIXELS = 1 << 11
+
+
+def _has_few_pixels(x: Any, doubled: bool) -> bool:
+    """Whether a convolution had better be computed at every pixel before a pool, or after x is doubled."""
+    if type(x) is not Tensor or x.dim() != 4 or torch.compiler.is_compiling() or not backend.is_automatic():
+        return False
+    return x.device.type != "cpu" or _pixels(x) * (4 if doubled else 1) < _FEW_PIXELS
+
+
+def _pixels(x: Tensor) -> int:
+    return x.shape[0] * x.shape[2] * x.shape[3]
+
+
+# Multiplications of a thread in a convolution, and elements that come out: with fewer of both an operator's call in Python,
+# and the change of the layout, take longer on the CPU than the operator gains.
+_FEW_PRODUCTS, _FEW_ELEMENTS = 1 << 25, 1 << 17
+
+
+def _is_little(x: Tensor, layer: nn.Module) -> bool:
+    """Whether `layer` is a convolution that had better be called. The norms' operators decide for themselves."""
+    if not isinstance(layer, CONV) or x.device.type != "cpu":
+        return False
+    if torch.compiler.is_compiling() or not backend.is_automatic():
+        return False
+    positions, spread = _pixels(x), math.prod(layer.stride)
+    pixels = positions * spread  # that come out
+    if isinstance(layer, nn.Conv2d):
+        pixels = positions = positions // spread
+    threads = torch.get_num_threads()
+    is_quick = layer.weight.numel() * positions < _FEW_PRODUCTS * threads
+    return is_quick and pixels * layer.out_channels <= _FEW_ELEMENTS * threads
+
+
+class FusedModule(nn.Module):
+    """Stands before the class of a module that `fuse` has found, and says what the module comes to in a chain."""
+
+    def chain(self, x: Any) -> "Chain | None":
+        """Where calling the module on x is to run a chain on it, and nothing else."""
+        return None
+
+    def resampled(self, x: Any, doubled: bool) -> Callable[[Any], Any] | None:
+        """Where the module convolves x once: what convolves a doubled x, or gives the means of 2×2 of the result."""
+        return None
+
+
+def is_chain(module: nn.Module) -> bool:
+    """Whether calling `module` is to call its children one after the other, and nothing else."""
+    forward = type(module).forward
+    return (
+        isinstance(module, nn.Sequential)
+        and (forward is nn.Sequential.forward or getattr(forward, "is_of_chain", False))
+        and type(module).__call__ is nn.Module.__call__
+        and "forward" not in module.__dict__
+    )
+
+
+class Chain(NamedTuple):
+    layers: list[nn.Module]
+    order: str | None = None  # of `ORDERS`, where x is added to what the layers give
+
+
+def run_chain(
+    layers: list[nn.Module], x: Any, stock: torch.memory_format | None = None, residual: Any = None, layout: Any = None
+) -> tuple[Any, torch.memory_format | None, bool]:
+    """The layers' output for x, the layout that it owes, and whether it holds the `residual`.
+
+    Convolutions leave their output in the layout that is fast. Where that is not the layout that stock torch would have,
+    `stock` names it, and whoever can tell the difference gets the tensor restored. A last norm adds a residual that owes its
+    own `layout`: then the sum owes that too, in whichever order stock adds.
+    """
+    is_added = False
+    classes: Classes = (None,) * len(layers) if is_observed() else classes_of(layers)
+    while layers:
+        head, head_class = layers[0], classes[0]
+        length, run = _choose(x, layers, classes)
+        is_last = residual is not None and length == len(layers) and isinstance(layers[-1], NORM)
+        if is_last and length > 1:
+            length -= 1  # the norm comes alone, and adds
+            run = _RUNS[classes[:length]]
+        if run is not None and not isinstance(head, REVERSAL):
+            if stock is None:
+                stock = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+            if any(isinstance(layer, CONV) and is_channels_last(layer.weight) for layer in layers[:length]):
+                stock = torch.channels_last
+            if any(isinstance(layer, INSTANCE) for layer in layers[:length]):
+                stock = torch.contiguous_format  # which stock torch makes of any layout
+            is_added = is_last and length == len(layers) and stock == layout and _can_add(x, residual)
+            x = run(x, head, residual=residual) if is_added else run(x, *layers[:length])
+            if x.is_contiguous(memory_format=stock):
+                stock = None
+        elif head_class is not None and isinstance(head, FusedModule) and (chain := head.chain(x)) is not None:
+            if chain.order is None:
+                added = residual if len(layers) == 1 else None
+                x, stock, is_added = run_chain(chain.layers, x, stock, added, layout)
+            else:
+                x, stock = _plus_owing(chain.layers, x, x, stock, chain.order)
+        elif (resampled := _find_resampled(x, layers, classes)) is not None:
+            x, stock, length = resampled(restore(x, stock)), None, 2
+        else:
+            if head_class not in LAYOUT_BLIND:
+                x, stock = restore(x, stock), None
+            x = head(x) if run is None else run(x, *layers[:length])
+        layers, classes = layers[length:], classes[length:]
+    return x, stock, is_added
+
+
+def run_whole(layers: list[nn.Module], x: Any) -> Any:
+    """`run_chain` for those who see the output."""
+    x, stock, _ = run_chain(layers, x)
+    return restore(x, stock)
+
+
+def _find_resampled(x: Any, layers: list[nn.Module], classes: Classes) -> Callable[[Any], Any] | None:
+    """What computes a doubling and a forward that convolves, or such a forward and a halving, at once."""
+    if len(layers) == 1 or None in classes[:2] or torch.compiler.is_compiling():
+        return None
+    first, second = layers[:2]
+    if isinstance(first, UP) and isinstance(second, FusedModule) and is_doubling(first):
+        return None if _has_few_pixels(x, True) else second.resampled(x, True)
+    if isinstance(first, FusedModule) and isinstance(second, DOWN) and is_halving(second):
+        return None if _has_few_pixels(x, False) else first.resampled(x, False)
+    return None
+
+
+def restore(x: Any, stock: torch.memory_format | None) -> Any:
+    return x if stock is None else dense(x, stock == torch.channels_last)
+
+
+# ── Sums ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+ORDERS: dict[str, Callable[[Any, Any], Any]] = {
+    "x + y": operator.add,
+    "y + x": lambda x, y: y + x,  # which decides the layout of a sum of two
+    "x += y": operator.iadd,  # and which the type
+    "y += x": lambda x, y: operator.iadd(y, x),
+}
+
+
+def plus(layers: list[nn.Module], x: Any, residual: Any, order: str) -> Any:
+    """What the layers give for x, plus the residual."""
+    if type(residual) is Tensor:
+        return restore(*_plus_owing(layers, x, residual, None, order))
+    return ORDERS[order](run_whole(layers, x), residual)
+
+
+def _plus_owing(
+    layers: list[nn.Module], x: Any, residual: Any, stock: torch.memory_format | None, order: str
+) -> tuple[Any, torch.memory_format | None]:
+    """`plus`, and the layout that the sum owes. x and the residual owe `stock`."""
+    layout = stock
+    if layout is None:
+        layouts = (torch.contiguous_format, torch.channels_last) if residual.dim() == 4 else ()
+        layout = next((layout for layout in layouts if residual.is_contiguous(memory_format=layout)), None)
+    part, owed, is_added = run_chain(layers, x, stock, residual, layout)
+    return (part, owed) if is_added else (ORDERS[order](restore(part, owed), restore(residual, stock)), None)
+
+
+def _can_add(x: Tensor, residual: Any) -> bool:
+    return type(residual) is Tensor and (x.shape, x.dtype, x.device) == (
+        residual.shape,
+        residual.dtype,
+        residual.device,
+    )

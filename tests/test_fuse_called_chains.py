@@ -1,0 +1,237 @@
+"""`fuse` on layers that a forward written by hand calls one after the other, and on the functions between them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fusing import assert_agree, batch, twins
+from torch import nn
+
+from fastgan.fuse import explain, fuse, unfuse
+
+C = 4
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors this small are slower on several."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Block(nn.Module):
+    """SRGAN's, as its imitators write it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1, self.prelu = nn.Conv2d(C, C, 3, padding=1), nn.BatchNorm2d(C), nn.PReLU()
+        self.conv2, self.bn2 = nn.Conv2d(C, C, 3, padding=1), nn.BatchNorm2d(C)
+
+    def forward(self, x):
+        residual = self.conv1(x)
+        residual = self.bn1(residual)
+        residual = self.prelu(residual)
+        residual = self.conv2(residual)
+        residual = self.bn2(residual)
+        return x + residual
+
+
+class AddsInPlace(Block):
+    def forward(self, x):
+        identity = x
+        out = self.prelu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out += identity
+        return F.relu(out)
+
+
+class Functions(Block):
+    def forward(self, x):
+        x = F.leaky_relu(self.bn1(self.conv1(x)), 0.2, inplace=True)
+        return torch.tanh(self.bn2(self.conv2(F.relu(x))))
+
+
+class Resamples(Block):
+    def forward(self, x):
+        x = F.interpolate(x, scale_factor=2)
+        x = F.relu(self.bn1(self.conv1(x)))
+        return F.avg_pool2d(self.conv2(x), 2)
+
+
+class OtherSettings(Block):
+    """Functions that no layer of a pattern stands for."""
+
+    def forward(self, x):
+        x = self.conv1(F.interpolate(x, scale_factor=2, mode="bilinear", antialias=True))
+        return F.avg_pool2d(self.conv2(F.leaky_relu(x, x.mean().item() * 0 + 0.2)), 3)
+
+
+class Steps(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Conv2d(C, 6, 3), nn.BatchNorm2d(6), nn.PReLU(6), nn.ConvTranspose2d(6, C, 3)])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Skips(nn.Module):
+    """A U-Net: what is seen twice ends a chain."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.norm = nn.Conv2d(C, 6, 3, 2, 1), nn.BatchNorm2d(6)
+        self.inner, self.up = nn.Conv2d(6, 6, 3, 1, 1), nn.ConvTranspose2d(12, C, 4, 2, 1)
+
+    def forward(self, x):
+        down = self.norm(self.down(x))
+        inner = F.relu(self.inner(F.leaky_relu(down, 0.2)), inplace=True)
+        return self.up(torch.cat([down, inner], 1))
+
+
+class Changes(Block):
+    """x is changed between its upsampling and the convolution of that."""
+
+    def forward(self, x):
+        x = x * 1
+        y = F.interpolate(x, scale_factor=2)
+        F.relu(x, inplace=True)
+        return self.conv1(y).mean((2, 3), keepdim=True) + self.bn2(self.conv2(x))
+
+
+class Shares(Block):
+    def forward(self, x):
+        return self.bn1(self.conv1(self.bn1(self.conv1(x))))
+
+
+class Drops(Block):
+    def forward(self, x):
+        return self.conv2(F.dropout2d(self.bn1(self.conv1(x)), 0.5, self.training))
+
+
+class Generator(nn.Module):
+    """Hand-written blocks in a chain in a hand-written forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.blocks = nn.Sequential(nn.Conv2d(C, C, 3, 1, 1), nn.PReLU()), nn.Sequential(Block(), Block())
+        self.conv, self.bn, self.tail = nn.Conv2d(C, C, 3, 1, 1), nn.BatchNorm2d(C), nn.Conv2d(C, 3, 3)
+
+    def forward(self, x):
+        first = self.head(x)
+        return self.tail(first + self.bn(self.conv(self.blocks(first))))
+
+
+UNIT = "conv2d_batch_norm_act"
+ADDS = [UNIT, "conv2d", "batch_norm_act"]  # the last with the residual
+
+FORWARDS = {
+    Block: ADDS,
+    AddsInPlace: ADDS,
+    Functions: [UNIT, UNIT],
+    Resamples: ["conv_transpose2d_batch_norm_act", "conv2d_avg_pool2d"],
+    Steps: [UNIT, "conv_transpose2d"],
+    Skips: [UNIT, "conv2d", "conv_transpose2d"],
+    Changes: ["conv2d", "conv2d", "batch_norm_act"],
+    Shares: [UNIT, UNIT],
+    Drops: [UNIT, "conv2d"],
+    Generator: ["conv2d", *ADDS, *ADDS, "conv2d", "batch_norm_act", "conv2d"],
+}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("kind", FORWARDS, ids=lambda kind: kind.__name__)
+def test_a_forward_that_calls_layers_computes_the_same(kind, layout, training, ran):
+    stock, fused = (model.train(training).to(memory_format=layout) for model in twins(kind))
+    assert list(fused.state_dict()) == list(stock.state_dict())
+    assert_agree(stock, fused, batch().contiguous(memory_format=layout))
+    assert ran == FORWARDS[kind] * 4
+    assert type(unfuse(fused)) is kind
+
+
+@pytest.mark.parametrize("count", [1, 6])
+def test_prelu_in_a_chain_belongs_to_the_norm_before_it(count, ran):
+    stock, fused = twins(lambda: nn.Sequential(nn.Conv2d(C, 6, 3), nn.BatchNorm2d(6), nn.PReLU(count)))
+    assert_agree(stock, fused, batch())
+    assert ran == [UNIT] * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("with_conv", [True, False])
+def test_prelu_under_autocast_gives_stock_s_dtype(dtype, with_conv):
+    stock, fused = twins(
+        lambda: nn.Sequential(*[nn.Conv2d(C, C, 3)] * with_conv, nn.BatchNorm2d(C), nn.PReLU()), torch.float32
+    )
+    x = batch(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, found = stock(x), fused(x)
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_prelu_of_another_dtype_is_stock_s_error():
+    model = nn.Sequential(nn.Conv2d(C, C, 3), nn.BatchNorm2d(C), nn.PReLU()).bfloat16()
+    model[2].float()
+    with pytest.raises(RuntimeError, match="prelu"):
+        fuse(model)(batch(torch.bfloat16))
+
+
+def test_a_layer_with_a_hook_is_called(ran):
+    stock, fused = twins(Block)
+    seen = []
+    fused.bn1.register_forward_hook(lambda module, args, output: seen.append(module))
+    assert_agree(stock, fused, batch())
+    assert seen == [fused.bn1] * 4
+    assert ran == ["conv2d", "conv2d", "batch_norm_act"] * 4
+
+
+def test_a_layer_that_is_replaced_later_is_seen(ran):
+    stock, fused = twins(Block)
+    assert_agree(stock, fused, batch())
+    for model in (stock, fused):
+        model.bn1 = nn.Identity()
+    ran.clear()
+    assert_agree(stock, fused, batch())
+    assert ran == ["conv2d", "conv2d", "batch_norm_act"] * 4
+
+
+def test_functions_without_a_layer_of_the_same_settings_run_as_they_are():
+    assert_agree(*twins(OtherSettings), batch())
+
+
+def test_explain_names_the_layers_and_why_others_are_not_fused():
+    class Asks(Block):
+        def forward(self, x):
+            return self.bn1(self.conv1(x)) if x.sum() > 0 else x
+
+    class Shows(Block):
+        def forward(self, x):
+            return self.conv1(x, *[]), self.bn1
+
+    model = nn.Module()
+    model.block, model.functions, model.steps, model.asks, model.shows = Block(), Functions(), Steps(), Asks(), Shows()
+    model.block.bn1.register_forward_hook(lambda *_: None)
+    not_yet = [row for row in explain(model) if row.fused]
+    assert not_yet == []
+    assert list(explain(fuse(model))) == [
+        ("block.conv1", "Conv2d", True, ""),
+        ("block.bn1", "BatchNorm2d", False, "it has a forward hook"),
+        ("block.conv2–bn2", "Conv2d → BatchNorm2d", True, ""),
+        ("block", "x + bn2(…)", True, ""),
+        ("functions.conv1–bn1", "Conv2d → BatchNorm2d → LeakyReLU", True, ""),
+        ("functions.conv2–bn2", "Conv2d → BatchNorm2d", True, ""),
+        ("steps.layers.0–layers.2", "Conv2d → BatchNorm2d → PReLU", True, ""),
+        ("steps.layers.3", "ConvTranspose2d", True, ""),
+        *[
+            (f"asks.{name}", kind, False, "the way through the forward of Asks depends on tensors")
+            for name, kind in (("conv1", "Conv2d"), ("bn1", "BatchNorm2d"), ("conv2", "Conv2d"), ("bn2", "BatchNorm2d"))
+        ],
+        *[
+            (f"shows.{name}", kind, False, "the forward of Shows looks into bn1")
+            for name, kind in (("conv1", "Conv2d"), ("bn1", "BatchNorm2d"), ("conv2", "Conv2d"), ("bn2", "BatchNorm2d"))
+        ],
+    ]
