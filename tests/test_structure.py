@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1]
 
 # A package may import those further down only, and itself.
 LAYERS = [
-    "cli", "doctor", "training", "penalties", "lean", "fuse", "graph_patterns", "chains", "tracing", "models", "nn", "compat",
-    "ops", "backend", "_C", "_cuda",
+    "cli", "doctor", "training", "penalties", "lean", "fuse", "graph_patterns", "chains", "tracing", "models", "nn",
+    "compat", "ops", "backend", "_C", "_cuda",
 ]  # fmt: skip
 BESIDE = {("training", "models"), ("fuse", "models")}
 
