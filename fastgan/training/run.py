@@ -158,10 +158,11 @@ def train(
 def _check_same(sets: Sequence[PictureSet], channels: int, state: dict[str, Any], path: Path) -> None:
     """Raises `InputError` unless the checkpoint was trained on as many images."""
     for images, count in zip(sets, state["images"], strict=False):
-        if (images.pictures.count, channels) != (count, state["channels"]):
+        found = images.pictures.count
+        if (found, channels) != (count, state["channels"]):
             raise InputError(
-                f"{images.option}: {images.pictures.count} images with {channels} channels, but {path} was trained on {count} "
-                f"with {state['channels']}; resume with the same images"
+                f"{images.option}: {found} images with {channels} channels, but {path} was trained on {count} with "
+                f"{state['channels']}; resume with the same images"
             )
 
 
