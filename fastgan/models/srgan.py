@@ -59,9 +59,9 @@ class Generator(nn.Module):
 
     def __init__(self, scale: int = 4, channels: int = 3, features: int = 64, blocks: int = 16):
         super().__init__()
-        doublings = scale.bit_length() - 1
-        if scale != 1 << doublings or scale < 2:
+        if scale < 2 or scale & (scale - 1):
             raise ValueError(f"scale must be a power of two, 2 or more; got {scale}")
+        doublings = scale.bit_length() - 1
         self.scale = scale
         self.reach = math.ceil(4 + 2 * blocks + 1 + sum(0.5**i for i in range(doublings)) + 4 / scale)
         """How far from a pixel of the input, in pixels of the input, the output may still depend on it."""
