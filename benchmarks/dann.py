@@ -24,7 +24,7 @@ def main(
         assert result is not None  # only a resumed run has nothing to do
         seconds.append(result.seconds)
         for name, score in result.scores.items():
-            columns.setdefault(name, []).append(score)
+            columns.setdefault(name, []).append(score.value)
         print(f"seed {seed}: {', '.join(f'{name} {values[-1]:.1%}' for name, values in columns.items())}", flush=True)
     print(f"\n| | mean of {seeds} seeds | standard deviation |\n|---|---:|---:|")
     for name, values in columns.items():

@@ -28,6 +28,8 @@ class Setup:
     lr: float
     autocast: bool
     dtype: torch.dtype = torch.float32
+    scale: int = 1
+    """How much smaller the images are that generators start from."""
 
     @property
     def device(self) -> torch.device:
@@ -40,7 +42,7 @@ class Setup:
         return torch.randn(len(self.reals[0]), self.latent_dim, 1, 1, device=self.device).to(self.dtype)
 
     def generator_input(self) -> Tensor:
-        return self.noise() if self.latent_dim else self.reals[0]
+        return self.noise() if self.latent_dim else self.reals[0][..., :: self.scale, :: self.scale]
 
     def accelerator(self) -> Accelerator:
         """A new one: its precision is one for the whole process."""
@@ -77,12 +79,13 @@ class StepCase(Case):
     ours: Callable[[Setup], Trainer]
     stock: Callable[[Stock, Setup], Trainer]
     peers: dict[str, Stock]
+    scale: int = 1
 
     def prepare(self, device: torch.device) -> Contest:
         torch.compiler.reset()
         torch.manual_seed(1)
         reals = [torch.rand(self.image, device=device) * 2 - 1 for _ in range(REALS)]
-        setup = Setup(reals, self.latent_dim, self.lr, self.autocast)
+        setup = Setup(reals, self.latent_dim, self.lr, self.autocast, scale=self.scale)
         contest = Contest({}, gate=self._check(setup), captured=False)
         trainers = {OURS: self.ours(setup)}
         trainers |= {name: self.stock(stock, setup) for name, stock in self.peers.items()}

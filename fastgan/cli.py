@@ -291,6 +291,54 @@ def stylegan(
 
 
 @train.command()
+def srgan(
+    data: Annotated[
+        str | None,
+        typer.Option(help="photos, a folder of images, or hf:NAME; a part is kept for testing.", show_default="photos"),
+    ] = None,
+    scale: Annotated[int | None, typer.Option(help="How many times larger: 2, 4 or 8.", show_default="4")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Of large crops: a multiple of 16, 32 or more.", show_default="96")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Crops per batch and process; the paper has 16.", show_default="8")
+    ] = None,
+    steps: Steps = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over 2000 crops, or one of each image.", show_default="8")
+    ] = None,
+    pretrain_steps: Annotated[
+        int | None, typer.Option(help="Of SRResNet alone, before the discriminator is there.", show_default="1500")
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Adam's learning rate; the paper has 0.0001.", show_default="0.001")
+    ] = None,
+    features: Annotated[int | None, typer.Option(help="Channels; the paper has 64.", show_default="32")] = None,
+    blocks: Annotated[int | None, typer.Option(help="Residual blocks; the paper has 16.", show_default="4")] = None,
+    adversarial_weight: Annotated[
+        float | None, typer.Option(help="Of the adversarial term.", show_default="0.001")
+    ] = None,
+    vgg_weights: Annotated[
+        str | None,
+        typer.Option(
+            help="A state_dict of torchvision's vgg19, for a content loss of its features.", show_default="pixels"
+        ),
+    ] = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    precision: Precision = None,
+    out: Out = Path("runs/srgan"),
+    checkpoint_every: CheckpointEvery = 500,
+    resume: Resume = False,
+    fuse: Fuse = None,
+    compare: Compare = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Train an SRGAN, SRResNet first, by default on scikit-learn's photographs."""
+    _train("srgan", **locals())
+
+
+@train.command()
 def dann(
     image_size: Annotated[int | None, typer.Option(help="A multiple of 4 from 16 to 84.", show_default="28")] = None,
     batch_size: Annotated[
@@ -354,7 +402,7 @@ def _summary(system: str, result: run.Result) -> Table:
     table.add_row("trained", f"to step {result.steps} in {result.seconds:.0f} s")
     table.add_row("speed", f"{result.images_per_s:.0f} images/s")
     for name, score in result.scores.items():
-        table.add_row(name, f"{score:.1%}")
+        table.add_row(name, str(score))
     if comparison := result.comparison:
         times = f"{comparison.fused * 1e3:.1f} against {comparison.stock * 1e3:.1f} ms a step"
         table.add_row("against stock", f"{comparison.speedup:.2f}x: {times}, medians of {comparison.pairs}")
@@ -376,8 +424,13 @@ def generate(
     out: Annotated[Path | None, typer.Option(help="Folder for them.", show_default="generated, beside it")] = None,
     num: Annotated[int | None, typer.Option(help="Images in the grid.", show_default="64")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same images.", show_default="0")] = None,
-    source: Annotated[Path | None, typer.Option("--input", help="Folder of images to translate, for CycleGAN.")] = None,
-    direction: Annotated[str | None, typer.Option(help="a2b or b2a, beside --input.", show_default="a2b")] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option("--input", help="An image to translate or upscale, or a folder, for CycleGAN and SRGAN."),
+    ] = None,
+    direction: Annotated[
+        str | None, typer.Option(help="CycleGAN: a2b or b2a, beside --input.", show_default="a2b")
+    ] = None,
     truncation: Annotated[
         float | None, typer.Option(help="StyleGAN: 0 for the mean style, 1 for styles as they are.", show_default="1")
     ] = None,
@@ -385,7 +438,7 @@ def generate(
         bool, typer.Option("--style-mix", help="StyleGAN: also a matrix of coarse styles by fine ones.")
     ] = False,
 ) -> None:
-    """Write a grid of samples and a strip of latent interpolations; or, with --input, a folder of images translated."""
+    """Write a grid of samples and a strip of latent interpolations; or, with --input, images translated or upscaled."""
     options: dict[str, Any] = {
         "num": num, "seed": seed, "direction": direction, "truncation": truncation, "style_mix": style_mix or None,
     }  # fmt: skip
@@ -399,7 +452,7 @@ def generate(
             "it only beside --input" if name == "direction" else "no --input beside it",
         )
     paths = (
-        generating.translate(checkpoint, source, out, **given)
+        generating.transform(checkpoint, source, out, **given)
         if source
         else generating.generate(checkpoint, out, **given)
     )

@@ -155,6 +155,31 @@ def test_cyclegan_trains_and_translates_a_folder():
     assert Image.open("theirs/0.png").size == (20, 30)
 
 
+def test_srgan_trains_scores_and_upscales_a_file():
+    options = {
+        "scale": 2, "image_size": 32, "batch_size": 2, "features": 2, "blocks": 1, "pretrain_steps": 1, "lr": 0.002,
+        "adversarial_weight": 0.01, "seed": 3,
+    }  # fmt: skip
+    typed = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
+    result = fastgan("train", "srgan", *typed, "--steps", 2, "--device", "cpu", "--no-fuse")
+    assert result.exit_code == 0, result.output
+    for part in ("no --vgg-weights", "PSNR, bicubic", "PSNR, SRResNet", "PSNR, SRGAN", " dB", "SSIM, SRGAN"):
+        assert part in result.stdout
+    assert options.items() <= checkpoint.load(Path("runs/srgan/checkpoint.pt"))["settings"].items()
+    images("mine", 1, (20, 30))
+    result = fastgan("generate", "runs/srgan", "--input", "mine/0.png", "--out", "theirs")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.split() == ["theirs/0.png"] and Image.open("theirs/0.png").size == (40, 60)
+
+
+def test_srgan_refuses_what_does_not_fit():
+    assert_refused(fastgan("train", "srgan", "--scale", 3), "--scale", "2, 4 or 8")
+    assert_refused(fastgan("train", "srgan", "--vgg-weights", "nowhere.pth"), "--vgg-weights", "nowhere.pth")
+    images("small", 12, (90, 90))
+    assert_refused(fastgan("train", "srgan", "--data", "small"), "--data", "1.png, 90x90", "sides of 96")
+    assert os.listdir() == ["small"]
+
+
 @pytest.mark.parametrize(
     ("args", "parts"),
     [

@@ -82,7 +82,7 @@ LEVELS = {
 }
 SHARED = {
     "_layers", "_norm", "_units", "kernels", "simd", "tiles", "conv_tiles", "winograd", "__init__", "training",
-    "wgan_gp", "sngan", "stylegan", "cyclegan", "equalized",
+    "wgan_gp", "sngan", "stylegan", "cyclegan", "srgan", "equalized",
 }  # fmt: skip
 
 

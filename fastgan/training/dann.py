@@ -17,7 +17,7 @@ from fastgan.training import dcgan
 from fastgan.training.data import ImageSet, Labelled, to_floats
 from fastgan.training.domains import LARGEST, load_domains
 from fastgan.training.images import Grid, scatter
-from fastgan.training.system import Settings, System, require
+from fastgan.training.system import Score, Settings, System, require
 
 SHOWN = 300
 """Images of each domain whose features are drawn."""
@@ -121,13 +121,15 @@ class DANN(System[DANNSettings]):
         loss.backward()
         return {f"loss_{name}": loss.detach(), f"grad_norm_{name}": self.update(name)}
 
-    def scores(self) -> dict[str, float]:
+    def scores(self, sets: Sequence[ImageSet]) -> dict[str, Score]:
         """Accuracies on the target's test set, which nothing has learned from."""
         test = load_domains(self.settings.image_size).test
         images, labels = _all_of(test, len(test), self.accelerator.device)
         shown = {"source only": self.source_only, "adapted": self.adapted, "trained on target": self.on_target}
         return {
-            f"accuracy, {name}": (_evaluated(network, images).argmax(1) == labels).float().mean().item()
+            f"accuracy, {name}": Score(
+                (_evaluated(network, images).argmax(1) == labels).float().mean().item(), "{:.1%}"
+            )
             for name, network in shown.items()
         }
 

@@ -9,6 +9,7 @@ grayscale (16-bit and transparent ones included) batches have one channel, else 
 
 import io
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -49,19 +50,47 @@ class Pictures:
     name: Callable[[int], str]
     open: Callable[[int], Image.Image]
 
+    def read(self, row: int, use: Callable[[Image.Image], Any], option: str) -> Any:
+        """What `use` makes of a picture. Raises the `InputError` that names it, and `option`, if that fails."""
+        try:
+            with self.open(row) as picture:
+                return use(picture)
+        except Exception as error:  # Pillow's readers raise whatever a broken file makes them trip over
+            raise InputError(f"{option}: cannot read image {self.name(row)} ({one_line(error)})") from error
 
-class ImageSet:
-    """Images of one size: `images[rows]` is `(len(rows), channels, size, size)` in uint8.
 
-    `option` is the one that named them, for errors. `labels` are the numbers of their classes, if they have any.
-    """
+class PictureSet(ABC):
+    """Pictures that batches are drawn from. `option` is the one that named them, for errors."""
+
+    channels: int
+    labels: Rows | None = None
+    """The numbers of their classes, if they have any."""
+
+    def __init__(self, pictures: Pictures, option: str):
+        self.pictures = pictures
+        self.option = option
+        self.pool = ThreadPoolExecutor(thread_name_prefix="decode")
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Images in an epoch."""
+
+    @abstractmethod
+    def draw(self, rows: Rows, random: np.random.Generator) -> Pixels:
+        """Images of one size in uint8, `(len(rows), channels, size, size)`. What chance decides `random` does."""
+
+    def add_color(self) -> None:
+        """Has three channels from now on, equal ones where there was one."""
+        self.channels = 3
+
+
+class ImageSet(PictureSet):
+    """Pictures cropped and resized to one size: `images[rows]` is `(len(rows), channels, size, size)` in uint8."""
 
     def __init__(self, pictures: Pictures, size: int, option: str = "--data", labels: Rows | None = None):
-        self.pictures = pictures
+        super().__init__(pictures, option)
         self.size = size
-        self.option = option
         self.labels = labels
-        self.pool = ThreadPoolExecutor(thread_name_prefix="decode")
         rows = range(len(self))
         self.channels = 1 if all(self.pool.map(self._is_gray, rows)) else 3
         self.pixels: Pixels | None = None
@@ -74,18 +103,21 @@ class ImageSet:
     def __getitem__(self, rows: Rows) -> Pixels:
         return self._decode(rows.tolist()) if self.pixels is None else self.pixels[rows]
 
+    def draw(self, rows: Rows, random: np.random.Generator) -> Pixels:
+        return self[rows]
+
     def add_color(self) -> None:
-        """Has three channels from now on, equal ones where there was one."""
-        self.channels = 3
+        super().add_color()
         if self.pixels is not None:
             self.pixels = np.broadcast_to(self.pixels, (len(self), 3, self.size, self.size))
 
     def _is_gray(self, row: int) -> bool:
-        return _is_gray(self._read(row, lambda picture: picture.mode))
+        return is_gray(self.pictures.read(row, lambda picture: picture.mode, self.option))
 
     def _decode(self, rows: Sequence[int]) -> Pixels:
         pixels = np.empty((len(rows), self.channels, self.size, self.size), np.uint8)
-        for place, image in zip(pixels, self.pool.map(lambda row: self._read(row, self._prepare), rows), strict=True):
+        images = self.pool.map(lambda row: self.pictures.read(row, self._prepare, self.option), rows)
+        for place, image in zip(pixels, images, strict=True):
             place[:] = image.reshape(self.size, self.size, self.channels).transpose(2, 0, 1)
         return pixels
 
@@ -93,25 +125,22 @@ class ImageSet:
         picture = normalize(picture, self.channels)
         return np.asarray(ImageOps.fit(picture, (self.size, self.size), Image.Resampling.BICUBIC))
 
-    def _read(self, row: int, use: Callable[[Image.Image], Any]) -> Any:
-        try:
-            with self.pictures.open(row) as picture:
-                return use(picture)
-        except Exception as error:  # Pillow's readers raise whatever a broken file makes them trip over
-            name = self.pictures.name(row)
-            raise InputError(f"{self.option}: cannot read image {name} ({one_line(error)})") from error
-
 
 def normalize(picture: Image.Image, channels: int) -> Image.Image:
     """The picture upright, in 8 bits, on white where it is transparent, and with `channels` 1 or 3."""
-    picture = _to_8_bits(ImageOps.exif_transpose(picture))
+    picture = upright(picture)
     if picture.has_transparency_data:
         layer = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     return picture.convert("L" if channels == 1 else "RGB")
 
 
-def _is_gray(mode: str) -> bool:
+def upright(picture: Image.Image) -> Image.Image:
+    """The picture as its EXIF data turns it, in 8 bits."""
+    return _to_8_bits(ImageOps.exif_transpose(picture))
+
+
+def is_gray(mode: str) -> bool:
     return mode in {"1", "L", "LA", "La", "I"} or mode.startswith("I;16")
 
 
@@ -128,21 +157,26 @@ def load_images(data: str, size: int, option: str = "--data") -> ImageSet:
 
     `data` is "digits", "photos", "photos:china", "photos:flower", "hf:NAME" or a folder, searched with its subfolders.
     """
+    return ImageSet(open_pictures(data, option), size, option)
+
+
+def open_pictures(data: str, option: str, whole: bool = False) -> Pictures:
+    """The pictures of `data`; of the photographs, crops, or the `whole` ones."""
     try:
-        pictures = _pictures(data)
+        return _pictures(data, whole)
     except InputError as error:
         raise InputError(f"{option}: {error}") from error
-    return ImageSet(pictures, size, option)
 
 
-def _pictures(data: str) -> Pictures:
+def _pictures(data: str, whole: bool) -> Pictures:
     kind, colon, name = data.partition(":")
     if data in {"", "hf:"}:
         raise InputError(f"'{data}' names nothing; expected {KINDS}")
     if data == "digits":
         return _digits()
     if kind == "photos":
-        return _photos(name if colon else None)
+        photos = _photos(name if colon else None)
+        return _whole(photos) if whole else _crops(photos)
     return _hub(name) if kind == "hf" and colon else _folder(Path(data))
 
 
@@ -153,29 +187,39 @@ def _digits() -> Pictures:
     return Pictures(len(pixels), lambda row: f"digit {row}", lambda row: Image.fromarray(pixels[row]))
 
 
-def _photos(name: str | None) -> Pictures:
-    """Square crops of scikit-learn's photographs, or of the one called `name`: always the same ones.
-
-    They have random places, and sides from a quarter of the photograph's shorter side to all of it.
-    """
+def _photos(name: str | None) -> dict[str, Pixels]:
+    """scikit-learn's photographs by their names, or the one called `name`."""
     from sklearn.datasets import load_sample_images
 
     sample = load_sample_images()
     photos = {Path(file).stem: photo for file, photo in zip(sample.filenames, sample.images, strict=True)}
     if name is not None and name not in photos:
         raise InputError(f"no photos:{name}; expected photos, {', '.join(f'photos:{each}' for each in photos)}")
-    chosen = list(photos) if name is None else [name]
+    return photos if name is None else {name: photos[name]}
+
+
+def _whole(photos: dict[str, Pixels]) -> Pictures:
+    names = list(photos)
+    return Pictures(len(names), lambda row: f"photos:{names[row]}", lambda row: Image.fromarray(photos[names[row]]))
+
+
+def _crops(photos: dict[str, Pixels]) -> Pictures:
+    """Square crops of photographs: always the same ones.
+
+    They have random places, and sides from a quarter of the photograph's shorter side to all of it.
+    """
+    names = list(photos)
     places = np.random.default_rng(0).random((CROPS, 3))
 
     def crop(row: int) -> Image.Image:
-        photo = photos[chosen[row // CROPS]]
+        photo = photos[names[row // CROPS]]
         height, width = photo.shape[:2]
         scale, down, across = places[row % CROPS]
         side = round(min(height, width) * (1 + 3 * scale) / 4)
         top, left = round(down * (height - side)), round(across * (width - side))
         return Image.fromarray(photo[top : top + side, left : left + side])
 
-    return Pictures(CROPS * len(chosen), lambda row: f"crop {row % CROPS} of photos:{chosen[row // CROPS]}", crop)
+    return Pictures(CROPS * len(names), lambda row: f"crop {row % CROPS} of photos:{names[row // CROPS]}", crop)
 
 
 def image_files(path: Path) -> list[Path]:
@@ -248,7 +292,7 @@ class Batches(Iterator[Any]):
     next batch is read while the current one is used. Another `stream` has other orders.
     """
 
-    def __init__(self, images: ImageSet, batch_size: int, seed: int, accelerator: Accelerator, stream: int = 0):
+    def __init__(self, images: PictureSet, batch_size: int, seed: int, accelerator: Accelerator, stream: int = 0):
         together = batch_size * accelerator.num_processes
         if len(images) < together:
             raise InputError(f"--batch-size: {together} is more than the {len(images)} images in {images.option}")
@@ -287,7 +331,8 @@ class Batches(Iterator[Any]):
             self.epoch, self.order = epoch, random.permutation(len(self.images))
         start = (place * self.accelerator.num_processes + self.accelerator.process_index) * self.batch_size
         rows = self.order[start : start + self.batch_size]
-        return self.images[rows], None if self.images.labels is None else self.images.labels[rows]
+        pixels = self.images.draw(rows, np.random.default_rng((self.seed, epoch, self.stream, start)))
+        return pixels, None if self.images.labels is None else self.images.labels[rows]
 
 
 def to_floats(pixels: Tensor) -> Tensor:
@@ -301,7 +346,7 @@ class Turns(Iterator[Any]):
     An epoch lasts until the largest set has been seen.
     """
 
-    def __init__(self, sets: Sequence[ImageSet], batch_size: int, seed: int, accelerator: Accelerator):
+    def __init__(self, sets: Sequence[PictureSet], batch_size: int, seed: int, accelerator: Accelerator):
         self.sets = sets
         self.parts = [Batches(images, batch_size, seed, accelerator, stream) for stream, images in enumerate(sets)]
         self.per_epoch = len(sets) * max(part.per_epoch for part in self.parts)

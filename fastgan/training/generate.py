@@ -1,8 +1,11 @@
-"""Images from a checkpoint: samples, walks from one latent to another and mixed styles, or a folder of images translated."""
+"""Images from a checkpoint: samples, walks from one latent to another and mixed styles; or images translated or upscaled."""
 
 import math
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,12 +15,13 @@ from torch.nn.functional import pad
 
 from fastgan.training.checkpoint import atomic_write
 from fastgan.training.cyclegan import CycleGAN, Direction
-from fastgan.training.data import image_files, normalize, to_floats
+from fastgan.training.data import image_files, is_gray, normalize, to_floats, upright
 from fastgan.training.errors import InputError, one_line
 from fastgan.training.folder import RunFolder, check_writable
 from fastgan.training.images import save_grid, to_image
 from fastgan.training.latent import LatentSystem
 from fastgan.training.run import SYSTEMS, make_accelerator, read_checkpoint, restore
+from fastgan.training.srgan import SRGAN, upscale
 from fastgan.training.stylegan import StyleGAN
 from fastgan.training.system import System, require
 
@@ -49,7 +53,7 @@ def generate(
     require(truncation is None or math.isfinite(truncation), "--truncation", truncation, "a number, 1 for none")
     system, checkpoint = _load(checkpoint)
     if not isinstance(system, LatentSystem):
-        raise InputError(f"{checkpoint}: {system.name} translates images; name a folder of them by --input")
+        raise InputError(f"{checkpoint}: {system.name} starts from images; name one, or a folder of them, by --input")
     for option, given in (("--truncation", truncation is not None), ("--style-mix", style_mix)):
         fits = isinstance(system, StyleGAN) or not given
         require(fits, option, f"a checkpoint of {system.name}", f"one of {StyleGAN.name}")
@@ -70,22 +74,34 @@ def generate(
     return paths
 
 
-def translate(checkpoint: Path, folder: Path, out: Path | None = None, direction: Direction = "a2b") -> list[Path]:
-    """Writes a PNG of each image in `folder` and below, translated at its own size, to the same place below `out`.
+def transform(
+    checkpoint: Path, source: Path, out: Path | None = None, direction: Direction | None = None
+) -> list[Path]:
+    """Writes a PNG of an image file, or of each one in a folder and below, to the same place below `out`.
 
-    `out` is by default `generated` beside `checkpoint`, which may also be a run's folder. All images are read once before
-    the first is written: a broken one raises `InputError`, and nothing is written.
+    A CycleGAN translates each image at its own size, from A to B unless `direction` says otherwise. An SRGAN upscales it;
+    what is grayscale stays so, and transparency is kept, upscaled bicubically. `out` is by default `generated` beside
+    `checkpoint`, which may also be a run's folder. All images are read once before the first is written: a broken one
+    raises `InputError`, and nothing is written.
     """
-    require(direction in {"a2b", "b2a"}, "--direction", direction, "a2b or b2a")
+    require(direction in {None, "a2b", "b2a"}, "--direction", direction, "a2b or b2a")
     system, checkpoint = _load(checkpoint)
-    if not isinstance(system, CycleGAN):
+    read: Callable[[Path], Any]
+    result: Callable[[Any], Image.Image]
+    if isinstance(system, CycleGAN):
+        read, result = partial(_read_image, system.channels), partial(_translated, system, direction or "a2b")
+    elif isinstance(system, SRGAN):
+        require(direction is None, "--direction", f"a checkpoint of {system.name}", f"one of {CycleGAN.name}")
+        read, result = _read_layers, partial(_upscaled, system)
+    else:
         raise InputError(f"--input: {checkpoint} is of {system.name}, which makes images from noise, not from images")
+    folder = source.parent if source.is_file() else source
     try:
-        files = image_files(folder)
+        files = [source] if source.is_file() else image_files(source)
     except InputError as error:
         raise InputError(f"--input: {error}") from error
     for file in files:
-        _read(file, system.channels)
+        read(file)
     if out and out.resolve() == folder.resolve():
         raise InputError(f"--out: {out} is the folder of --input; expected another")
     out = _output(out, checkpoint)
@@ -95,7 +111,7 @@ def translate(checkpoint: Path, folder: Path, out: Path | None = None, direction
         name = file.with_suffix("") if stems[file.with_suffix("")] == 1 else file
         path = out / f"{name.relative_to(folder)}.png"
         with atomic_write(path) as png:
-            to_image(_translated(system, _read(file, system.channels), direction)).save(png, format="PNG")
+            result(read(file)).save(png, format="PNG")
         paths.append(path)
     return paths
 
@@ -108,7 +124,7 @@ def _load(checkpoint: Path) -> tuple[System, Path]:
     system_type = SYSTEMS[state["system"]]
     settings = system_type.settings_type(**state["settings"])
     system = system_type(settings, state["channels"], make_accelerator("cpu", "fp32"))
-    if not isinstance(system, (LatentSystem, CycleGAN)):
+    if not isinstance(system, (LatentSystem, CycleGAN, SRGAN)):
         raise InputError(f"{checkpoint}: {system.name} makes no images")
     restore(system, state, checkpoint)
     return system, checkpoint
@@ -120,23 +136,62 @@ def _output(out: Path | None, checkpoint: Path) -> Path:
     return out
 
 
-def _read(file: Path, channels: int) -> Tensor:
-    """An image file as `(1, channels, H, W)` from -1 to 1."""
+def _read(file: Path, use: Callable[[Image.Image], Any]) -> Any:
+    """What `use` makes of an image file."""
     try:
         with Image.open(file) as picture:
-            pixels = np.array(normalize(picture, channels))
+            return use(picture)
     except Exception as error:  # Pillow's readers raise whatever a broken file makes them trip over
         raise InputError(f"--input: cannot read image {file} ({one_line(error)})") from error
+
+
+# ── CycleGAN ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _read_image(channels: int, file: Path) -> Tensor:
+    """An image file as `(1, channels, H, W)` from -1 to 1."""
+    pixels = _read(file, lambda picture: np.array(normalize(picture, channels)))
     height, width = pixels.shape[:2]
     require(min(height, width) >= SMALLEST, "--input", f"{file}, {width}x{height},", f"sides of {SMALLEST} or more")
     return to_floats(torch.from_numpy(pixels).view(1, height, width, channels).permute(0, 3, 1, 2))
 
 
-def _translated(system: CycleGAN, image: Tensor, direction: Direction) -> Tensor:
+def _translated(system: CycleGAN, direction: Direction, image: Tensor) -> Image.Image:
     """The translation, of any size: the border is repeated up to what the generator halves, and cut off again."""
     height, width = image.shape[2:]
     multiple = system.generators[direction].multiple
     padded = pad(image, (0, -width % multiple, 0, -height % multiple), mode="replicate")
     with torch.no_grad():
         (fake,) = system.translate(direction, padded)
-    return fake[..., :height, :width]
+    return to_image(fake[..., :height, :width])
+
+
+# ── SRGAN ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Layers(NamedTuple):
+    """A picture in RGB, its transparency if it has any, and whether it was grayscale."""
+
+    color: Image.Image
+    alpha: Image.Image | None
+    gray: bool
+
+
+def _read_layers(file: Path) -> Layers:
+    def layers(picture: Image.Image) -> Layers:
+        gray, picture = is_gray(picture.mode), upright(picture)
+        alpha = picture.convert("RGBA").getchannel("A") if picture.has_transparency_data else None
+        return Layers(picture.convert("RGB"), alpha, gray)
+
+    return _read(file, layers)
+
+
+def _upscaled(system: SRGAN, layers: Layers) -> Image.Image:
+    pixels = torch.from_numpy(np.array(layers.color)).permute(2, 0, 1)[None]
+    large = upscale(system.generator, pixels)[0]
+    picture = Image.fromarray(large.permute(1, 2, 0).contiguous().numpy())
+    if layers.gray:
+        picture = picture.convert("L")
+    if layers.alpha:
+        picture.putalpha(layers.alpha.resize(picture.size, Image.Resampling.BICUBIC))
+    return picture

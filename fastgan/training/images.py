@@ -29,7 +29,7 @@ def to_grid(images: Tensor, columns: int | None = None) -> Image.Image:
     """Lays out `(N, 1 or 3, H, W)` images in [-1, 1] row by row, with a black gap around each; square by default."""
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
-    pixels = pad(_pixels(images), (0, GAP, 0, GAP, 0, 0, 0, rows * columns - len(images)))
+    pixels = pad(to_pixels(images).cpu(), (0, GAP, 0, GAP, 0, 0, 0, rows * columns - len(images)))
     channels, height, width = pixels.shape[1:]
     tiles = pixels.view(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)
     return _picture(pad(tiles.reshape(rows * height, columns * width, channels), (0, 0, GAP, 0, GAP, 0)))
@@ -37,11 +37,12 @@ def to_grid(images: Tensor, columns: int | None = None) -> Image.Image:
 
 def to_image(image: Tensor) -> Image.Image:
     """An image `(1, 1 or 3, H, W)` in [-1, 1]."""
-    return _picture(_pixels(image)[0].permute(1, 2, 0))
+    return _picture(to_pixels(image)[0].cpu().permute(1, 2, 0))
 
 
-def _pixels(images: Tensor) -> Tensor:
-    return images.detach().float().add(1).mul(127.5).round().clamp(0, 255).byte().cpu()
+def to_pixels(images: Tensor) -> Tensor:
+    """Images in [-1, 1] as uint8, clipped."""
+    return images.detach().float().add(1).mul(127.5).round().clamp(0, 255).byte()
 
 
 def _picture(pixels: Tensor) -> Image.Image:

@@ -74,7 +74,7 @@ class Training:
             "system": self.system.name,
             "settings": asdict(self.system.settings),
             "channels": self.system.channels,
-            "images": [len(images) for images in self.batches.sets],
+            "images": [images.pictures.count for images in self.batches.sets],
             "step": self.step,
             "steps": self.plan.steps,
             "drawn": self.batches.drawn,
@@ -119,7 +119,7 @@ class Training:
 
     @staticmethod
     def _shown(last: dict[str, float]) -> str:
-        shown = [f"{name} {value:.2f}" for name, value in last.items() if name.startswith("loss")]
+        shown = [f"{name} {value:.3g}" for name, value in last.items() if name.startswith("loss")]
         return "  ".join([*shown, f"{last['images_per_s']:.0f} images/s"])
 
     def _agree(self, stop: bool) -> bool:

@@ -1,6 +1,6 @@
 """A training run from its options to its result: checks, data, system, loop, comparison."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -15,17 +15,20 @@ from fastgan.training import checkpoint
 from fastgan.training.compare import Comparison, compare
 from fastgan.training.cyclegan import CycleGAN
 from fastgan.training.dann import DANN
-from fastgan.training.data import ImageSet, Turns
+from fastgan.training.data import PictureSet, Turns
 from fastgan.training.dcgan import DCGAN
 from fastgan.training.errors import Diverged, InputError, Interrupted, OutputError, one_line
 from fastgan.training.folder import RunFolder, check_writable
 from fastgan.training.loop import KEPT, Plan, Training
 from fastgan.training.sngan import SNGAN
+from fastgan.training.srgan import SRGAN
 from fastgan.training.stylegan import StyleGAN
-from fastgan.training.system import Settings, System, as_option, require
+from fastgan.training.system import Score, Settings, System, as_option, require
 from fastgan.training.wgan_gp import WGANGP
 
-SYSTEMS: dict[str, type[System]] = {system.name: system for system in (DCGAN, WGANGP, SNGAN, StyleGAN, CycleGAN, DANN)}
+SYSTEMS: dict[str, type[System]] = {
+    system.name: system for system in (DCGAN, WGANGP, SNGAN, StyleGAN, CycleGAN, SRGAN, DANN)
+}
 
 COMPARE_SECONDS = {False: 4.0, True: 40.0}
 """How long the comparison with stock PyTorch takes, without and with `--compare`."""
@@ -45,7 +48,7 @@ class Result:
     steps: int
     images_per_s: float
     seconds: float
-    scores: dict[str, float]
+    scores: dict[str, Score]
     comparison: Comparison | None
     previous: Path | None
 
@@ -97,12 +100,15 @@ def train(
 
     def build(fused: bool) -> System:
         system = system_type(settings, channels, accelerator)
+        system.prepare()
         if fused:
             system.fuse()
         return system
 
     torch.manual_seed(settings.seed)
     system = build(settings.fuse)
+    for remark in system.remarks():
+        console.print(remark)
     if accelerator.process_index:
         torch.manual_seed(settings.seed + accelerator.process_index)
 
@@ -130,7 +136,7 @@ def train(
             error.args = (f"{error}; {'a dry run keeps nothing' if dry_run else _kept(error, training)}",)
             raise
 
-    scores = system.scores()
+    scores = system.scores(sets)
     comparison = None
     if settings.fuse:
         with console.status("Comparing with stock PyTorch"):
@@ -149,12 +155,13 @@ def train(
     )
 
 
-def _check_same(sets: list[ImageSet], channels: int, state: dict[str, Any], path: Path) -> None:
+def _check_same(sets: Sequence[PictureSet], channels: int, state: dict[str, Any], path: Path) -> None:
     """Raises `InputError` unless the checkpoint was trained on as many images."""
     for images, count in zip(sets, state["images"], strict=False):
-        if (len(images), channels) != (count, state["channels"]):
+        found = images.pictures.count
+        if (found, channels) != (count, state["channels"]):
             raise InputError(
-                f"{images.option}: {len(images)} images with {channels} channels, but {path} was trained on {count} with "
+                f"{images.option}: {found} images with {channels} channels, but {path} was trained on {count} with "
                 f"{state['channels']}; resume with the same images"
             )
 
@@ -232,14 +239,16 @@ def _check_backend(device: torch.device) -> None:
 
 
 def _settings(kind: type[Settings], given: Mapping[str, Any], state: dict[str, Any] | None, path: Path) -> Settings:
-    """`given` over the defaults, or over the checkpoint's settings: then only `sources`, which may have moved, change."""
+    """`given` over the defaults, or over the checkpoint's settings: then only `sources`, which may have moved, change, and
+    none where there was none."""
     if state is None:
         settings = kind(**given)
     else:
         settings = kind(**state["settings"])
         for name, value in given.items():
             kept = getattr(settings, name)
-            if name not in kind.sources and value != kept:
+            moved = name in kind.sources and value and kept
+            if value != kept and not moved:
                 given_option, kept_option = _typed(name, value), _typed(name, kept)
                 raise InputError(
                     f"{given_option} does not fit {path}, trained with {kept_option}; a resumed run keeps it"

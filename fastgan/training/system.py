@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from fastgan.fuse import fuse
-from fastgan.training.data import ImageSet, load_images
+from fastgan.training.data import PictureSet, load_images
 from fastgan.training.errors import InputError
 from fastgan.training.images import Grid
 
@@ -25,7 +25,8 @@ class Settings:
     """
 
     sources: ClassVar[tuple[str, ...]]
-    """The fields that say where real images come from: one for each data set that the system draws from."""
+    """The fields that say where files are: they may have moved when a run is resumed. Each names a data set that the system
+    draws from, unless `load` says otherwise."""
 
     image_size: int = 32
     batch_size: int = 64
@@ -34,7 +35,7 @@ class Settings:
     precision: str = "fp32"
     fuse: bool = True
 
-    def load(self) -> list[ImageSet]:
+    def load(self) -> Sequence[PictureSet]:
         """The data sets that a system draws from."""
         return [load_images(getattr(self, source), self.image_size, as_option(source)) for source in self.sources]
 
@@ -55,6 +56,16 @@ def require(fits: bool, option: str, value: object, expected: str) -> None:
     """Raises the `InputError` that names `option` unless `fits`."""
     if not fits:
         raise InputError(f"{option}: {value} does not fit; expected {expected}")
+
+
+class Score(NamedTuple):
+    """What a run says of its networks in a number, and how that is written."""
+
+    value: float
+    form: str
+
+    def __str__(self) -> str:
+        return self.form.format(self.value)
 
 
 S = TypeVar("S", bound=Settings)
@@ -88,6 +99,13 @@ class System(ABC, Generic[S]):
         self.channels = channels
         self.accelerator = accelerator
 
+    def prepare(self) -> None:
+        """Reads what training takes besides real images. Raises `InputError`. Called once, and only to train."""
+
+    def remarks(self) -> list[str]:
+        """What a run says before its first step, a line each."""
+        return []
+
     def begin_step(self, step: int, steps: int) -> None:
         """Called before each step of a run, the first being `step` 0 of `steps`: what follows a schedule follows it here."""
 
@@ -99,14 +117,14 @@ class System(ABC, Generic[S]):
         """
 
     @abstractmethod
-    def sample_grid(self, sets: Sequence[ImageSet]) -> Callable[[], Grid]:
-        """Decides by the seed what all sample grids of a run show, given its data sets.
+    def sample_grid(self, sets: Sequence[Any]) -> Callable[[], Grid]:
+        """Decides by the seed what all sample grids of a run show, given the data sets that `Settings.load` returned.
 
         The result draws them with the weights of the moment, and changes nothing in the system.
         """
 
-    def scores(self) -> dict[str, float]:
-        """What a run says of its trained networks at the end, by name, as parts of 1."""
+    def scores(self, sets: Sequence[Any]) -> dict[str, Score]:
+        """What a run says of its trained networks at the end, by name, given its data sets."""
         return {}
 
     def judge(self, network: nn.Module, images: Tensor) -> Tensor:

@@ -6,9 +6,10 @@ import torch
 from PIL import Image
 
 from fastgan.models.cyclegan import ResNetGenerator, UNetGenerator
+from fastgan.models.srgan import Generator
 from fastgan.training import checkpoint, run
 from fastgan.training.errors import InputError
-from fastgan.training.generate import COLUMNS, FRAMES, ROWS, STRIPS, generate, translate
+from fastgan.training.generate import COLUMNS, FRAMES, ROWS, STRIPS, generate, transform
 
 
 @pytest.fixture
@@ -141,7 +142,7 @@ def pixels(path):
 @pytest.mark.parametrize("generator", ["resnet", "unet"])
 def test_a_folder_is_translated_each_image_at_its_own_size(cyclegan, pictures, generator):
     folder = cyclegan(generator=generator)
-    paths = translate(folder, pictures)
+    paths = transform(folder, pictures)
     names = [path.relative_to(folder / "generated").as_posix() for path in paths]
     assert names == ["a.jpg.png", "a.png.png", "b.png", "below/odd.png"]
     sizes = [Image.open(path).size for path in paths]
@@ -151,7 +152,7 @@ def test_a_folder_is_translated_each_image_at_its_own_size(cyclegan, pictures, g
 @pytest.mark.parametrize("direction", ["a2b", "b2a"])
 def test_a_translation_is_what_the_directions_generator_makes(cyclegan, pictures, direction):
     folder = cyclegan()
-    paths = translate(folder, pictures, direction=direction)
+    paths = transform(folder, pictures, direction=direction)
     network = ResNetGenerator(3, 2, 1)
     network.load_state_dict(checkpoint.load(folder / "checkpoint.pt")["networks"][f"generator_{direction}"])
     image = torch.from_numpy(pixels(pictures / "a.png").copy()).permute(2, 0, 1)[None] / 127.5 - 1
@@ -168,17 +169,17 @@ def test_a_size_that_does_not_halve_is_translated_with_its_border_repeated(cycle
     padded = torch.from_numpy(np.pad(image, ((0, 7), (0, 6), (0, 0)), mode="edge")).permute(2, 0, 1)[None] / 127.5 - 1
     with torch.no_grad():
         expected = (network(padded)[0, :, :33, :26].permute(1, 2, 0) + 1) * 127.5
-    assert np.abs(pixels(translate(folder, pictures)[3]) - expected.numpy()).max() <= 0.51
+    assert np.abs(pixels(transform(folder, pictures)[3]) - expected.numpy()).max() <= 0.51
 
 
 def test_a_broken_or_a_small_image_is_named_and_nothing_written(cyclegan, pictures):
     folder = cyclegan()
     (pictures / "text.png").write_text("text")
     with pytest.raises(InputError, match=r"^--input: cannot read image .*text\.png \("):
-        translate(folder, pictures)
+        transform(folder, pictures)
     Image.new("RGB", (40, 7)).save(pictures / "text.png")
     with pytest.raises(InputError, match=r"^--input: .*text\.png, 40x7, does not fit; expected sides of 8 or more$"):
-        translate(folder, pictures)
+        transform(folder, pictures)
     assert not (folder / "generated").exists()
 
 
@@ -186,15 +187,105 @@ def test_folders_and_directions_that_do_not_fit_are_named(cyclegan, pictures, tm
     folder = cyclegan()
     with pytest.raises(InputError, match=r"^--input: no images found in .*empty"):
         (tmp_path / "empty").mkdir()
-        translate(folder, tmp_path / "empty")
+        transform(folder, tmp_path / "empty")
     with pytest.raises(InputError, match=r"^--out: .*pictures is the folder of --input"):
-        translate(folder, pictures, pictures)
+        transform(folder, pictures, pictures)
     with pytest.raises(InputError, match=r"^--direction: back does not fit; expected a2b or b2a"):
-        translate(folder, pictures, direction="back")
+        transform(folder, pictures, direction="back")
 
 
 def test_what_a_system_does_not_do_is_said(cyclegan, trained, pictures):
-    with pytest.raises(InputError, match=r"cyclegan translates images; name a folder of them by --input$"):
+    with pytest.raises(InputError, match=r"cyclegan starts from images; name one, or a folder of them, by --input$"):
         generate(cyclegan())
     with pytest.raises(InputError, match=r"^--input: .* is of dcgan, which makes images from noise, not from images$"):
-        translate(trained, pictures)
+        transform(trained, pictures)
+
+
+def test_one_file_is_translated_beside_others(cyclegan, pictures):
+    folder = cyclegan()
+    (path,) = transform(folder, pictures / "a.png")
+    assert path == folder / "generated" / "a.png" and Image.open(path).size == (24, 32)
+
+
+# ── SRGAN ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def srgan(tmp_path):
+    """Trains a small one, and gives the folder of its run."""
+    settings = {"image_size": 32, "batch_size": 2, "features": 2, "blocks": 1, "fuse": False, "pretrain_steps": 1}
+    run.train("srgan", settings, out=tmp_path / "srgan", steps=2, device="cpu")
+    return tmp_path / "srgan"
+
+
+def test_a_folder_is_upscaled_whatever_the_sizes(srgan, pictures):
+    Image.new("RGB", (1, 2), "red").save(pictures / "tiny.png")
+    paths = transform(srgan, pictures)
+    names = [path.relative_to(srgan / "generated").as_posix() for path in paths]
+    assert names == ["a.jpg.png", "a.png.png", "b.png", "below/odd.png", "tiny.png"]
+    sizes = [Image.open(path).size for path in paths]
+    assert sizes == [(120, 36), (96, 128), (32, 32), (104, 132), (4, 8)]
+    assert Image.open(paths[3]).mode == "L"
+
+
+def test_an_upscaled_file_is_what_the_generator_makes_of_it(srgan, pictures):
+    (path,) = transform(srgan, pictures / "a.png")
+    network = Generator(4, 3, 2, 1)
+    network.load_state_dict(checkpoint.load(srgan / "checkpoint.pt")["networks"]["generator"])
+    image = torch.from_numpy(pixels(pictures / "a.png").copy()).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.no_grad():
+        expected = ((network.eval()(image)[0].permute(1, 2, 0) + 1) * 127.5).clamp(0, 255)
+    assert path == srgan / "generated" / "a.png"
+    assert np.abs(pixels(path) - expected.numpy()).max() <= 0.51
+
+
+@pytest.mark.parametrize(
+    ("mode", "upscaled"),
+    [
+        ("1", "L"),
+        ("L", "L"),
+        ("LA", "LA"),
+        ("I;16", "L"),
+        ("RGB", "RGB"),
+        ("RGBA", "RGBA"),
+        ("P", "RGB"),
+        ("CMYK", "RGB"),
+    ],
+)
+def test_grayscale_stays_and_transparency_is_kept(srgan, tmp_path, mode, upscaled):
+    random = np.random.default_rng(0)
+    colors = Image.fromarray(random.integers(0, 256, (12, 10, 3), dtype=np.uint8))
+    picture = colors.convert("RGBA") if mode == "LA" else colors
+    picture = Image.new(mode, (10, 12), 9) if mode == "I;16" else picture.convert(mode)
+    alpha = Image.fromarray(random.integers(0, 256, (12, 10), dtype=np.uint8))
+    if upscaled.endswith("A"):
+        picture.putalpha(alpha)
+    picture.save(tmp_path / "it.tiff")
+    (path,) = transform(srgan, tmp_path / "it.tiff")
+    result = Image.open(path)
+    assert result.mode == upscaled and result.size == (40, 48)
+    if upscaled.endswith("A"):
+        expected = alpha.resize((40, 48), Image.Resampling.BICUBIC)
+        assert result.getchannel("A").tobytes() == expected.tobytes()
+
+
+def test_what_does_not_fit_an_srgan_is_named_and_nothing_written(srgan, pictures):
+    with pytest.raises(
+        InputError, match=r"^--direction: a checkpoint of srgan does not fit; expected one of cyclegan$"
+    ):
+        transform(srgan, pictures, direction="a2b")
+    (pictures / "text.png").write_text("text")
+    with pytest.raises(InputError, match=r"^--input: cannot read image .*text\.png \("):
+        transform(srgan, pictures)
+    with pytest.raises(InputError, match=r"^--input: .*nowhere"):
+        transform(srgan, pictures / "nowhere")
+    with pytest.raises(InputError, match=r"srgan starts from images; name one, or a folder of them, by --input$"):
+        generate(srgan)
+    assert not (srgan / "generated").exists()
+
+
+def test_the_vgg_is_not_needed_to_upscale(srgan, pictures):
+    state = checkpoint.load(srgan / "checkpoint.pt")
+    state["settings"]["vgg_weights"] = "gone.pth"
+    checkpoint.save(srgan / "checkpoint.pt", state)
+    assert len(transform(srgan, pictures / "a.png")) == 1

@@ -329,7 +329,7 @@ def test_a_checkpoint_of_another_system_is_refused(train, tmp_path):
     checkpoint.save(tmp_path / "checkpoint.pt", {"system": "biggan"})
     with pytest.raises(InputError, match=r"checkpoint\.pt: a checkpoint of biggan, expected one of dcgan$"):
         train(tmp_path, resume=True)
-    names = "dcgan, wgan-gp, sngan, stylegan, cyclegan, dann"
+    names = "dcgan, wgan-gp, sngan, stylegan, cyclegan, srgan, dann"
     with pytest.raises(InputError, match=rf"checkpoint\.pt: a checkpoint of biggan, expected one of {names}$"):
         run.read_checkpoint(tmp_path / "checkpoint.pt")
 
