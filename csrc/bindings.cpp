@@ -71,6 +71,17 @@ void define_norm(py::module_& m, const std::string& name, void (*forward)(const 
       release());
 }
 
+// running += momentum · (batch - running), of which the variance is made unbiased; mean and var are of the batch.
+template <class T>
+void move_statistics(int64_t channels, Address running_mean, Address running_var, Address mean, Address var, double momentum,
+                     double unbiased) {
+  for (int64_t c = 0; c < channels; ++c) {
+    T &running = at<T>(running_mean)[c], &spread = at<T>(running_var)[c];
+    running = static_cast<T>(running + momentum * (at<double>(mean)[c] - running));
+    spread = static_cast<T>(spread + momentum * (unbiased * at<double>(var)[c] - spread));
+  }
+}
+
 Patches patches_of(int dtype, std::array<int64_t, 4> image, std::array<int64_t, 2> positions,
                    std::array<int64_t, 2> kernel, std::array<int64_t, 2> stride, std::array<int64_t, 2> padding,
                    std::array<int64_t, 2> dilation) {
@@ -127,6 +138,11 @@ PYBIND11_MODULE(_C, m) {
 
   define_norm(m, "batch_norm_act", kernels.batch_norm_act_forward, kernels.batch_norm_act_backward,
               kernels.batch_norm_act_double_backward);
+  m.def("move_statistics", [](int dtype, int64_t channels, Address running_mean, Address running_var, Address mean,
+                              Address var, double momentum, double unbiased) {
+    (static_cast<DType>(dtype) == DType::float64 ? move_statistics<double> : move_statistics<float>)(
+        channels, running_mean, running_var, mean, var, momentum, unbiased);
+  });
   define_norm(m, "group_norm_act", kernels.group_norm_act_forward, kernels.group_norm_act_backward,
               kernels.group_norm_act_double_backward);
   py::class_<AdaIN>(m, "AdaIN").def(py::init([](const NormAct& a, Address scale, Address shift, Address noise, Address noise_weight) {

@@ -65,6 +65,16 @@ def batch_norm_act_double_backward(
     arguments: NormAct, grad_y: int, ggx: int, ggr: int, ggw: int, ggb: int, g_grad_y: int, g_x: int, g_weight: int,
     g_prelu_weight: int,
 ) -> None: ...  # fmt: skip
+def move_statistics(
+    dtype: int,
+    channels: int,
+    running_mean: int,
+    running_var: int,
+    mean: int,
+    var: int,
+    momentum: float,
+    unbiased: float,
+) -> None: ...
 def group_norm_act_forward(arguments: NormAct, y: int) -> None: ...
 def group_norm_act_backward(
     arguments: NormAct, grad_y: int, grad_x: int, grad_residual: int, grad_weight: int, grad_bias: int,

@@ -264,7 +264,7 @@ def run_chain(
     while layers:
         head, head_class = layers[0], classes[0]
         length, run = _choose(x, layers, classes)
-        is_last = residual is not None and length == len(layers) and isinstance(layers[-1], NORM)
+        is_last = residual is not None and length == len(layers) and _adds(layers[-1])
         if is_last and length > 1:
             length -= 1  # the norm comes alone, and adds
             run = _RUNS[classes[:length]]
@@ -293,6 +293,12 @@ def run_chain(
             x = head(x) if run is None else run(x, *layers[:length])
         layers, classes = layers[length:], classes[length:]
     return x, stock, is_added
+
+
+def _adds(layer: nn.Module) -> bool:
+    """Whether a norm makes a pass of its own over its input, in which it may as well add to it. In evaluation convolutions
+    take batch norms in."""
+    return isinstance(layer, INSTANCE) or (isinstance(layer, BATCH) and layer.training)
 
 
 def run_whole(layers: list[nn.Module], x: Any) -> Any:

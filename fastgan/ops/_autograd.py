@@ -1,11 +1,14 @@
 """Registering an operator's gradient, and the zeros that a lean one owes."""
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
+
+from fastgan.ops._kernels import KERNELS
 
 _has_transforms = getattr(torch._C, "_are_functorch_transforms_active", bool)  # private to torch
 
@@ -22,6 +25,41 @@ def is_checkpointed() -> bool:
     """Whether a `torch.utils.checkpoint` runs, which will compute once more and compare what is saved."""
     hooks = _saving_hooks(False) if _saving_hooks else None
     return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+
+
+# ── Calling ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Operators:
+    """What `torch.ops.fastgan` is, but that plain tensors in eager mode do not go through PyTorch's dispatcher: it would
+    come back to Python twice, which takes longer than a small kernel, and find what is known."""
+
+    def __getattr__(self, name: str) -> Any:  # only of what `register_gradient` has not set
+        return getattr(torch.ops.fastgan, name)
+
+
+operators = _Operators()
+
+_PLAIN = (Tensor, nn.Parameter)
+_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", None)  # private to torch
+
+
+def _kernel_for(kernels: dict[str, Callable], inputs: tuple) -> Callable | None:
+    """What computes an operator on the inputs, unless the dispatcher has to be asked."""
+    if torch.compiler.is_compiling() or _dispatch_modes is None or _dispatch_modes() or is_transformed():
+        return None
+    if torch.jit.is_tracing():
+        return None
+    device = None
+    for value in inputs:
+        if isinstance(value, Tensor):
+            if type(value) not in _PLAIN:
+                return None
+            device = device or value.device.type
+    return kernels.get(device or "")
+
+
+# ── Registering ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def register_gradient(operator: str, backward: Callable, save: Callable) -> None:
@@ -48,13 +86,37 @@ def register_gradient(operator: str, backward: Callable, save: Callable) -> None
     apply = (_function_of_lists if takes_lists else _function)(operator, forward, backward)
 
     def autograd(*inputs):
-        if torch.is_grad_enabled():
-            for value in inputs:
-                if _requires_grad(value):
-                    return apply(*inputs)
+        if torch.is_grad_enabled() and any(map(_requires_grad, inputs)):
+            return apply(*inputs)
         return call_below(*inputs)
 
     torch.library.impl(f"fastgan::{operator}", "Autograd", autograd)
+    if not takes_lists:
+        setattr(operators, operator, _direct(operator, backward, save))
+
+
+def _direct(operator: str, backward: Callable, save: Callable) -> Callable:
+    """The operator as `operators` has it."""
+    kernels, packet = KERNELS.setdefault(operator, {}), getattr(torch.ops.fastgan, operator)
+
+    @functools.cache
+    def differentiable(kernel: Callable) -> Callable:
+        def forward(ctx, *inputs):
+            output = kernel(*inputs)
+            save(ctx, inputs, output)
+            return output
+
+        return _function(operator, forward, backward)
+
+    def call(*inputs):
+        kernel = _kernel_for(kernels, inputs)
+        if kernel is None:
+            return packet(*inputs)
+        if torch.is_grad_enabled() and any(map(_requires_grad, inputs)):
+            return differentiable(kernel)(*inputs)
+        return kernel(*inputs)
+
+    return call
 
 
 def _requires_grad(value: Any) -> bool:

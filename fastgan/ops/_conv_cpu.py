@@ -10,7 +10,7 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,34 +60,68 @@ class Geometry(NamedTuple):
         )
 
 
-def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, size: Sequence[int], settings: tuple) -> Tensor:
-    """`fastgan::convolution`; `size`: of the result."""
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple) -> Tensor:
+    """`fastgan::convolution`."""
     x = dense(x, channels_last=True)
+    plan = _plan(x.dtype, x.shape, weight.shape, *map(_hashable, settings))
+    if plan.is_turned:
+        weight, settings = _turned(weight), _turned_settings(weight.shape, settings, transposed=True)
     transposed = settings[3]
-    geometry = _geometry(x, weight, size, settings)
-    form = choose_form(geometry, "image" if transposed else "positions")
-    if form in ("tiles", "winograd"):
-        compute = _convolution_by_tiles if form == "tiles" else _convolution_by_winograd
-        y = compute(geometry, x, weight, bias, transposed)
+    if plan.form in ("tiles", "winograd"):
+        compute = _convolution_by_tiles if plan.form == "tiles" else _convolution_by_winograd
+        y = compute(plan.geometry, x, weight, bias, transposed)
         if y is not None:
             return y
-    if form == "patches":
-        y = _image_of(geometry, x, weight) if transposed else _positions_of(geometry, x, weight)
+    if plan.form == "patches":
+        y = _image_of(plan.geometry, x, weight) if transposed else _positions_of(plan.geometry, x, weight)
         return y if bias is None else y.add_(bias.view(-1, 1, 1))
-    return dense(torch.ops.aten.convolution(x, weight, bias, *settings), channels_last=True)
+    return dense(torch.convolution(x, weight, bias, *settings), channels_last=True)
+
+
+class _Plan(NamedTuple):
+    geometry: Geometry
+    form: Form
+    is_turned: bool
+
+
+def _plan(dtype: torch.dtype, x_shape: torch.Size, weight_shape: torch.Size, *settings: Any) -> _Plan:
+    return _plan_for(backend.serving("cpu"), dtype, x_shape, weight_shape, *settings)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan_for(
+    _serving: str, dtype: torch.dtype, x_shape: torch.Size, weight_shape: torch.Size, *settings: Any
+) -> _Plan:
+    size = output_shape(x_shape, weight_shape, *settings)
+    if _has_few_outputs(dtype, weight_shape, settings):
+        shape = (weight_shape[1], weight_shape[0], *weight_shape[2:])
+        geometry = _geometry(dtype, x_shape, shape, size, _turned_settings(weight_shape, settings, transposed=True))
+        form = choose_form(geometry, "image")
+        if form != "vendor":
+            return _Plan(geometry, form, True)
+    geometry = _geometry(dtype, x_shape, weight_shape, size, settings)
+    return _Plan(geometry, choose_form(geometry, "image" if settings[3] else "positions"), False)
+
+
+def _hashable(setting: Any) -> Any:
+    return tuple(setting) if isinstance(setting, list) else setting
 
 
 def weight_grad(grad_y: Tensor, x: Tensor, weight_shape: Sequence[int], settings: tuple) -> Tensor:
     """`fastgan::convolution_weight_grad`."""
     grad_y, x = dense(grad_y, channels_last=True), dense(x, channels_last=True)
+    if _has_few_outputs(x.dtype, weight_shape, settings):
+        outputs, inputs, *taps = weight_shape
+        turned = _turned_settings(weight_shape, settings, transposed=False)
+        return _turned(weight_grad(x, grad_y, (inputs, outputs, *taps), turned)).contiguous()
     image, positions = (grad_y, x) if settings[3] else (x, grad_y)
     weight = x.new_empty(weight_shape)
-    geometry = _geometry(x, weight, grad_y.shape, settings)
+    geometry = _geometry(x.dtype, x.shape, weight.shape, grad_y.shape, settings)
     form = choose_form(geometry, "weight")
     if form == "tiles" and _weight_grad_by_tiles(geometry, positions, image, weight):
         return weight
     if form == "patches":
-        grad = _rows(positions).t() @ _patches_of(geometry, image)
+        grad = _weight_grad_by_patches(geometry, positions, image)
         return grad.view(weight_shape[0], *geometry.kernel, weight_shape[1]).permute(0, 3, 1, 2).contiguous()
     # oneDNN leaves the 16-bit gradient of a tap that only ever meets padding unwritten; the float32 one it zeroes.
     wide = x.dtype.itemsize == 2 and not geometry.every_tap_meets()
@@ -97,11 +131,54 @@ def weight_grad(grad_y: Tensor, x: Tensor, weight_shape: Sequence[int], settings
     return grad.to(x.dtype).contiguous()
 
 
-def _geometry(x: Tensor, weight: Tensor, size: Sequence[int], settings: tuple) -> Geometry:
+# A convolution at every pixel goes the other way just as well, its taps turned around: what it takes for the image is then
+# what it gives. Where that has few channels, vectors of them would be nearly empty.
+
+
+def _has_few_outputs(dtype: torch.dtype, weight_shape: Sequence[int], settings: tuple) -> bool:
     stride, padding, dilation, transposed, _, groups = settings
-    ends = (size, x.shape) if transposed else (x.shape, size)
-    sizes = map(tuple, (*ends, weight.shape[2:], stride, padding, dilation))
-    return Geometry._make([x.dtype, *sizes, groups])
+    outputs, inputs, *taps = weight_shape
+    return (
+        not transposed
+        and outputs <= _FEW_CHANNELS < inputs
+        and groups == 1
+        and all(step == 1 for step in (*stride, *dilation))
+        and all(p < tap for p, tap in zip(padding, taps, strict=True))
+        and max(taps) > 1
+        and dtype == torch.float32
+        and backend.serving("cpu") == "cpp"
+    )
+
+
+def _turned(weight: Tensor) -> Tensor:
+    return weight.flip(2, 3).transpose(0, 1)
+
+
+def _turned_settings(weight_shape: Sequence[int], settings: tuple, transposed: bool) -> tuple:
+    stride, padding, dilation, _, output_padding, groups = settings
+    turned = tuple(tap - 1 - p for tap, p in zip(weight_shape[2:], padding, strict=True))
+    return stride, turned, dilation, transposed, output_padding, groups
+
+
+def output_shape(
+    x_shape: Sequence[int], weight_shape: Sequence[int], stride, padding, dilation, transposed: bool, output_padding,
+    groups: int,
+) -> tuple[int, int, int, int]:  # fmt: skip
+    reach = [dilation[i] * (weight_shape[2 + i] - 1) + 1 for i in range(2)]
+    if transposed:
+        h, w = ((x_shape[2 + i] - 1) * stride[i] - 2 * padding[i] + reach[i] + output_padding[i] for i in range(2))
+        return x_shape[0], weight_shape[1] * groups, h, w
+    h, w = ((x_shape[2 + i] + 2 * padding[i] - reach[i]) // stride[i] + 1 for i in range(2))
+    return x_shape[0], weight_shape[0], h, w
+
+
+def _geometry(
+    dtype: torch.dtype, x_shape: Sequence[int], weight_shape: Sequence[int], size: Sequence[int], settings: tuple
+) -> Geometry:
+    stride, padding, dilation, transposed, _, groups = settings
+    ends = (size, x_shape) if transposed else (x_shape, size)
+    sizes = map(tuple, (*ends, weight_shape[2:], stride, padding, dilation))
+    return Geometry._make([dtype, *sizes, groups])
 
 
 # ── Choice ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -120,7 +197,7 @@ def stock_is_faster(x: Tensor, weight: Tensor, size: Sequence[int], settings: tu
     threads = torch.get_num_threads()
     if products >= _SMALL * threads or products < _TINY * threads:
         return products < _TINY * threads
-    return choose_form(_geometry(x, weight, size, settings), "image" if settings[3] else "positions") == "vendor"
+    return _plan(x.dtype, x.shape, weight.shape, *settings).form == "vendor"
 
 
 # Patches pay where the matrix of them has at most this many times the elements of the weight. Above, writing it costs more
@@ -157,9 +234,25 @@ def _fastest(geometry: Geometry, result: Result) -> Form:
         return "patches"
     if result != "weight" and math.prod(geometry.positions) * geometry.patch < _FEW_PRODUCTS:
         return "vendor"
+    if result == "weight" and _vendor_sums_slowly(geometry):
+        return "patches"
     limits = _PATCHES_PER_WEIGHT_GRAD if result == "weight" else _PATCHES_PER_WEIGHT
     limit = limits.get(geometry.dtype, limits[torch.float32])
     return "patches" if geometry.patches <= limit * geometry.positions[1] else "vendor"
+
+
+_MANY_CHANNELS, _LARGE_PATCH = 64, 192
+
+
+def _vendor_sums_slowly(geometry: Geometry) -> bool:
+    """Whether a float32 weight's gradient is faster as a matrix product, and more exact: with AVX2, oneDNN's sums reach half
+    the speed of its convolutions, and products of matrices three quarters."""
+    from fastgan import _C
+
+    is_large = geometry.positions[1] >= _MANY_CHANNELS and (
+        geometry.image[1] >= _MANY_CHANNELS or (geometry.image[1] <= _FEW_CHANNELS and geometry.patch >= _LARGE_PATCH)
+    )
+    return is_large and _C.cpu_capability() == "avx2" and geometry.dtype == torch.float32
 
 
 # Channels, and tiles, with which Winograd's form pays: below, the transforms and the calls cost more than the products that
@@ -309,6 +402,8 @@ def _images(geometry: Geometry) -> int:
 # ── Patches ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 # A row for each position of the kernel, a column for each element under it: (N·OH·OW, kh·kw·C).
 
+_PATCH_ELEMENTS = 1 << 24  # of a weight's gradient at a time, for the sake of memory
+
 
 def _positions_of(geometry: Geometry, image: Tensor, weight: Tensor) -> Tensor:
     y = _new_image(image, geometry.positions)
@@ -338,6 +433,18 @@ def _patches_of(geometry: Geometry, image: Tensor) -> Tensor:
     patches = image.new_empty(geometry.patches, geometry.patch)
     _C.image_to_patches(_patches(geometry), image.data_ptr(), patches.data_ptr())
     return patches
+
+
+def _weight_grad_by_patches(geometry: Geometry, positions: Tensor, image: Tensor) -> Tensor:
+    """(O, kh·kw·C)"""
+    images = max(1, _PATCH_ELEMENTS * geometry.image[0] // max(geometry.patches * geometry.patch, 1))
+    grad = None
+    for some, of_image in zip(positions.split(images), image.split(images), strict=True):
+        part = geometry._replace(image=(len(some), *geometry.image[1:]), positions=(len(some), *geometry.positions[1:]))
+        left, right = _rows(some).t(), _patches_of(part, of_image)
+        grad = left @ right if grad is None else grad.addmm_(left, right)
+    assert grad is not None
+    return grad
 
 
 def _new_image(like: Tensor, shape: Sequence[int]) -> Tensor:

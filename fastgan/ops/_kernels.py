@@ -8,6 +8,14 @@ import torch
 
 from fastgan import backend
 
+KERNELS: dict[str, dict[str, Callable]] = {}
+"""Of each operator, what computes it on a device: what the dispatcher is told as well."""
+
+
+def register_kernel(operator: str, device: str, kernel: Callable) -> None:
+    torch.library.impl(f"fastgan::{operator}", device, kernel)
+    KERNELS.setdefault(operator, {})[device] = kernel
+
 
 def register_kernels(
     operator: str,
@@ -35,7 +43,7 @@ def register_kernels(
                 return definition(*args)
             return (cpp if serving == "cpp" else triton)(*args)
 
-        torch.library.impl(f"fastgan::{operator}", device, serve)
+        register_kernel(operator, device, serve)
 
     register("cpu")
     register("cuda")

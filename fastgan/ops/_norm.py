@@ -1,5 +1,7 @@
 """What the norm operators share: the activation, the call of a C++ kernel, the third derivative, and the checks."""
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
@@ -8,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgan import backend
-from fastgan.ops._tensors import DTYPES, accumulation_dtype, address, check_is_tensor, dense, is_channels_last, planes
+from fastgan.ops._tensors import DTYPES, accumulation_dtype, address, check_is_tensor, dense, is_channels_last
 from fastgan.ops._types import Act, FixedAct
 
 _ACT_CODES = {act: code for code, act in enumerate(get_args(Act))}
@@ -55,6 +57,19 @@ def stock_is_faster(x: Tensor) -> bool:
     return x.numel() <= small * torch.get_num_threads()
 
 
+def _as(vector: Tensor, dtype: torch.dtype) -> Tensor:
+    """The vector in a dtype, its elements next to each other. Most are so, and asking is quicker than converting."""
+    return vector if vector.dtype == dtype and vector.is_contiguous() else vector.to(dtype).contiguous()
+
+
+@functools.lru_cache(maxsize=4096)
+def _facts(shape: torch.Size, dtype: torch.dtype, channels_last: bool, per_element: bool) -> tuple:
+    """(dtype of accumulation, and the first three arguments of `_C.NormAct`)."""
+    n, c, s = shape[0], shape[1], math.prod(shape[2:])
+    sizes = (n, 1, c * s) if per_element else (n, c, s)
+    return accumulation_dtype(dtype), DTYPES[dtype], not per_element and (channels_last or s == 1), sizes
+
+
 class NormCall:
     """What the three orders of a norm pass to C++ alike, as csrc/cpu/kernels.h declares it; holds the tensors that it gives
     addresses of.
@@ -70,22 +85,19 @@ class NormCall:
 
         self.C = _C
         self.operator = "group_norm_act" if groups else "batch_norm_act"
-        self.acc = accumulation_dtype(x.dtype)
         self.channels_last = is_channels_last(x)
         self.per_element = per_element
+        self.acc, dtype, rows, sizes = _facts(x.shape, x.dtype, self.channels_last, per_element)
         self.x = dense(x, self.channels_last)
-        n, c, s = planes(x)
         self.residual = self.like_x(residual)
+        self.given = weight, bias
         self.weight, self.bias = self.parameter(weight), self.parameter(bias)
         # Of one number every channel has that one.
-        self.prelu_weight = None if prelu_weight is None else self.parameter(prelu_weight.expand(c))
-        self.parameter_shape = next((p.shape for p in (weight, bias) if p is not None), x.shape[1:2])
-        self.parameter_dtype = self.acc if weight is None else weight.dtype
-        self.mean, self.var = (t.to(torch.float64).contiguous() for t in (mean, var))
+        self.prelu_weight = None if prelu_weight is None else self.parameter(prelu_weight.expand(x.shape[1]))
+        self.mean, self.var = _as(mean, torch.float64), _as(var, torch.float64)
         self.arguments = _C.NormAct(
-            DTYPES[x.dtype], not per_element and (self.channels_last or s == 1),
-            (n, 1, c * s) if per_element else (n, c, s),
-            self.x.data_ptr(), address(self.residual), address(self.weight), address(self.bias), groups, per_element,
+            dtype, rows, sizes, self.x.data_ptr(), address(self.residual), address(self.weight), address(self.bias), groups,
+            per_element,
             own_stats, self.mean.data_ptr(), self.var.data_ptr(), eps, _ACT_CODES[act], negative_slope,
             address(self.prelu_weight),
         )  # fmt: skip
@@ -97,8 +109,7 @@ class NormCall:
         """In the type of accumulation, and the order of x's memory where there is a value for each element."""
         if tensor is None:
             return None
-        tensor = tensor.to(self.acc)
-        return dense(tensor[None], self.channels_last) if self.per_element else tensor.contiguous()
+        return dense(_as(tensor, self.acc)[None], self.channels_last) if self.per_element else _as(tensor, self.acc)
 
     def forward(self) -> Tensor:
         y = torch.empty_like(self.x)
@@ -155,8 +166,12 @@ class NormCall:
         return None if self.prelu_weight is None else torch.empty_like(self.prelu_weight)
 
     def _returned(self, grad: Tensor) -> Tensor:
-        grad = grad[0].contiguous().view(self.parameter_shape) if self.per_element else grad
-        return grad.to(self.parameter_dtype)
+        weight, bias = self.given
+        if self.per_element:
+            grad = (
+                grad[0].contiguous().view(next((p.shape for p in (weight, bias) if p is not None), self.x.shape[1:2]))
+            )
+        return grad if weight is None else grad.to(weight.dtype)
 
 
 def with_zero_gradient(norm_bias: Tensor | None, bias: Tensor | None) -> Tensor | None:

@@ -1,7 +1,5 @@
 """What the operators share about tensors: memory layouts, accumulation types, addresses, and what autograd will use."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -46,13 +44,12 @@ def check_is_tensor(name: str, value: object) -> None:
 def check_input(x: Tensor, name: str = "x") -> None:
     """Raise what every operator raises of an x that is no floating-point tensor."""
     check_is_tensor(name, x)
-    if x.dtype not in DTYPES:
-        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, not {x.dtype}")
+    check_dtype(x.dtype, name)
 
 
-def planes(x: Tensor) -> tuple[int, int, int]:
-    """(batch, channels, elements of one plane)."""
-    return x.shape[0], x.shape[1], math.prod(x.shape[2:])
+def check_dtype(dtype: torch.dtype, name: str = "x") -> None:
+    if dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, not {dtype}")
 
 
 def address(tensor: Tensor | None) -> int:

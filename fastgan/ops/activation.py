@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgan.ops._autograd import is_transformed, register_gradient, with_zeros
+from fastgan.ops._autograd import is_transformed, operators, register_gradient, with_zeros
 from fastgan.ops._tensors import remember_edges, will_use
 
 # ── Definition ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -109,7 +109,7 @@ def _backward(ctx, grad_y):
     if grad_y is None:
         return None, None, None
     (side,) = ctx.saved_tensors
-    grad_x = torch.ops.fastgan.activation_backward(grad_y, side.detach(), ctx.act, ctx.settings)
+    grad_x = operators.activation_backward(grad_y, side.detach(), ctx.act, ctx.settings)
     return with_zeros(ctx, grad_x), None, None
 
 
@@ -126,7 +126,7 @@ def _double_backward(ctx, ggx):
     if ggx is None:
         return None, None, None, None
     (side,) = ctx.saved_tensors
-    return torch.ops.fastgan.activation_backward(ggx, side, ctx.act, ctx.settings), None, None, None
+    return operators.activation_backward(ggx, side, ctx.act, ctx.settings), None, None, None
 
 
 register_gradient("activation_backward", _double_backward, _save_backward)
@@ -161,9 +161,9 @@ def _prelu_backward(ctx, grad_y):
     if grad_y is not None:
         x, side, weight = ctx.saved_tensors
         if will_use(ctx, 0):
-            grad_x = with_zeros(ctx, torch.ops.fastgan.prelu(grad_y, side.detach(), weight, ctx.positive))
+            grad_x = with_zeros(ctx, operators.prelu(grad_y, side.detach(), weight, ctx.positive))
         if will_use(ctx, 2):
-            grad_weight = torch.ops.fastgan.prelu_weight_grad(grad_y, x, side.detach(), weight.numel())
+            grad_weight = operators.prelu_weight_grad(grad_y, x, side.detach(), weight.numel())
     return grad_x, None, grad_weight, None
 
 
@@ -182,9 +182,9 @@ def _prelu_weight_grad_backward(ctx, ggw):
     if ggw is not None:
         grad_y, x, side = ctx.saved_tensors
         if will_use(ctx, 0):
-            g_grad_y = torch.ops.fastgan.prelu(x, side, ggw, 0.0)
+            g_grad_y = operators.prelu(x, side, ggw, 0.0)
         if will_use(ctx, 1):
-            grad_x = torch.ops.fastgan.prelu(grad_y, side, ggw, 0.0)
+            grad_x = operators.prelu(grad_y, side, ggw, 0.0)
     return g_grad_y, grad_x, None, None
 
 
@@ -228,11 +228,11 @@ def prelu(x: Tensor, weight: Tensor) -> Tensor:
     fits = x.dtype == weight.dtype and weight.dim() == 1 and (weight.numel() == 1 or x.dim() > 1)
     if is_transformed() or not fits or weight.numel() not in (1, x.shape[1] if x.dim() > 1 else 1):
         return F.prelu(x, weight)
-    return torch.ops.fastgan.prelu(x, x.detach(), weight, 1.0)
+    return operators.prelu(x, x.detach(), weight, 1.0)
 
 
 def _apply(x: Tensor, act: str, settings: list[float], inplace: bool) -> Tensor:
     if (inplace and x._base is not None) or is_transformed():  # views: autograd has to replay them
         activation = _ACTIVATIONS[act]
         return (activation.forward_ if inplace else activation.forward)(x, *settings)
-    return _InPlace.apply(x, act, settings) if inplace else torch.ops.fastgan.activation(x, act, settings)
+    return _InPlace.apply(x, act, settings) if inplace else operators.activation(x, act, settings)

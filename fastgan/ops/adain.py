@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastgan import backend
-from fastgan.ops._autograd import is_transformed, register_gradient
+from fastgan.ops._autograd import is_transformed, operators, register_gradient
 from fastgan.ops._kernels import register_kernels
 from fastgan.ops._norm import (
     NormCall,
@@ -142,7 +142,7 @@ def _backward(ctx, grad_out, _mean, _var):
     if grad_out is None or not any(needs):
         return tuple(grads)
     needs_x, needs_scale, needs_shift, needs_noise_weight, needs_bias = needs
-    found = torch.ops.fastgan.adain_backward(
+    found = operators.adain_backward(
         grad_out, *ctx.saved_tensors, *ctx.settings,
         needs_x, needs_scale or needs_shift, needs_noise_weight or needs_bias,
     )  # fmt: skip
@@ -166,7 +166,7 @@ def _double_backward(ctx, *ggs):
     grads: list[Tensor | None] = [None] * 15
     if all(gg is None for gg in ggs):
         return tuple(grads)
-    found = torch.ops.fastgan.adain_double_backward(*ggs, *ctx.saved_tensors, *ctx.settings)
+    found = operators.adain_double_backward(*ggs, *ctx.saved_tensors, *ctx.settings)
     # shift, argument 3, has no part in any gradient; stock autograd gives it none.
     for argument, grad in zip((0, 1, 2, 4, 5), found, strict=True):
         if ctx.needs_input_grad[argument]:
@@ -311,7 +311,7 @@ def adain(
             x, scale, shift, eps,
             noise=noise, noise_weight=noise_weight, bias=bias, act=act, negative_slope=negative_slope,
         )  # fmt: skip
-    out, _, _ = torch.ops.fastgan.adain(x, scale, shift, noise_weight, bias, noise, eps, act, negative_slope)
+    out, _, _ = operators.adain(x, scale, shift, noise_weight, bias, noise, eps, act, negative_slope)
     return out
 
 

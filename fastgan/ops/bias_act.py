@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgan import backend
-from fastgan.ops._autograd import is_transformed, register_gradient, with_zeros
+from fastgan.ops._autograd import is_transformed, operators, register_gradient, with_zeros
 from fastgan.ops._kernels import register_kernels
 from fastgan.ops._norm import check_parameter, third_derivative
 from fastgan.ops._tensors import (
@@ -147,7 +147,7 @@ def _backward(ctx, grad_y):
     if passes and 0 in used:
         grads[0] = grad_y
     if used and not (passes and used == [0]):
-        found = torch.ops.fastgan.bias_act_backward(
+        found = operators.bias_act_backward(
             grad_y, side, b, *ctx.settings, 0 in used and not passes, 1 in used
         )  # fmt: skip
         if 0 in used and not passes:
@@ -176,9 +176,7 @@ def _double_backward(ctx, ggx, ggb):
     grad_y, side, b = ctx.saved_tensors
     curves = ctx.settings[1] not in _PIECEWISE_LINEAR
     needs_x, needs_b = (curves and will_use(ctx, i) for i in (1, 2))
-    g_grad_y, g_x, g_b = torch.ops.fastgan.bias_act_double_backward(
-        ggx, ggb, grad_y, side, b, *ctx.settings, needs_x, needs_b
-    )
+    g_grad_y, g_x, g_b = operators.bias_act_double_backward(ggx, ggb, grad_y, side, b, *ctx.settings, needs_x, needs_b)
     grads[0] = g_grad_y
     if needs_x:
         grads[1] = g_x
@@ -207,7 +205,7 @@ def _triple_backward(ctx, *cotangents):
     # g_grad_y is to ggx and ggb what y is to x and b, were the activation linear on each side.
     side = ctx.saved_tensors[3]
     needs = ctx.needs_input_grad[:2]
-    found = torch.ops.fastgan.bias_act_backward(cotangents[0], side, None, *ctx.settings, *needs)
+    found = operators.bias_act_backward(cotangents[0], side, None, *ctx.settings, *needs)
     for i in range(2):
         if needs[i]:
             grads[i] = found[i]
@@ -330,7 +328,7 @@ def bias_act(
         or _stock_is_faster(x)
     ):
         return reference(x, b, dim, act, alpha, gain, clamp)
-    return torch.ops.fastgan.bias_act(x, b, dim, act, alpha, gain, _limit(clamp, x.dtype))
+    return operators.bias_act(x, b, dim, act, alpha, gain, _limit(clamp, x.dtype))
 
 
 def _limit(clamp: float | None, dtype: torch.dtype) -> float | None:

@@ -4,17 +4,19 @@ The arithmetic is cuDNN's on CUDA. On the CPU it is oneDNN's, or one matrix prod
 unit, whichever is fastest for the shape: `_conv_cpu` has the three forms and the choice.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgan import backend
 from fastgan.ops import _conv_cpu
-from fastgan.ops._autograd import is_transformed, register_gradient
-from fastgan.ops._tensors import check_input, check_is_tensor, dense, is_channels_last, remember_edges, will_use
+from fastgan.ops._autograd import is_transformed, operators, register_gradient
+from fastgan.ops._kernels import register_kernel
+from fastgan.ops._tensors import check_dtype, check_is_tensor, dense, is_channels_last, remember_edges, will_use
 
 Size2 = int | Sequence[int]
 
@@ -36,17 +38,6 @@ def reference(
     if transposed:
         return F.conv_transpose2d(x, weight, bias, stride, padding, output_padding, groups, dilation)
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-
-
-def output_shape(
-    x: Tensor, weight: Tensor, stride, padding, dilation, transposed: bool, output_padding, groups: int
-) -> tuple[int, int, int, int]:
-    reach = [dilation[i] * (weight.shape[2 + i] - 1) + 1 for i in range(2)]
-    if transposed:
-        h, w = ((x.shape[2 + i] - 1) * stride[i] - 2 * padding[i] + reach[i] + output_padding[i] for i in range(2))
-        return x.shape[0], weight.shape[1] * groups, h, w
-    h, w = ((x.shape[2 + i] + 2 * padding[i] - reach[i]) // stride[i] + 1 for i in range(2))
-    return x.shape[0], weight.shape[0], h, w
 
 
 # ── Schema ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -89,7 +80,7 @@ def _input_grad(grad_y: Tensor, weight: Tensor, input_size, settings) -> Tensor:
             - ((grad_y.shape[2 + i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (weight.shape[2 + i] - 1) + 1)
             for i in range(2)
         ]
-    return torch.ops.fastgan.convolution(
+    return operators.convolution(
         grad_y, weight, None, stride, padding, dilation, not transposed, output_padding, groups
     )
 
@@ -109,7 +100,7 @@ def _backward(ctx, grad_y):
     if will_use(ctx, 0):
         grad_x = _input_grad(grad_y, weight, x.shape[2:], ctx.settings)
     if will_use(ctx, 1):
-        grad_weight = torch.ops.fastgan.convolution_weight_grad(grad_y, x, weight.shape, *ctx.settings)
+        grad_weight = operators.convolution_weight_grad(grad_y, x, weight.shape, *ctx.settings)
     if will_use(ctx, 2):
         grad_bias = grad_y.sum((0, 2, 3))
     return grad_x, grad_weight, grad_bias, *[None] * len(ctx.settings)
@@ -131,7 +122,7 @@ def _weight_grad_backward(ctx, ggw):
     grad_y, x = ctx.saved_tensors
     g_grad_y = grad_x = None
     if will_use(ctx, 0):
-        g_grad_y = torch.ops.fastgan.convolution(x, ggw, None, *ctx.settings)
+        g_grad_y = operators.convolution(x, ggw, None, *ctx.settings)
     if will_use(ctx, 1):
         grad_x = _input_grad(grad_y, ggw, x.shape[2:], ctx.settings)
     return g_grad_y, grad_x, None, *[None] * len(ctx.settings)
@@ -154,7 +145,7 @@ def _vendor_weight_grad(grad_y, x, weight_shape, *settings):
 
 
 def _cpu_convolution(x, weight, bias, *settings):
-    return _conv_cpu.convolution(x, weight, bias, output_shape(x, weight, *settings), settings)
+    return _conv_cpu.convolution(x, weight, bias, settings)
 
 
 def _cpu_weight_grad(grad_y, x, weight_shape, *settings):
@@ -162,9 +153,9 @@ def _cpu_weight_grad(grad_y, x, weight_shape, *settings):
 
 
 torch.library.impl("fastgan::convolution", "CompositeExplicitAutograd", _vendor_convolution)
-torch.library.impl("fastgan::convolution", "cpu", _cpu_convolution)
+register_kernel("convolution", "cpu", _cpu_convolution)
 torch.library.impl("fastgan::convolution_weight_grad", "CompositeExplicitAutograd", _vendor_weight_grad)
-torch.library.impl("fastgan::convolution_weight_grad", "cpu", _cpu_weight_grad)
+register_kernel("convolution_weight_grad", "cpu", _cpu_weight_grad)
 
 
 # ── The functions ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -233,16 +224,14 @@ def prepare(x: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple, lea
 
     With `lean` the operator serves wherever its derivatives are right, be stock torch faster in the forward or not.
     """
-    settings = _in_pairs(settings)
-    stride, _, _, transposed, output_padding, groups = settings
-    check_is_tensor("x", x)
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+        if tensor is not None or name != "bias":
+            check_is_tensor(name, tensor)
     x, weight, bias = cast_for_autocast(x, weight, bias)
-    _check_tensors(x, weight, bias, transposed, groups)
-    size = output_shape(x, weight, *settings)
-    if min(size[2:]) < 1:
-        raise ValueError(
-            f"x of shape {tuple(x.shape)} is too small for weight {tuple(weight.shape)}: no output is left"
-        )
+    is_plain = type(x) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()  # else sizes may be symbols
+    check = _check_once if is_plain and all(type(size) is not list for size in settings) else _check
+    settings, size = check(_facts(x), _facts(weight), None if bias is None else _facts(bias), settings)
+    stride, _, _, transposed, output_padding, _ = settings
     runs_as_stock = (
         x.numel() == 0
         or is_transformed()
@@ -251,6 +240,34 @@ def prepare(x: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple, lea
         or (not lean and _stock_is_faster(x, weight, size, settings))
     )
     return Prepared(x, weight, bias, settings, size, runs_as_stock)
+
+
+class _Facts(NamedTuple):
+    """What of a tensor is checked."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+def _facts(tensor: Tensor) -> _Facts:
+    return _Facts(tensor.shape, tensor.dtype, tensor.device)
+
+
+def _check(x: _Facts, weight: _Facts, bias: _Facts | None, settings: tuple) -> tuple[tuple, tuple[int, int, int, int]]:
+    """(settings in pairs, the size of the output), or what the functions say they raise."""
+    settings = _in_pairs(settings)
+    _check_tensors(x, weight, bias, settings[3], settings[5])
+    size = _conv_cpu.output_shape(x.shape, weight.shape, *settings)
+    if min(size[2:]) < 1:
+        raise ValueError(
+            f"x of shape {tuple(x.shape)} is too small for weight {tuple(weight.shape)}: no output is left"
+        )
+    return settings, size
+
+
+# Checking takes longer than a small layer does.
+_check_once = functools.lru_cache(maxsize=4096)(_check)
 
 
 def _stock_is_faster(x: Tensor, weight: Tensor, size: Sequence[int], settings: tuple) -> bool:
@@ -270,7 +287,7 @@ def convolve(prepared: Prepared, keep_layout: bool) -> Tensor:
         if x.requires_grad and not is_channels_last(x):
             x = x.reshape(-1).view(x.shape)  # whose gradient is contiguous, as stock's is: penalties call .view on it
         x = dense(x, channels_last=True)
-    y = torch.ops.fastgan.convolution(x, weight, bias, *settings)
+    y = operators.convolution(x, weight, bias, *settings)
     return dense(y, stock_is_channels_last) if keep_layout else y
 
 
@@ -321,13 +338,12 @@ def _pair(name: str, value: Size2, least: int) -> tuple[int, int]:
     return pair
 
 
-def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, groups: int) -> None:
+def _check_tensors(x: _Facts, weight: _Facts, bias: _Facts | None, transposed: bool, groups: int) -> None:
     """Raise what the functions say they raise of their tensors."""
-    check_input(x)
-    if x.dim() != 4:
+    check_dtype(x.dtype)
+    if len(x.shape) != 4:
         raise ValueError(f"x must have shape (N, C, H, W), not {tuple(x.shape)}")
-    check_is_tensor("weight", weight)
-    if weight.dim() != 4:
+    if len(weight.shape) != 4:
         raise ValueError(f"weight must have 4 dimensions, not shape {tuple(weight.shape)}")
     if groups < 1 or weight.shape[0] % groups:
         raise ValueError(f"groups must divide weight's {weight.shape[0]} channels, not be {groups}")
@@ -335,10 +351,8 @@ def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: b
     if x.shape[1] != channels:
         raise ValueError(f"x must have {channels} channels to fit weight {tuple(weight.shape)}, not {x.shape[1]}")
     outputs = weight.shape[1] * groups if transposed else weight.shape[0]
-    if bias is not None:
-        check_is_tensor("bias", bias)
-        if bias.shape != (outputs,):
-            raise ValueError(f"bias must have shape ({outputs},) to fit weight, not {tuple(bias.shape)}")
+    if bias is not None and bias.shape != (outputs,):
+        raise ValueError(f"bias must have shape ({outputs},) to fit weight, not {tuple(bias.shape)}")
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
             continue

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgan import backend
-from fastgan.ops._autograd import is_transformed, register_gradient
+from fastgan.ops._autograd import is_transformed, operators, register_gradient
 from fastgan.ops._kernels import register_kernels
 from fastgan.ops._norm import (
     NormCall,
@@ -135,7 +135,7 @@ def _backward(ctx, grad_y, _mean, _var):
         grads[3], needs[3] = grad_y, False
     if any(needs):
         needs_x, needs_weight, needs_bias, needs_residual = needs
-        found = torch.ops.fastgan.group_norm_act_backward(
+        found = operators.group_norm_act_backward(
             grad_y, *ctx.saved_tensors, *ctx.settings, needs_x, needs_weight or needs_bias, needs_residual
         )
         for i in range(4):
@@ -159,7 +159,7 @@ def _double_backward(ctx, ggx, ggw, ggb, ggr):
     if ggx is ggw is ggb is ggr is None:
         return tuple(grads)
     bias = ctx.saved_tensors[3]
-    found = torch.ops.fastgan.group_norm_act_double_backward(ggx, ggw, ggb, ggr, *ctx.saved_tensors, *ctx.settings)
+    found = operators.group_norm_act_double_backward(ggx, ggw, ggb, ggr, *ctx.saved_tensors, *ctx.settings)
     for i in range(3):
         if ctx.needs_input_grad[i]:
             grads[i] = found[i]
@@ -329,7 +329,7 @@ def normalise(
     stock = x.numel() == 0 or is_transformed() or backend.serving(x.device.type) == "reference"
     if stock or (not lean and stock_is_faster(x)):
         return reference(x, num_groups, weight, bias, eps, act=act, negative_slope=negative_slope, residual=residual)
-    y, _, _ = torch.ops.fastgan.group_norm_act(x, weight, bias, residual, num_groups, eps, act, negative_slope)
+    y, _, _ = operators.group_norm_act(x, weight, bias, residual, num_groups, eps, act, negative_slope)
     return y
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgan import backend
-from fastgan.ops._autograd import is_transformed, register_gradient
+from fastgan.ops._autograd import is_transformed, operators, register_gradient
 from fastgan.ops._kernels import register_kernels
 from fastgan.ops._norm import (
     NormCall,
@@ -23,7 +23,7 @@ from fastgan.ops._norm import (
     second_derivative,
     third_derivative,
 )
-from fastgan.ops._tensors import accumulation_dtype, check_input, dense, is_channels_last
+from fastgan.ops._tensors import DTYPES, accumulation_dtype, check_input, dense, is_channels_last
 from fastgan.ops._types import Act
 
 # ── Definition ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -136,7 +136,7 @@ def _backward(ctx, grad_y, _mean, _var):
         return tuple(grads)
     # Without an activation the residual's gradient is grad_y itself.
     passes_residual = needs_residual and act == "none"
-    found = torch.ops.fastgan.batch_norm_act_backward(
+    found = operators.batch_norm_act_backward(
         grad_y, *ctx.saved_tensors, ctx.training, *ctx.settings,
         needs_x, needs_weight or needs_bias or needs_prelu_weight, needs_residual and not passes_residual,
     )  # fmt: skip
@@ -168,7 +168,7 @@ def _double_backward(ctx, ggx, ggw, ggb, ggr, gg_prelu_weight):
         grads[:6] = second_derivative(composed, (ggx, ggw, ggb, ggr, gg_prelu_weight), tensors)
         return tuple(grads)
     bias = ctx.saved_tensors[3]
-    found = torch.ops.fastgan.batch_norm_act_double_backward(
+    found = operators.batch_norm_act_double_backward(
         ggx, ggw, ggb, ggr, *ctx.saved_tensors, ctx.training, *ctx.settings
     )
     depends_on_x = ctx.training or ggw is not None
@@ -345,15 +345,16 @@ def normalise(
             act=act, negative_slope=negative_slope, prelu_weight=prelu_weight, residual=residual,
         )  # fmt: skip
     mean, var = (None, None) if training else (running_mean, running_var)
-    y, mean, var = torch.ops.fastgan.batch_norm_act(
+    y, mean, var = operators.batch_norm_act(
         x, weight, bias, residual, prelu_weight, mean, var, eps, act, negative_slope
     )  # fmt: skip
     if training and running_mean is not None and running_var is not None:
         n = x.numel() // x.shape[1]
         if mean_offset is not None:
             mean = mean + mean_offset.detach()
-        _move(running_mean, mean, momentum)
-        _move(running_var, var * (n / (n - 1)), momentum)
+        if not _move_at_once(running_mean, running_var, mean, var, momentum, n / (n - 1)):
+            _move(running_mean, mean, momentum)
+            _move(running_var, var * (n / (n - 1)), momentum)
     return y
 
 
@@ -372,6 +373,25 @@ def _stock_is_faster(x: Tensor, training: bool) -> bool:
     elif training:
         small = _SMALL_TRAINING_CHANNELS_LAST if is_channels_last(x) else _SMALL_TRAINING
     return x.numel() <= small * torch.get_num_threads()
+
+
+def _move_at_once(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float | Tensor, unbiased: float
+) -> bool:
+    """Both running statistics, where C++ can: six small operations take longer than a small tensor to normalise."""
+    vectors = (running_mean, running_var, mean, var)
+    if isinstance(momentum, Tensor) or torch.compiler.is_compiling() or mean.dtype != torch.float64:
+        return False
+    if any(type(t) is not Tensor or t.device.type != "cpu" or not t.is_contiguous() for t in vectors):
+        return False
+    if running_mean.dtype != running_var.dtype or running_mean.dtype not in (torch.float32, torch.float64):
+        return False
+    from fastgan import _C
+
+    dtype, addresses = DTYPES[running_mean.dtype], [t.data_ptr() for t in vectors]
+    _C.move_statistics(dtype, len(mean), addresses[0], addresses[1], addresses[2], addresses[3], momentum, unbiased)
+    torch.autograd.graph.increment_version((running_mean, running_var))
+    return True
 
 
 def _move(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:

@@ -6,7 +6,7 @@ Two bilinear operators, each of whose gradients is one of the two: Σ x·y over 
 import torch
 from torch import Tensor
 
-from fastgan.ops._autograd import is_transformed, register_gradient
+from fastgan.ops._autograd import is_transformed, operators, register_gradient
 from fastgan.ops._kernels import register_kernels
 from fastgan.ops._tensors import (
     DTYPES,
@@ -63,9 +63,9 @@ def _dot_backward(ctx, grad):
         return None, None
     x, y = ctx.saved_tensors
     if ctx.is_square:
-        return torch.ops.fastgan.sample_scale(x, 2 * grad), None
-    grad_x = torch.ops.fastgan.sample_scale(y, grad) if will_use(ctx, 0) else None
-    grad_y = torch.ops.fastgan.sample_scale(x, grad) if will_use(ctx, 1) else None
+        return operators.sample_scale(x, 2 * grad), None
+    grad_x = operators.sample_scale(y, grad) if will_use(ctx, 0) else None
+    grad_y = operators.sample_scale(x, grad) if will_use(ctx, 1) else None
     return grad_x, grad_y
 
 
@@ -73,8 +73,8 @@ def _scale_backward(ctx, grad):
     if grad is None:
         return None, None
     x, factors = ctx.saved_tensors
-    grad_x = torch.ops.fastgan.sample_scale(grad, factors) if will_use(ctx, 0) else None
-    grad_factors = torch.ops.fastgan.sample_dot(grad, x) if will_use(ctx, 1) else None
+    grad_x = operators.sample_scale(grad, factors) if will_use(ctx, 0) else None
+    grad_factors = operators.sample_dot(grad, x) if will_use(ctx, 1) else None
     return grad_x, grad_factors
 
 
@@ -130,7 +130,7 @@ def sample_squares(x: Tensor) -> Tensor:
     check_input(x)
     if x.dim() == 0:
         raise ValueError("x must have shape (N, *), not ()")
-    return dot_reference(x, x) if is_transformed() else torch.ops.fastgan.sample_dot(x, x)
+    return dot_reference(x, x) if is_transformed() else operators.sample_dot(x, x)
 
 
 def sample_norms(x: Tensor, eps: float = 1e-12) -> Tensor:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgan import backend
-from fastgan.ops._autograd import is_transformed, register_gradient
+from fastgan.ops._autograd import is_transformed, operators, register_gradient
 from fastgan.ops._tensors import DTYPES, accumulation_dtype, check_input, check_is_tensor, dense, is_channels_last
 
 # ── Definition ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -85,7 +85,7 @@ def _backward(ctx, grad_y):
         before = taps - 1 - padding[2 * i]
         after = ctx.sizes[i] * up[i] - grad_y.shape[3 - i] * down[i] + padding[2 * i] - up[i] + 1
         transposed += [before, after]
-    return torch.ops.fastgan.upfirdn2d(grad_y, f, down, up, transposed, not flip_filter, gain), *[None] * 6
+    return operators.upfirdn2d(grad_y, f, down, up, transposed, not flip_filter, gain), *[None] * 6
 
 
 register_gradient("upfirdn2d", _backward, _save)
@@ -177,7 +177,7 @@ def upfirdn2d(
     arguments = (x, f, up, down, padding, flip_filter, gain)
     if is_transformed():
         return reference(*arguments)
-    return torch.ops.fastgan.upfirdn2d(*arguments)
+    return operators.upfirdn2d(*arguments)
 
 
 def setup_filter(

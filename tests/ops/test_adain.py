@@ -12,6 +12,7 @@ from oracle import Errors, arange_like, two_orders
 
 from fastgan import backend
 from fastgan.ops import adain, adain_from_features
+from fastgan.ops._autograd import operators
 from fastgan.ops.adain import reference
 
 ACTS = ("none", "relu", "leaky_relu")
@@ -237,8 +238,8 @@ def test_shift_has_no_second_gradient_as_in_stock():
 def test_a_penalty_does_not_ask_for_the_parameters_gradients(monkeypatch):
     """Which the first pass, the one to the input, throws away."""
     asked = []
-    kernel = torch.ops.fastgan.adain_backward
-    monkeypatch.setattr(torch.ops.fastgan, "adain_backward", lambda *args: asked.append(args[-3:]) or kernel(*args))
+    kernel = operators.adain_backward
+    monkeypatch.setattr(operators, "adain_backward", lambda *args: asked.append(args[-3:]) or kernel(*args))
     inputs, noise = inputs_of((4, 6, 6, 6))
     x, *parameters = leaves(inputs)
     y = ours(noise)(x * 1, *(p * 1 for p in parameters))
@@ -291,8 +292,8 @@ def test_opcheck(given, dtype):
 @needs_cpp
 def test_another_backend_or_a_transform_runs_the_definition(use_backend, monkeypatch):
     served = []
-    kernel = torch.ops.fastgan.adain
-    monkeypatch.setattr(torch.ops.fastgan, "adain", lambda *args: served.append(True) or kernel(*args))
+    kernel = operators.adain
+    monkeypatch.setattr(operators, "adain", lambda *args: served.append(True) or kernel(*args))
     inputs, noise = inputs_of((3, 4, 5, 5))
     by_kernel = ours(noise, "relu")(*inputs)
     assert served.pop()
@@ -306,8 +307,8 @@ def test_another_backend_or_a_transform_runs_the_definition(use_backend, monkeyp
 @needs_cpp
 def test_stock_torch_serves_small_tensors_unless_a_backend_is_named(monkeypatch):
     served = []
-    kernel = torch.ops.fastgan.adain
-    monkeypatch.setattr(torch.ops.fastgan, "adain", lambda *args: served.append(args[0].shape) or kernel(*args))
+    kernel = operators.adain
+    monkeypatch.setattr(operators, "adain", lambda *args: served.append(args[0].shape) or kernel(*args))
     small, large = torch.randn(2, 3, 4, 4), torch.randn(2, 2, 1024, 1024)
     for automatic in (True, False):
         monkeypatch.setattr(backend, "is_automatic", lambda: automatic)  # noqa: B023

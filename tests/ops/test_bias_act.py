@@ -12,6 +12,7 @@ from oracle import Errors, two_orders
 
 from fastgan import backend
 from fastgan.ops import bias_act
+from fastgan.ops._autograd import operators
 from fastgan.ops.bias_act import reference
 
 ACTS = {
@@ -389,9 +390,9 @@ def test_what_is_saved(act):
 
 def test_no_gradient_is_computed_that_nobody_uses(monkeypatch):
     asked = []
-    kernel = torch.ops.fastgan.bias_act_backward
+    kernel = operators.bias_act_backward
     monkeypatch.setattr(
-        torch.ops.fastgan, "bias_act_backward", lambda *args: asked.append(args[-2:]) or kernel(*args)
+        operators, "bias_act_backward", lambda *args: asked.append(args[-2:]) or kernel(*args)
     )  # fmt: skip
     x, b = (t * 1 for t in leaves(inputs_of((4, 3, 5, 5))))
     y = bias_act(x, b, act="swish").sum()
@@ -443,8 +444,8 @@ def test_function_transforms_see_through_the_operator():
 @needs_cpp
 def test_stock_torch_serves_small_tensors_unless_a_backend_is_named(monkeypatch):
     served = []
-    kernel = torch.ops.fastgan.bias_act
-    monkeypatch.setattr(torch.ops.fastgan, "bias_act", lambda *args: served.append(args[0].shape) or kernel(*args))
+    kernel = operators.bias_act
+    monkeypatch.setattr(operators, "bias_act", lambda *args: served.append(args[0].shape) or kernel(*args))
     small, large = torch.randn(2, 3, 4, 4), torch.randn(2, 2, 1024, 1024)
     for automatic in (True, False):
         monkeypatch.setattr(backend, "is_automatic", lambda: automatic)  # noqa: B023

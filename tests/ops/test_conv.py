@@ -43,6 +43,13 @@ def leaves(inputs, dtype):
 HAS_MATRIX_UNIT = backend.obstacle("cpp", "cpu") is None and importlib.import_module("fastgan._C").has_matrix_unit()
 
 
+@pytest.fixture(autouse=True)
+def _forms_are_chosen_anew():
+    _conv_cpu._plan_for.cache_clear()
+    yield
+    _conv_cpu._plan_for.cache_clear()
+
+
 @pytest.fixture(params=["its own choice", "vendor", "patches", "tiles"])
 def form(request, monkeypatch):
     """Every way to compute a convolution has to be right wherever it can be taken."""

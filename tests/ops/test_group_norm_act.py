@@ -12,6 +12,7 @@ from oracle import Errors, arange_like, two_orders
 
 from fastgan import backend
 from fastgan.ops import group_norm_act, instance_norm_act, layer_norm_act
+from fastgan.ops._autograd import operators
 from fastgan.ops.group_norm_act import _composed, reference
 
 ACTS = ("none", "relu", "leaky_relu")
@@ -214,10 +215,8 @@ def test_bias_has_a_zero_second_gradient_not_none(norm):
 def test_a_penalty_does_not_ask_for_the_parameters_gradients(norm, monkeypatch):
     """Which the first pass, the one to the input, throws away."""
     asked = []
-    kernel = torch.ops.fastgan.group_norm_act_backward
-    monkeypatch.setattr(
-        torch.ops.fastgan, "group_norm_act_backward", lambda *args: asked.append(args[-3:]) or kernel(*args)
-    )
+    kernel = operators.group_norm_act_backward
+    monkeypatch.setattr(operators, "group_norm_act_backward", lambda *args: asked.append(args[-3:]) or kernel(*args))
     x, weight, bias, _ = leaves(inputs_of((4, 6, 6, 6), norm))
     y = ours(norm, 3)(x * 1, weight * 1, bias * 1)
     torch.autograd.grad(y.sum(), x, create_graph=True)
@@ -504,10 +503,8 @@ def test_function_transforms_see_through_the_operator(norm):
 @needs_cpp
 def test_stock_torch_serves_small_tensors_unless_a_backend_is_named(monkeypatch):
     served = []
-    kernel = torch.ops.fastgan.group_norm_act
-    monkeypatch.setattr(
-        torch.ops.fastgan, "group_norm_act", lambda *args: served.append(args[0].shape) or kernel(*args)
-    )
+    kernel = operators.group_norm_act
+    monkeypatch.setattr(operators, "group_norm_act", lambda *args: served.append(args[0].shape) or kernel(*args))
     small, large = torch.randn(2, 3, 4, 4), torch.randn(2, 2, 1024, 1024)
     for automatic in (True, False):
         monkeypatch.setattr(backend, "is_automatic", lambda: automatic)  # noqa: B023

@@ -12,6 +12,7 @@ from oracle import Errors, two_orders
 
 from fastgan import backend
 from fastgan.ops import batch_norm_act
+from fastgan.ops._autograd import operators
 from fastgan.ops.norm_act import reference
 
 ACTS = ("none", "relu", "leaky_relu", "prelu")
@@ -421,10 +422,8 @@ def test_function_transforms_see_through_the_operator():
 @needs_cpp
 def test_stock_torch_serves_small_tensors_unless_a_backend_is_named(monkeypatch):
     served = []
-    kernel = torch.ops.fastgan.batch_norm_act
-    monkeypatch.setattr(
-        torch.ops.fastgan, "batch_norm_act", lambda *args: served.append(args[0].shape) or kernel(*args)
-    )
+    kernel = operators.batch_norm_act
+    monkeypatch.setattr(operators, "batch_norm_act", lambda *args: served.append(args[0].shape) or kernel(*args))
     small, large = torch.randn(2, 3, 4, 4), torch.randn(2, 2, 1024, 1024)
     for automatic in (True, False):
         monkeypatch.setattr(backend, "is_automatic", lambda: automatic)  # noqa: B023
