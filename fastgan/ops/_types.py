@@ -7,3 +7,5 @@ Act = Literal["none", "relu", "leaky_relu"]
 
 # The order of `enum class BiasActivation`, likewise.
 BiasActivation = Literal["linear", "relu", "lrelu", "tanh", "sigmoid", "elu", "selu", "softplus", "swish"]
+
+PixelShuffleActivation = Literal["none", "relu", "leaky_relu", "prelu"]
