@@ -59,5 +59,7 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, layout: str, work: Work) ->
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    for shape, dtype, layout, work in product(SHAPES, (torch.float32, torch.bfloat16), ("NCHW", "channels_last"), MOVES):
+    for shape, dtype, layout, work in product(
+        SHAPES, (torch.float32, torch.bfloat16), ("NCHW", "channels_last"), MOVES
+    ):
         yield case(shape, dtype, layout, work)

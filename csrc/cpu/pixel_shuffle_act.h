@@ -6,7 +6,8 @@
 //
 // Values are computed as they lie in x. A vector runs along a line of pixels of one channel, or along the channels c of one
 // pixel, and is read and written where x and y have it: at r = 2 four vectors at a time, which are interleaved; else one,
-// whose elements are apart.
+// whose elements are apart. What is left over at the end of a line is done with elements of the vector before it, where there
+// is one.
 
 constexpr int64_t shuffle_block = 16384; // elements, at least, that leave one partial sum
 
@@ -57,7 +58,6 @@ template <class T, int K> struct Vectors {
 // r = 2, along the pixels: lines of four planes, and two lines of one.
 template <class T> struct PlanesByTwo {
   using All = Vectors<T, 4>;
-  static constexpr int W = lanes<acc_t<T>>;
   int64_t plane, line;
 
   inline __attribute__((always_inline)) All coarse(const T* p, const ShufflePlace& at) const {
@@ -69,24 +69,11 @@ template <class T> struct PlanesByTwo {
     for (int k = 0; k < 4; ++k) store(p + at.x + k * plane, all.v[k], at.n);
   }
   inline __attribute__((always_inline)) All fine(const T* p, const ShufflePlace& at) const {
-    const int n = 2 * at.n < W ? 2 * at.n : W;
-    All all;
-    for (int i = 0; i < 2; ++i) {
-      const T* from = p + at.y + i * line;
-      const Pair<acc_t<T>> both = deinterleave<acc_t<T>>({load(from, n), load(from + n, 2 * at.n - n)});
-      all.v[2 * i] = both.a;
-      all.v[2 * i + 1] = both.b;
-    }
-    return all;
+    const Pair<acc_t<T>> upper = load_by_turns(p + at.y, at.n), lower = load_by_turns(p + at.y + line, at.n);
+    return {{upper.a, upper.b, lower.a, lower.b}};
   }
   inline __attribute__((always_inline)) void fine(T* p, const ShufflePlace& at, const All& all) const {
-    const int n = 2 * at.n < W ? 2 * at.n : W;
-    for (int i = 0; i < 2; ++i) {
-      T* to = p + at.y + i * line;
-      const Pair<acc_t<T>> both = interleave<acc_t<T>>({all.v[2 * i], all.v[2 * i + 1]});
-      store(to, both.a, n);
-      store(to + n, both.b, 2 * at.n - n);
-    }
+    for (int i = 0; i < 2; ++i) store_by_turns(p + at.y + i * line, {all.v[2 * i], all.v[2 * i + 1]}, at.n);
   }
 };
 
@@ -98,20 +85,14 @@ template <class T> struct RowsByTwo {
   int64_t pixel, line;
 
   inline __attribute__((always_inline)) All coarse(const T* p, const ShufflePlace& at) const {
-    const T* from = p + at.x;
-    const Pair<acc_t<T>> low = deinterleave<acc_t<T>>({load(from), load(from + W)});
-    const Pair<acc_t<T>> high = deinterleave<acc_t<T>>({load(from + 2 * W), load(from + 3 * W)});
+    const Pair<acc_t<T>> low = load_by_turns(p + at.x), high = load_by_turns(p + at.x + 2 * W);
     const Pair<acc_t<T>> even = deinterleave<acc_t<T>>({low.a, high.a}), odd = deinterleave<acc_t<T>>({low.b, high.b});
     return {{even.a, odd.a, even.b, odd.b}};
   }
   inline __attribute__((always_inline)) void coarse(T* p, const ShufflePlace& at, const All& all) const {
-    T* to = p + at.x;
     const Pair<acc_t<T>> even = interleave<acc_t<T>>({all.v[0], all.v[2]}), odd = interleave<acc_t<T>>({all.v[1], all.v[3]});
-    const Pair<acc_t<T>> low = interleave<acc_t<T>>({even.a, odd.a}), high = interleave<acc_t<T>>({even.b, odd.b});
-    store(to, low.a);
-    store(to + W, low.b);
-    store(to + 2 * W, high.a);
-    store(to + 3 * W, high.b);
+    store_by_turns(p + at.x, {even.a, odd.a});
+    store_by_turns(p + at.x + 2 * W, {even.b, odd.b});
   }
   inline __attribute__((always_inline)) All fine(const T* p, const ShufflePlace& at) const {
     All all;
@@ -157,21 +138,6 @@ private:
   }
 };
 
-// Where `length` elements are cut into vectors: the last one reaches back over elements of the one before, if there is one.
-template <class Acc> struct Cut {
-  using mask = typename Lanes<Acc>::mask;
-  int64_t first;
-  int n;
-  mask fresh; // the elements that no vector has had
-
-  Cut(int64_t i, int64_t length) {
-    constexpr int W = lanes<Acc>;
-    first = larger(smaller(i, length - W), 0);
-    n = static_cast<int>(smaller(W, length));
-    fresh = ~first_lanes<Acc>(static_cast<int>(i - first));
-  }
-};
-
 // totals (weights,) = the sums over the rows of partial (blocks, C), in order.
 template <class Acc>
 void merge_blocks(const PixelShuffleAct& a, const Scratch<double>& partial, int64_t blocks, void* totals) {
@@ -196,6 +162,7 @@ template <class Acc> FASTGAN_INLINE Acc slope_of(const PixelShuffleAct& a, int64
 template <class T, class Access, class F>
 void walk_pixels(const PixelShuffleAct& a, const ShuffleStrides& s, const Access& access, void* totals, F f) {
   using Acc = acc_t<T>;
+  using mask = typename Lanes<Acc>::mask;
   constexpr int W = lanes<Acc>;
   const int64_t squares = a.r * a.r, height = ceil_div(shuffle_block, a.W * squares), pieces = ceil_div(a.H, height);
   const int64_t blocks = a.N * pieces;
@@ -203,18 +170,25 @@ void walk_pixels(const PixelShuffleAct& a, const ShuffleStrides& s, const Access
 #pragma omp parallel for schedule(static) if (a.N * s.x_n > parallel_threshold)
   for (int64_t b = 0; b < blocks * a.C; ++b) {
     const int64_t n = b / a.C / pieces, c = b % a.C, top = b / a.C % pieces * height;
-    const int64_t x = n * s.x_n + c * s.x_c, y = n * s.y_n + c * s.y_c;
     const vec_t<T> slope = broadcast<Acc>(slope_of<Acc>(a, c));
     doubles<Acc> total = {};
     for (int64_t h = top; h < smaller(top + height, a.H); ++h)
-      for (int64_t k = 0; k < squares; k += Access::All::count)
-        for (int64_t w = 0; w < a.W; w += W) {
-          const Cut<Acc> cut(w, a.W);
-          const ShufflePlace at = {x + k * s.x_k + h * s.x_h + cut.first * s.x_w,
-                                   y + (a.r * h + k / a.r) * s.y_h + (a.r * cut.first + k % a.r) * s.y_w, cut.n};
-          const vec_t<T> part = f(access, at, slope);
-          if (totals) total += __builtin_convertvector(keep(cut.fresh, part), doubles<Acc>);
-        }
+      for (int64_t k = 0; k < squares; k += Access::All::count) {
+        const int64_t x = n * s.x_n + c * s.x_c + k * s.x_k + h * s.x_h, x_step = s.x_w;
+        const int64_t y = n * s.y_n + c * s.y_c + (a.r * h + k / a.r) * s.y_h + k % a.r * s.y_w, y_step = a.r * s.y_w;
+        const Access here = access;
+        const auto add = [&](int64_t w, int n, mask fresh) __attribute__((always_inline)) {
+          const vec_t<T> part = f(here, ShufflePlace{x + w * x_step, y + w * y_step, n}, slope);
+          if (totals) total += __builtin_convertvector(keep(fresh, part), doubles<Acc>);
+        };
+        const int64_t width = a.W;
+        int64_t w = 0;
+        for (; w + W <= width; w += W) add(w, W, ~mask{});
+        if (w == 0)
+          add(0, static_cast<int>(width), ~mask{});
+        else if (w < width)
+          add(width - W, W, ~first_lanes<Acc>(static_cast<int>(w - (width - W))));
+      }
     if (totals) partial[b] = sum<Acc>(total);
   }
   if (totals) merge_blocks<Acc>(a, partial, blocks, totals);
@@ -224,6 +198,7 @@ void walk_pixels(const PixelShuffleAct& a, const ShuffleStrides& s, const Access
 template <class T, class Access, class F>
 void walk_channels(const PixelShuffleAct& a, const ShuffleStrides& s, const Access& access, void* totals, F f) {
   using Acc = acc_t<T>;
+  using mask = typename Lanes<Acc>::mask;
   constexpr int W = lanes<Acc>;
   const int64_t squares = a.r * a.r, lines = a.N * a.H;
   const int64_t height = ceil_div(shuffle_block, a.W * a.C * squares), blocks = ceil_div(lines, height);
@@ -238,14 +213,14 @@ void walk_channels(const PixelShuffleAct& a, const ShuffleStrides& s, const Acce
         for (int64_t k = 0; k < squares; k += Access::All::count) {
           const int64_t x = line * s.x_h + w * s.x_w + k * s.x_k;
           const int64_t y = (a.r * line + k / a.r) * s.y_h + (a.r * w + k % a.r) * s.y_w;
-          for (int64_t c = 0; c < a.C; c += W) {
-            const Cut<Acc> cut(c, a.C);
-            const ShufflePlace at = {x + cut.first * s.x_c, y + cut.first * s.y_c, W};
-            const vec_t<T> part = f(access, at, load(&slopes[cut.first]));
+          const Access here = access;
+          for (int64_t c = 0, x_step = s.x_c, channels = a.C; c < channels; c += W) {
+            const int64_t first = smaller(c, channels - W);
+            const vec_t<T> part = f(here, ShufflePlace{x + first * x_step, y + first, W}, load(&slopes[first]));
             if (!totals) continue;
-            double* to = &partial[b * a.C + cut.first];
-            const doubles<Acc> total =
-                read<doubles<Acc>>(to) + __builtin_convertvector(keep(cut.fresh, part), doubles<Acc>);
+            const mask fresh = ~first_lanes<Acc>(static_cast<int>(c - first));
+            double* to = &partial[b * a.C + first];
+            const doubles<Acc> total = read<doubles<Acc>>(to) + __builtin_convertvector(keep(fresh, part), doubles<Acc>);
             __builtin_memcpy(to, &total, sizeof total);
           }
         }
@@ -264,20 +239,36 @@ template <class T, class F> void walk(const PixelShuffleAct& a, void* totals, F 
 }
 
 // The sides of the values: they themselves where there are no others.
-template <class T, class Access>
-FASTGAN_INLINE typename Access::All sides_of(const PixelShuffleAct& a, const Access& access, const ShufflePlace& at,
-                                             const typename Access::All& values) {
-  const T* side = static_cast<const T*>(a.side);
-  return !side ? values : a.fine_side ? access.fine(side, at) : access.coarse(side, at);
-}
+template <class T> struct Sides {
+  const T* side;
+  bool fine;
+
+  explicit Sides(const PixelShuffleAct& a) : side(static_cast<const T*>(a.side)), fine(a.fine_side) {}
+
+  template <class Access>
+  inline __attribute__((always_inline)) typename Access::All of(const Access& access, const ShufflePlace& at,
+                                                                const typename Access::All& values) const {
+    typename Access::All sides;
+    for (int k = 0; k < values.count; ++k) sides.v[k] = values.v[k];
+    if (side && fine) {
+      const auto found = access.fine(side, at);
+      for (int k = 0; k < values.count; ++k) sides.v[k] = found.v[k];
+    } else if (side) {
+      const auto found = access.coarse(side, at);
+      for (int k = 0; k < values.count; ++k) sides.v[k] = found.v[k];
+    }
+    return sides;
+  }
+};
 
 template <class T> void shuffle_forward(const PixelShuffleAct& a, const void* x, void* y) {
   const T* from = static_cast<const T*>(x);
   T* to = static_cast<T*>(y);
   const Slopes<T> act(a);
-  walk<T>(a, nullptr, [&](const auto& access, const ShufflePlace& at, vec_t<T> slope) __attribute__((always_inline)) {
+  const Sides<T> side(a);
+  walk<T>(a, nullptr, [=](const auto& access, const ShufflePlace& at, vec_t<T> slope) __attribute__((always_inline)) {
     auto values = access.coarse(from, at);
-    const auto sides = sides_of<T>(a, access, at, values);
+    const auto sides = side.of(access, at, values);
     for (int k = 0; k < values.count; ++k) values.v[k] = act.apply(sides.v[k], values.v[k], slope);
     access.fine(to, at, values);
     return vec_t<T>{};
@@ -289,12 +280,13 @@ void shuffle_backward(const PixelShuffleAct& a, const void* grad_y, const void* 
   const T *from = static_cast<const T*>(grad_y), *factor = static_cast<const T*>(x);
   T* to = static_cast<T*>(grad_x);
   const Slopes<T> act(a);
-  walk<T>(a, grad_weight, [&](const auto& access, const ShufflePlace& at, vec_t<T> slope) __attribute__((always_inline)) {
+  const Sides<T> side(a);
+  walk<T>(a, grad_weight, [=](const auto& access, const ShufflePlace& at, vec_t<T> slope) __attribute__((always_inline)) {
     auto values = access.fine(from, at);
-    const auto sides = sides_of<T>(a, access, at, values);
+    const auto sides = side.of(access, at, values);
     vec_t<T> sum = {};
     if (grad_weight) {
-      const auto factors = factor == a.side ? sides : access.coarse(factor, at);
+      const auto factors = factor == side.side ? sides : access.coarse(factor, at);
       for (int k = 0; k < values.count; ++k) sum += keep(~act.above(sides.v[k]), values.v[k] * factors.v[k]);
     }
     if (to) {

@@ -135,8 +135,9 @@ register_gradient("pixel_shuffle_act", _backward, _save_forward)
 
 
 def _save_backward(ctx, inputs, output) -> None:
-    *tensors, factor, act, negative_slope, positive, channels_last, _, _ = inputs
+    *tensors, factor, act, negative_slope, positive, channels_last, needs_x, needs_weight = inputs
     ctx.settings = factor, act, negative_slope, positive, channels_last
+    ctx.are_results = needs_x, needs_weight
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors)
     remember_edges(ctx, inputs)
@@ -144,6 +145,7 @@ def _save_backward(ctx, inputs, output) -> None:
 
 def _double_backward(ctx, ggx, ggw):
     grads: list[Tensor | None] = [None] * 11
+    ggx, ggw = (gg if is_result else None for gg, is_result in zip((ggx, ggw), ctx.are_results, strict=True))
     grad_y, x, side, weight = ctx.saved_tensors
     factor, act, negative_slope, _, channels_last = ctx.settings
     one_sided = factor, act, negative_slope, False, channels_last
@@ -156,7 +158,13 @@ def _double_backward(ctx, ggx, ggw):
     needs_x, needs_weight = ggw is not None and will_use(ctx, 1), ggx is not None and will_use(ctx, 3)
     if needs_x or needs_weight:
         g_x, g_weight = torch.ops.fastgan.pixel_shuffle_act_backward(
-            grad_y, ggx if needs_weight else None, side, weight if ggw is None else ggw, *one_sided, needs_x, needs_weight
+            grad_y,
+            ggx if needs_weight else None,
+            side,
+            weight if ggw is None else ggw,
+            *one_sided,
+            needs_x,
+            needs_weight,
         )
         if needs_x:
             grads[1] = g_x

@@ -79,11 +79,7 @@ def _channels(shape, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit
 def _slopes(weight, slope, c, c_ok, SINGLE: tl.constexpr, ACC: tl.constexpr):
     """What the negative side is multiplied by."""
-    if weight is None:
-        found = tl.full(c.shape, slope, ACC)
-    else:
-        found = load(weight, c * 0 if SINGLE else c, c_ok, 0.0, ACC)
-    return found
+    return load(weight, c * 0 if SINGLE else c, c_ok, slope, ACC)
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels

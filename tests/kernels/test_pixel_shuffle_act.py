@@ -151,7 +151,10 @@ def compiled_cases() -> Iterator[tuple[str, Callable]]:
         (torch.float32, torch.bfloat16, torch.float64), itertools.product(LAYOUTS, (2, 3), ACTS)
     ):
         given = problem((8, 64, 24, 24, r), layout, dtype)
-        yield f"{dtype} {layout} {r} {act}", lambda g=given, r=r, act=act, rows=layout == "rows": launch(*g, r, act, rows)
+        yield (
+            f"{dtype} {layout} {r} {act}",
+            lambda g=given, r=r, act=act, rows=layout == "rows": launch(*g, r, act, rows),
+        )
 
 
 @pytest.fixture(scope="module", autouse=True)
