@@ -36,6 +36,8 @@ def reference(
 ) -> Tensor:
     """`pixel_shuffle_act` in plain torch."""
     y = F.pixel_shuffle(x, upscale_factor)
+    if x.numel() == 0:
+        y = x.reshape(y.shape)  # of nothing stock torch's gradient has the wrong shape
     if prelu_weight is not None:
         return F.prelu(y, prelu_weight.to(y.dtype))
     if act == "relu":
@@ -278,14 +280,15 @@ def pixel_shuffle_act(
 
 
 # On the CPU stock torch is faster up to so many elements a thread: an operator in Python takes longer to call than a small
-# tensor to read.
-_SMALL = 1 << 14
+# tensor to read. In NCHW stock is slow enough to be beaten sooner.
+_SMALL, _SMALL_CHANNELS_LAST = 1 << 14, 1 << 15
 
 
 def _stock_is_faster(x: Tensor) -> bool:
     if x.device.type != "cpu" or torch.compiler.is_compiling() or not backend.is_automatic():
         return False
-    return x.numel() <= _SMALL * torch.get_num_threads()
+    small = _SMALL_CHANNELS_LAST if is_channels_last(x) else _SMALL
+    return x.numel() <= small * torch.get_num_threads()
 
 
 def check_act(act: str) -> None:

@@ -95,7 +95,7 @@ def test_a_side_of_its_own_and_one_side_only(tiles, fine, layout):
         coarse = F.pixel_unshuffle(grad_y, r)
         grad_x, grad_weight = pixel_shuffle_act_backward(grad_y, x, *settings, True, True)
         torch.testing.assert_close(grad_x, torch.where(side > 0, 0, coarse * slopes))
-        products = torch.where(side > 0, 0, coarse * x).view(shape[0], shape[1], -1)
+        products = torch.where(side > 0, 0, coarse * x).reshape(shape[0], shape[1], -1)
         torch.testing.assert_close(grad_weight, products.sum((0, 2)))
 
 
