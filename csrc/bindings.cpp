@@ -99,6 +99,13 @@ BiasAct bias_act_of(int dtype, std::array<int64_t, 3> shape, int act, double alp
           alpha, gain, clamp, at(bias)};
 }
 
+PixelShuffleAct pixel_shuffle_act_of(int dtype, bool rows, std::array<int64_t, 4> shape, int64_t factor, int act,
+                                     double negative_slope, bool positive, Address weight, int64_t weights, Address side,
+                                     bool fine_side) {
+  return {static_cast<DType>(dtype), rows, shape[0], shape[1], shape[2], shape[3], factor, static_cast<Act>(act),
+          negative_slope, positive, at(weight), weights, at(side), fine_side};
+}
+
 Samples samples_of(int dtype, int64_t count, int64_t size) { return {static_cast<DType>(dtype), count, size}; }
 
 UpFirDn2d upfirdn2d_of(int dtype, bool rows, int64_t count, int64_t channels, std::array<int64_t, 6> y,
@@ -169,6 +176,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("bias_act_double_backward", [](const BiasAct& a, Address ggx, Address ggb, Address grad_y, Address side,
                                        Address g_grad_y, Address g_x, Address g_bias) {
     kernels.bias_act_double_backward(a, at(ggx), at(ggb), at(grad_y), at(side), at(g_grad_y), at(g_x), at(g_bias));
+  }, release());
+  py::class_<PixelShuffleAct>(m, "PixelShuffleAct").def(py::init(&pixel_shuffle_act_of));
+  m.def("pixel_shuffle_act_forward", [](const PixelShuffleAct& a, Address x, Address y) {
+    kernels.pixel_shuffle_act_forward(a, at(x), at(y));
+  }, release());
+  m.def("pixel_shuffle_act_backward", [](const PixelShuffleAct& a, Address grad_y, Address x, Address grad_x,
+                                         Address grad_weight) {
+    kernels.pixel_shuffle_act_backward(a, at(grad_y), at(x), at(grad_x), at(grad_weight));
   }, release());
   m.def("transpose_matrices", [](int dtype, std::array<int64_t, 3> shape, Address x, Address y) {
     kernels.transpose_matrices({static_cast<DType>(dtype), shape[0], shape[1], shape[2]}, at(x), at(y));

@@ -14,6 +14,7 @@ OPERATORS = {
     "group_norm_act": "likewise by group, instance or layer",
     "sample_squares": "norms of samples, for gradient penalties",
     "bias_act": "bias, activation, gain, clamp",
+    "pixel_shuffle_act": "pixel shuffle, activation",
     "spectral_norm": "all of a model's power iterations",
     "convolution": "both convolutions and their gradients",
 }

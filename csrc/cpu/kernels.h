@@ -114,6 +114,20 @@ struct BiasAct {
   const void* bias;          // (C,) acc, or null
 };
 
+// y = act(pixel_shuffle(x)) of coarse x (N, C·r², H, W) and fine y (N, C, r·H, r·W).
+struct PixelShuffleAct {
+  DType dtype;
+  bool rows;           // true: channels_last
+  int64_t N, C, H, W, r;
+  Act act;             // leaky_relu with a weight is prelu
+  double negative_slope;
+  bool positive;       // false: 0 stands for what is on the positive side
+  const void* weight;  // (weights,) acc, or null for negative_slope
+  int64_t weights;     // 1 or C
+  const void* side;    // dtype, above 0 on the positive side; null: the values themselves tell
+  bool fine_side;      // it lies as y, else as x
+};
+
 // Convolution as a matrix product: patches of a channels_last image are the rows of a matrix.
 struct Patches {
   DType dtype;
@@ -209,6 +223,11 @@ struct Kernels {
   void (*bias_act_backward)(const BiasAct&, const void* grad_y, const void* side, void* grad_x, void* grad_bias);
   void (*bias_act_double_backward)(const BiasAct&, const void* ggx, const void* ggb, const void* grad_y,
                                    const void* side, void* g_grad_y, void* g_x, void* g_bias);
+  // x and grad_x coarse, y and grad_y fine. Either of grad_x and grad_weight (weights,) acc may be null; x is read for
+  // grad_weight only.
+  void (*pixel_shuffle_act_forward)(const PixelShuffleAct&, const void* x, void* y);
+  void (*pixel_shuffle_act_backward)(const PixelShuffleAct&, const void* grad_y, const void* x, void* grad_x,
+                                     void* grad_weight);
   void (*transpose_matrices)(const Matrices&, const void* x, void* y); // y: N matrices of B rows and A columns
   void (*image_to_patches)(const Patches&, const void* image, void* patches);
   void (*patches_to_image)(const Patches&, const void* patches, void* image);

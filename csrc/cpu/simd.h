@@ -61,32 +61,37 @@ FASTGAN_INLINE void write_u16(void* p, u32v bits) {
 
 FASTGAN_INLINE f32v load(const float* p) { return read<f32v>(p); }
 FASTGAN_INLINE f64v load(const double* p) { return read<f64v>(p); }
-FASTGAN_INLINE f32v load(const bfloat16* p) { return bits_as<f32v>(read_u16(p) << 16); }
-FASTGAN_INLINE f32v load(const float16* p) {
-  const u32v half = read_u16(p), magnitude = half & 0x7fffu;
+// From 16 bits in the low half of each lane, and back; the type is that of the first argument.
+FASTGAN_INLINE f32v widen(bfloat16, u32v half) { return bits_as<f32v>(half << 16); }
+FASTGAN_INLINE f32v widen(float16, u32v half) {
+  const u32v magnitude = half & 0x7fffu;
   // Multiplying by 2^112 moves the exponent's bias from 15 to 127, subnormals included.
   u32v bits = bits_as<u32v>(bits_as<f32v>(magnitude << 13) * 0x1p112f);
   bits = magnitude >= 0x7c00u ? (magnitude << 13) | 0x7f800000u : bits;
   return bits_as<f32v>(bits | ((half & 0x8000u) << 16));
 }
+FASTGAN_INLINE f32v load(const bfloat16* p) { return widen(bfloat16{}, read_u16(p)); }
+FASTGAN_INLINE f32v load(const float16* p) { return widen(float16{}, read_u16(p)); }
 
 FASTGAN_INLINE void store(float* p, f32v v) { __builtin_memcpy(p, &v, sizeof v); }
 FASTGAN_INLINE void store(double* p, f64v v) { __builtin_memcpy(p, &v, sizeof v); }
-// Both 16-bit stores round to nearest, ties to even.
-FASTGAN_INLINE void store(bfloat16* p, f32v v) {
+// Both round to nearest, ties to even.
+FASTGAN_INLINE u32v narrow(bfloat16, f32v v) {
   const u32v bits = bits_as<u32v>(v);
   const u32v rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  write_u16(p, v != v ? (bits >> 16) | 0x40u : rounded);
+  return v != v ? (bits >> 16) | 0x40u : rounded;
 }
-FASTGAN_INLINE void store(float16* p, f32v v) {
+FASTGAN_INLINE u32v narrow(float16, f32v v) {
   const u32v bits = bits_as<u32v>(v), magnitude = bits & 0x7fffffffu;
   const u32v normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   // Below 2^-14 the sum with 0.5 leaves the subnormal's bits, rounded, in the low end of the mantissa.
   const u32v subnormal = bits_as<u32v>(bits_as<f32v>(magnitude) + 0.5f) - 0x3f000000u;
   const u32v special = magnitude > 0x7f800000u ? u32v{} + 0x7e00u : u32v{} + 0x7c00u;
   const u32v finite = magnitude < 0x38800000u ? subnormal : normal;
-  write_u16(p, (magnitude >= 0x47800000u ? special : finite) | ((bits >> 16) & 0x8000u));
+  return (magnitude >= 0x47800000u ? special : finite) | ((bits >> 16) & 0x8000u);
 }
+FASTGAN_INLINE void store(bfloat16* p, f32v v) { write_u16(p, narrow(bfloat16{}, v)); }
+FASTGAN_INLINE void store(float16* p, f32v v) { write_u16(p, narrow(float16{}, v)); }
 
 // The first n < lanes elements; the other lanes are zero.
 template <class T> FASTGAN_INLINE vec_t<T> load_part(const T* p, int n) {
@@ -153,6 +158,43 @@ template <class Acc> FASTGAN_INLINE Pair<Acc> deinterleave(const Pair<Acc>& p) {
   typename Lanes<Acc>::mask a;
   for (int i = 0; i < lanes<Acc>; ++i) a[i] = 2 * i;
   return shuffle(p, a, a + 1);
+}
+
+// Two vectors of elements that lie in memory by turns. Two of 16 bits are one lane.
+template <class T> FASTGAN_INLINE Pair<acc_t<T>> load_by_turns(const T* p) {
+  constexpr int W = lanes<acc_t<T>>;
+  if constexpr (sizeof(T) == sizeof(acc_t<T>)) {
+    return deinterleave<acc_t<T>>({load(p), load(p + W)});
+  } else {
+    const u32v both = read<u32v>(p);
+    return {widen(T{}, both & 0xffffu), widen(T{}, both >> 16)};
+  }
+}
+template <class T> FASTGAN_INLINE void store_by_turns(T* p, const Pair<acc_t<T>>& pair) {
+  constexpr int W = lanes<acc_t<T>>;
+  if constexpr (sizeof(T) == sizeof(acc_t<T>)) {
+    const Pair<acc_t<T>> both = interleave<acc_t<T>>(pair);
+    store(p, both.a);
+    store(p + W, both.b);
+  } else {
+    const u32v both = narrow(T{}, pair.a) | (narrow(T{}, pair.b) << 16);
+    __builtin_memcpy(p, &both, sizeof both);
+  }
+}
+// The first n elements of each; the other lanes are zero.
+template <class T> FASTGAN_INLINE Pair<acc_t<T>> load_by_turns(const T* p, int n) {
+  constexpr int W = lanes<acc_t<T>>;
+  if (n == W) return load_by_turns(p);
+  T whole[2 * W] = {};
+  __builtin_memcpy(whole, p, 2 * n * sizeof(T));
+  return load_by_turns(whole);
+}
+template <class T> FASTGAN_INLINE void store_by_turns(T* p, const Pair<acc_t<T>>& pair, int n) {
+  constexpr int W = lanes<acc_t<T>>;
+  if (n == W) return store_by_turns(p, pair);
+  T whole[2 * W];
+  store_by_turns(whole, pair);
+  __builtin_memcpy(p, whole, 2 * n * sizeof(T));
 }
 
 // As many doubles as the vectors of Acc have lanes.

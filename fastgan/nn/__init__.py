@@ -6,6 +6,7 @@ from fastgan.nn.equalized import EqualConv2d, EqualLinear
 from fastgan.nn.gradient_reversal import GradientReversal, ReversedLinear, WarmStartGradientReversal
 from fastgan.nn.group_norm_act import GroupNormAct, InstanceNormAct2d, LayerNormAct
 from fastgan.nn.norm_act import BatchNormAct2d
+from fastgan.nn.pixel_shuffle_act import PixelShuffleAct
 from fastgan.nn.spectral_norm import SpectralNorm
 from fastgan.nn.upfirdn2d import Blur
 
@@ -23,6 +24,7 @@ __all__ = [
     "LayerEpilogue",
     "LayerNormAct",
     "NoiseInjection",
+    "PixelShuffleAct",
     "ReversedLinear",
     "SpectralNorm",
     "StyledConv",

@@ -13,6 +13,7 @@ from fastgan.ops.minibatch_stddev import minibatch_stddev
 from fastgan.ops.norm_act import batch_norm_act
 from fastgan.ops.penalty import sample_norms, sample_squares
 from fastgan.ops.pixel_norm import pixel_norm
+from fastgan.ops.pixel_shuffle_act import pixel_shuffle_act
 from fastgan.ops.resampled_conv import conv2d_avg_pool2d, upsample_conv2d
 from fastgan.ops.spectral_norm import spectral_norm
 from fastgan.ops.upfirdn2d import downsample2d, filter2d, setup_filter, upfirdn2d, upsample2d
@@ -39,6 +40,7 @@ __all__ = [
     "leaky_relu",
     "minibatch_stddev",
     "pixel_norm",
+    "pixel_shuffle_act",
     "prelu",
     "relu",
     "reversed_linear",
