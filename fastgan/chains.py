@@ -64,6 +64,14 @@ def _instance_norm_act(x: Tensor, norm: Any, act: nn.Module | None = None, resid
     return instance_norm_act(x, norm, Activation.of(act), residual)
 
 
+def _conv_pixel_shuffle_act(x: Tensor, conv: Any, shuffle: Any, act: nn.Module | None = None) -> Tensor:
+    return _pixel_shuffle_act(conv2d(x, conv, keep_layout=False), shuffle, act)
+
+
+def _pixel_shuffle_act(x: Tensor, shuffle: Any, act: nn.Module | None) -> Tensor:
+    return ops.pixel_shuffle_act(x, shuffle.upscale_factor, **Activation.of(act)._asdict())
+
+
 def _reversed_linear(x: Tensor, reversal: Any, linear: Any) -> Tensor:
     return ops.reversed_linear(x, linear.weight, linear.bias, next_coeff(reversal))
 
@@ -74,6 +82,7 @@ NORM = BATCH + INSTANCE
 ACT = (nn.ReLU, nn.LeakyReLU)
 ACT_OR_PRELU = (*ACT, nn.PReLU)
 UP, FLAT, DOWN = (nn.Upsample,), (nn.Conv2d,), (nn.AvgPool2d,)
+SHUFFLE = (nn.PixelShuffle,)
 REVERSAL, LINEAR = (GradientReversal, WarmStartGradientReversal), (nn.Linear,)
 
 # Consecutive layers of exactly these classes, and what computes them at once. The longest that fits is taken.
@@ -88,6 +97,9 @@ PATTERNS: tuple[tuple[tuple[tuple[type[nn.Module], ...], ...], Callable[..., Ten
     ((UP, FLAT, INSTANCE), _up_conv_instance_norm_act),
     ((UP, FLAT), _up_conv),
     ((FLAT, DOWN), _conv_down),
+    ((FLAT, SHUFFLE, ACT_OR_PRELU), _conv_pixel_shuffle_act),
+    ((FLAT, SHUFFLE), _conv_pixel_shuffle_act),
+    ((SHUFFLE, ACT_OR_PRELU), _pixel_shuffle_act),
     ((CONV,), _conv),
     ((BATCH, ACT_OR_PRELU), _batch_norm_act),
     ((BATCH,), _batch_norm_act),
@@ -165,6 +177,10 @@ def _fits(x: Any, layers: list[nn.Module]) -> bool:
                 return False
             params = layer.running_mean if layer.weight is None else layer.weight  # None: of an instance norm
             if params is not None and params.dtype not in (x.dtype, torch.float32):
+                return False
+        elif isinstance(layer, SHUFFLE):
+            channels, rest = divmod(channels, layer.upscale_factor**2)
+            if rest:
                 return False
         elif isinstance(layer, nn.PReLU):
             params = layer.weight

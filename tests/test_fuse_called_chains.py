@@ -112,6 +112,19 @@ class Drops(Block):
         return self.conv2(F.dropout2d(self.bn1(self.conv1(x)), 0.5, self.training))
 
 
+class Shuffles(nn.Module):
+    """SRGAN's up-sampling, and ESPCN's."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.shuffle, self.prelu = nn.Conv2d(C, 4 * C, 3, padding=1), nn.PixelShuffle(2), nn.PReLU(C)
+        self.conv2, self.tail = nn.Conv2d(C, 18, 3), nn.Conv2d(2, 3, 3)
+
+    def forward(self, x):
+        x = self.prelu(self.shuffle(self.conv(x)))
+        return self.tail(F.leaky_relu(F.pixel_shuffle(F.relu(self.conv2(x)), 3), 0.1))
+
+
 class Generator(nn.Module):
     """Hand-written blocks in a chain in a hand-written forward."""
 
@@ -138,6 +151,7 @@ FORWARDS = {
     Changes: ["conv2d", "conv2d", "batch_norm_act"],
     Shares: [UNIT, UNIT],
     Drops: [UNIT, "conv2d"],
+    Shuffles: ["conv2d", "pixel_shuffle_act", "conv2d", "pixel_shuffle_act", "conv2d"],
     Generator: ["conv2d", *ADDS, *ADDS, "conv2d", "batch_norm_act", "conv2d"],
 }
 

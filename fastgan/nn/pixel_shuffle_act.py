@@ -1,11 +1,11 @@
 """Pixel shuffle and the activation after it as a module."""
 
-import torch
 from torch import Tensor, nn
 
 from fastgan import ops
-from fastgan.ops._types import PixelShuffleActivation
-from fastgan.ops.pixel_shuffle_act import check_act
+from fastgan.nn.norm_act import new_prelu_weight
+from fastgan.ops._norm import check_act
+from fastgan.ops._types import Act
 
 
 class PixelShuffleAct(nn.PixelShuffle):
@@ -29,17 +29,16 @@ class PixelShuffleAct(nn.PixelShuffle):
     def __init__(
         self,
         upscale_factor: int,
-        act: PixelShuffleActivation = "prelu",
+        act: Act = "prelu",
         num_parameters: int = 1,
         init: float = 0.25,
         negative_slope: float = 0.01,
     ):
         super().__init__(upscale_factor)
-        check_act(act)
-        self.act: PixelShuffleActivation = act
+        check_act(act, Act)
+        self.act: Act = act
         self.negative_slope = negative_slope
-        weight = nn.Parameter(torch.full((num_parameters,), float(init))) if act == "prelu" else None
-        self.register_parameter("weight", weight)
+        self.weight = new_prelu_weight(act, num_parameters, init, None)
 
     def forward(self, input: Tensor) -> Tensor:
         return ops.pixel_shuffle_act(

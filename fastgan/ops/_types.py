@@ -10,5 +10,3 @@ Act = Literal[FixedAct, "prelu"]
 
 # The order of `enum class BiasActivation`, likewise.
 BiasActivation = Literal["linear", "relu", "lrelu", "tanh", "sigmoid", "elu", "selu", "softplus", "swish"]
-
-PixelShuffleActivation = Literal["none", "relu", "leaky_relu", "prelu"]

@@ -1,15 +1,15 @@
 """Pixel shuffle and the activation after it in one pass, differentiable to every order by the same two kernels."""
 
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastgan import backend
-from fastgan.ops._autograd import is_transformed, register_gradient, with_zeros
+from fastgan.ops._autograd import is_transformed, operators, register_gradient, with_zeros
 from fastgan.ops._kernels import register_kernels
-from fastgan.ops._norm import check_parameter
+from fastgan.ops._norm import check_act, check_prelu_weight
 from fastgan.ops._tensors import (
     DTYPES,
     accumulation_dtype,
@@ -20,7 +20,7 @@ from fastgan.ops._tensors import (
     remember_edges,
     will_use,
 )
-from fastgan.ops._types import PixelShuffleActivation
+from fastgan.ops._types import Act
 from fastgan.ops.conv import cast_for_autocast
 
 # ── Definition ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -29,7 +29,7 @@ from fastgan.ops.conv import cast_for_autocast
 def reference(
     x: Tensor,
     upscale_factor: int,
-    act: PixelShuffleActivation = "prelu",
+    act: Act = "prelu",
     prelu_weight: Tensor | None = None,
     *,
     negative_slope: float = 0.01,
@@ -123,7 +123,7 @@ def _backward(ctx, grad_y):
     switches = ctx.is_own_side and ctx.settings[1] != "none"
     if switches:
         side = (x if side is None else side).detach()  # the second derivative is zero: `with_zeros`
-    grad_x, grad_weight = torch.ops.fastgan.pixel_shuffle_act_backward(
+    grad_x, grad_weight = operators.pixel_shuffle_act_backward(
         grad_y, x if needs_weight else None, side, weight, *ctx.settings, needs_x, needs_weight
     )
     if needs_x:
@@ -153,13 +153,13 @@ def _double_backward(ctx, ggx, ggw):
     one_sided = factor, act, negative_slope, False, channels_last
     if will_use(ctx, 0):
         if ggx is not None:
-            grads[0] = torch.ops.fastgan.pixel_shuffle_act(ggx, side, weight, *ctx.settings)
+            grads[0] = operators.pixel_shuffle_act(ggx, side, weight, *ctx.settings)
         if ggw is not None:
-            through_weight = torch.ops.fastgan.pixel_shuffle_act(x, side, ggw, *one_sided)
+            through_weight = operators.pixel_shuffle_act(x, side, ggw, *one_sided)
             grads[0] = through_weight if grads[0] is None else grads[0] + through_weight
     needs_x, needs_weight = ggw is not None and will_use(ctx, 1), ggx is not None and will_use(ctx, 3)
     if needs_x or needs_weight:
-        g_x, g_weight = torch.ops.fastgan.pixel_shuffle_act_backward(
+        g_x, g_weight = operators.pixel_shuffle_act_backward(
             grad_y,
             ggx if needs_weight else None,
             side,
@@ -233,7 +233,7 @@ register_kernels("pixel_shuffle_act_backward", "pixel_shuffle_act", "pixel_shuff
 def pixel_shuffle_act(
     x: Tensor,
     upscale_factor: int,
-    act: PixelShuffleActivation = "prelu",
+    act: Act = "prelu",
     prelu_weight: Tensor | None = None,
     *,
     negative_slope: float = 0.01,
@@ -274,7 +274,7 @@ def pixel_shuffle_act(
         or _stock_is_faster(x)
     ):
         return reference(x, upscale_factor, act, prelu_weight, negative_slope=negative_slope)
-    return torch.ops.fastgan.pixel_shuffle_act(
+    return operators.pixel_shuffle_act(
         x, None, prelu_weight, upscale_factor, act, float(negative_slope), True, is_channels_last(x)
     )
 
@@ -291,11 +291,6 @@ def _stock_is_faster(x: Tensor) -> bool:
     return x.numel() <= small * torch.get_num_threads()
 
 
-def check_act(act: str) -> None:
-    if act not in get_args(PixelShuffleActivation):
-        raise ValueError(f"act must be one of {', '.join(get_args(PixelShuffleActivation))}, not {act!r}")
-
-
 def _check(x: Tensor, upscale_factor: Any, act: str, prelu_weight: Any) -> None:
     if x.dim() not in (3, 4):
         raise ValueError(f"x must have shape (N, C·r², H, W) or (C·r², H, W), not {tuple(x.shape)}")
@@ -306,11 +301,5 @@ def _check(x: Tensor, upscale_factor: Any, act: str, prelu_weight: Any) -> None:
     squares = upscale_factor**2
     if x.shape[-3] % squares:
         raise ValueError(f"x must have a multiple of {squares} channels, upscale_factor², not {x.shape[-3]}")
-    check_act(act)
-    if act == "prelu" and prelu_weight is None:
-        raise ValueError('prelu_weight must be given with act "prelu"')
-    if act != "prelu" and prelu_weight is not None:
-        raise ValueError(f'prelu_weight must be None with act "{act}"')
-    is_single = isinstance(prelu_weight, Tensor) and prelu_weight.shape == (1,)
-    shape = (1,) if is_single else (x.shape[-3] // squares,)
-    check_parameter("prelu_weight", prelu_weight, x, shape, "one for each channel of y, or (1,)")
+    check_act(act, Act)
+    check_prelu_weight(prelu_weight, act, x, x.shape[-3] // squares)

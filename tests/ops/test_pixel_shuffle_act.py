@@ -12,6 +12,7 @@ from oracle import Errors, two_orders
 
 from fastgan import backend
 from fastgan.ops import pixel_shuffle_act
+from fastgan.ops._autograd import operators
 from fastgan.ops.pixel_shuffle_act import reference
 
 ACTS = ("none", "relu", "leaky_relu", "prelu")
@@ -385,9 +386,9 @@ def test_what_is_saved(act, slope, expected):
 
 def test_no_gradient_is_computed_that_nobody_uses(monkeypatch):
     asked = []
-    kernel = torch.ops.fastgan.pixel_shuffle_act_backward
+    kernel = operators.pixel_shuffle_act_backward
     monkeypatch.setattr(
-        torch.ops.fastgan, "pixel_shuffle_act_backward", lambda *args: asked.append(args[-2:]) or kernel(*args)
+        operators, "pixel_shuffle_act_backward", lambda *args: asked.append(args[-2:]) or kernel(*args)
     )  # fmt: skip
     inputs, r = inputs_of((4, 3, 5, 5, 2))
     x, weight = (t * 1 for t in leaves(inputs))
@@ -407,12 +408,12 @@ BAD = {
     "factor 0": (dict(upscale_factor=0), ValueError, "upscale_factor must be 1 or more, not 0"),
     "channels": (dict(upscale_factor=3), ValueError, "x must have a multiple of 9 channels, upscale_factor², not 12"),
     "unknown act": (dict(act="gelu"), ValueError, "act must be one of none, relu, leaky_relu, prelu, not 'gelu'"),
-    "no weight": (dict(prelu_weight=None), ValueError, 'prelu_weight must be given with act "prelu"'),
-    "a weight": (dict(act="relu"), ValueError, 'prelu_weight must be None with act "relu"'),
+    "no weight": (dict(prelu_weight=None), ValueError, "act 'prelu' needs prelu_weight"),
+    "a weight": (dict(act="relu"), ValueError, "prelu_weight is for act 'prelu', not for 'relu'"),
     "weight no tensor": (dict(prelu_weight=0.25), TypeError, "prelu_weight must be a tensor, not float"),
     "weight of x": (
         dict(prelu_weight=torch.ones(12)), ValueError,
-        r"prelu_weight must have shape \(3,\), one for each channel of y, or \(1,\), not \(12,\)",
+        r"prelu_weight must have shape \(3,\), one for each channel, or \(1,\), not \(12,\)",
     ),
     "weight of two dimensions": (dict(prelu_weight=torch.ones(3, 1)), ValueError, "prelu_weight must have shape"),
     "weight without": (dict(prelu_weight=torch.ones(())), ValueError, "prelu_weight must have shape"),
@@ -442,9 +443,9 @@ def test_function_transforms_see_through_the_operator():
 @needs_cpp
 def test_stock_torch_serves_small_tensors_unless_a_backend_is_named(monkeypatch):
     served = []
-    kernel = torch.ops.fastgan.pixel_shuffle_act
+    kernel = operators.pixel_shuffle_act
     monkeypatch.setattr(
-        torch.ops.fastgan, "pixel_shuffle_act", lambda *args: served.append(args[0].shape) or kernel(*args)
+        operators, "pixel_shuffle_act", lambda *args: served.append(args[0].shape) or kernel(*args)
     )  # fmt: skip
     small, large = torch.randn(2, 4, 4, 4), torch.randn(2, 4, 1024, 1024)
     for automatic in (True, False):
