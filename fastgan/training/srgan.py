@@ -110,8 +110,8 @@ class SRGAN(System[SRGANSettings]):
         return self.steps >= self.settings.pretrain_steps
 
     def begin_step(self, step: int, steps: int) -> None:
-        """The learning rate falls to a tenth for the last quarter of SRResNet's steps and the first half of the adversarial phase,
-        then to a hundredth. From 0.001 these are the paper's 0.0001 and 0.00001."""
+        """The learning rate is a tenth for the last quarter of SRResNet's steps and the first half of the adversarial phase,
+        then a hundredth. Of 0.001 these are the paper's 0.0001 and 0.00001."""
         first = self.settings.pretrain_steps
         ends = (first * 3 / 4, first + max(0, steps - first) / 2)
         for optimizer in self.optimizers.values():
