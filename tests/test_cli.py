@@ -175,8 +175,8 @@ def test_srgan_trains_scores_and_upscales_a_file():
 def test_srgan_refuses_what_does_not_fit():
     assert_refused(fastgan("train", "srgan", "--scale", 3), "--scale", "2, 4 or 8")
     assert_refused(fastgan("train", "srgan", "--vgg-weights", "nowhere.pth"), "--vgg-weights", "nowhere.pth")
-    images("small", 12, (90, 90))
-    assert_refused(fastgan("train", "srgan", "--data", "small"), "--data", "1.png, 90x90", "sides of 96")
+    images("small", 12, (90, 60))
+    assert_refused(fastgan("train", "srgan", "--data", "small"), "--data", "1.png, 90x60", "sides of 64")
     assert os.listdir() == ["small"]
 
 

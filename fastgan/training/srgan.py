@@ -42,13 +42,13 @@ class SRGANSettings(Settings):
     sources: ClassVar[tuple[str, ...]] = ("data", "vgg_weights")
 
     data: str = "photos"
-    image_size: int = 96
-    batch_size: int = 8
+    image_size: int = 64
+    batch_size: int = 4
     lr: float = 1e-3
     scale: int = 4
     features: int = 32
     blocks: int = 4
-    pretrain_steps: int = 1500
+    pretrain_steps: int = 3000
     adversarial_weight: float = 1e-3
     vgg_weights: str = ""
     """A file of torchvision's; none for a content loss of pixels."""
@@ -110,12 +110,13 @@ class SRGAN(System[SRGANSettings]):
         return self.steps >= self.settings.pretrain_steps
 
     def begin_step(self, step: int, steps: int) -> None:
-        """The learning rate is a tenth over the second half of the adversarial phase, as in the paper."""
-        pretrain_steps = self.settings.pretrain_steps
-        late = step >= pretrain_steps + (steps - pretrain_steps) / 2
+        """The learning rate is a tenth for the last quarter of SRResNet's steps and the first half of the adversarial phase,
+        then a hundredth. Of 0.001 these are the paper's 0.0001 and 0.00001."""
+        first = self.settings.pretrain_steps
+        ends = (first * 3 / 4, first + max(0, steps - first) / 2)
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
-                group["lr"] = self.settings.lr / (10 if late and self.is_adversarial else 1)
+                group["lr"] = self.settings.lr / 10 ** sum(step >= end for end in ends)
 
     def step(self, reals: Iterator[Tensor]) -> dict[str, Tensor]:
         """One update of the generator; in the adversarial phase one of the discriminator before it, on the same images."""

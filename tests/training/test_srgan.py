@@ -244,14 +244,15 @@ def rates(system):
     return {group["lr"] for optimizer in system.optimizers.values() for group in optimizer.param_groups}
 
 
-def test_the_learning_rate_falls_to_a_tenth_over_the_second_half_of_the_second_phase(make_system, reals):
-    system, seen = make_system(pretrain_steps=2, lr=0.01), []
-    for step in range(6):
-        system.begin_step(step, 6)
-        (rate,) = rates(system)
-        seen.append(rate)
-        system.step(reals)
-    assert seen == pytest.approx([0.01] * 4 + [0.001] * 2)
+@pytest.mark.parametrize(
+    ("pretrain_steps", "steps", "expected"),
+    [(4, 8, [1, 1, 1, 0.1, 0.1, 0.1, 0.01, 0.01]), (0, 4, [0.1, 0.1, 0.01, 0.01]), (8, 4, [1, 1, 1, 1])],
+)
+def test_the_learning_rate_falls_in_each_phase(make_system, pretrain_steps, steps, expected):
+    system = make_system(pretrain_steps=pretrain_steps, lr=0.01)
+    for step, factor in enumerate(expected):
+        system.begin_step(step, steps)
+        assert list(rates(system)) == [pytest.approx(0.01 * factor)]
 
 
 def test_both_phases_have_the_same_metrics(make_system, reals):
