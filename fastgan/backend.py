@@ -62,6 +62,16 @@ def is_automatic() -> bool:
     return requested() == "auto"
 
 
+@functools.cache
+def has_wide_lanes() -> bool:
+    """Whether the C++ kernels have AVX-512. CPUs without it have smaller caches as well, in which Python's own code does not
+    stay from one call to the next."""
+    return obstacle("cpp", "cpu") is None and importlib.import_module("fastgan._C").cpu_capability() == "avx512"
+
+
+has_wide_lanes._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def native(device_type: str) -> Backend:
     """The backend that an automatic choice tries."""
     return "triton" if device_type == "cuda" else "cpp"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastgan import backend
-from fastgan.ops._tensors import DTYPES, address, dense
+from fastgan.ops._tensors import DTYPES, address, dense, is_channels_last
 
 Form = Literal["vendor", "patches", "tiles", "winograd"]
 Result = Literal["positions", "image", "weight"]
@@ -184,8 +184,9 @@ def _geometry(
 # ── Choice ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 # The limits were found on a CPU with AMX, where oneDNN's float32 convolution is as fast as a float32 matrix product.
 
-# Multiplications of a thread: in fewer of them an operator's call in Python is felt, or is all that is.
-_SMALL, _TINY = 1 << 25, 1 << 20
+# Multiplications of a thread: in fewer of them an operator's call in Python is felt, or is all that is. (With AVX2 it is
+# felt longer; but an image that is not in channels_last gains from being laid out anew.)
+_SMALL, _SMALL_NARROW, _TINY = 1 << 25, 1 << 26, 1 << 20
 
 
 def stock_is_faster(x: Tensor, weight: Tensor, size: Sequence[int], settings: tuple) -> bool:
@@ -195,7 +196,8 @@ def stock_is_faster(x: Tensor, weight: Tensor, size: Sequence[int], settings: tu
     c, h, w = weight.shape[1:]
     products = (x.numel() if settings[3] else math.prod(size)) * c * h * w
     threads = torch.get_num_threads()
-    if products >= _SMALL * threads or products < _TINY * threads:
+    small = _SMALL if backend.has_wide_lanes() or not is_channels_last(x) else _SMALL_NARROW
+    if products >= small * threads or products < _TINY * threads:
         return products < _TINY * threads
     return _plan(x.dtype, x.shape, weight.shape, *settings).form == "vendor"
 
@@ -247,12 +249,10 @@ _MANY_CHANNELS, _LARGE_PATCH = 64, 192
 def _vendor_sums_slowly(geometry: Geometry) -> bool:
     """Whether a float32 weight's gradient is faster as a matrix product, and more exact: with AVX2, oneDNN's sums reach half
     the speed of its convolutions, and products of matrices three quarters."""
-    from fastgan import _C
-
     is_large = geometry.positions[1] >= _MANY_CHANNELS and (
         geometry.image[1] >= _MANY_CHANNELS or (geometry.image[1] <= _FEW_CHANNELS and geometry.patch >= _LARGE_PATCH)
     )
-    return is_large and _C.cpu_capability() == "avx2" and geometry.dtype == torch.float32
+    return is_large and not backend.has_wide_lanes() and geometry.dtype == torch.float32
 
 
 # Channels, and tiles, with which Winograd's form pays: below, the transforms and the calls cost more than the products that
