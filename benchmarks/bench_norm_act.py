@@ -1,4 +1,4 @@
-"""`batch_norm_act` against batch norm and ReLU in stock PyTorch."""
+"""`batch_norm_act` against batch norm and ReLU or PReLU in stock PyTorch."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -23,31 +23,42 @@ SHAPES = (
     (7, 33, 13, 17),
 )
 
+# SRGAN's.
+PRELU_SHAPES = ((4, 64, 24, 24), (16, 64, 24, 24), (16, 64, 96, 96))
+
 # How often a pass moves a tensor of x's size at least. The statistics need all of x before the first output: x is read
 # twice. Each order of gradient sums over the channel first, too, and reads twice what it is made of.
 MOVES: dict[Work, float] = {"eval forward": 2, "forward": 3, "forward+backward": 3 + 5, "second order": 3 + 5 + 8}
 
 
-def ours(x, weight, bias, mean, var, training) -> Tensor:
-    return batch_norm_act(x, mean, var, weight, bias, training)
+# Of (weight, bias), with PReLU its weight, and (running_mean, running_var).
 
 
-def batch_norm(x, weight, bias, mean, var, training) -> Tensor:
-    return F.batch_norm(x, mean, var, weight, bias, training)
+def ours(x, weight, bias, *rest, training) -> Tensor:
+    *prelu_weight, mean, var = rest
+    act = dict(act="prelu", prelu_weight=prelu_weight[0]) if prelu_weight else {}
+    return batch_norm_act(x, mean, var, weight, bias, training, **act)
 
 
-def stock(x, weight, bias, mean, var, training) -> Tensor:
-    return F.relu(batch_norm(x, weight, bias, mean, var, training), inplace=True)
+def batch_norm(x, weight, bias, *rest, training) -> Tensor:
+    return F.batch_norm(x, rest[-2], rest[-1], weight, bias, training)
 
 
-def inputs(shape: tuple[int, ...]) -> Inputs:
+def stock(x, weight, bias, *rest, training) -> Tensor:
+    y = batch_norm(x, weight, bias, *rest, training=training)
+    return F.prelu(y, rest[0]) if len(rest) == 3 else F.relu(y, inplace=True)
+
+
+def inputs(shape: tuple[int, ...], prelu: bool) -> Inputs:
     channels = shape[1]
     x = torch.randn(shape) * 2 + 0.5
-    parameters = [torch.rand(channels) + 0.5, torch.randn(channels) / 4]
+    parameters = [torch.rand(channels) + 0.5, torch.randn(channels) / 4, *[torch.full((1,), 0.25)] * prelu]
     return Inputs(x, parameters, [torch.zeros(channels), torch.ones(channels)])
 
 
-def case(shape: tuple[int, ...], dtype: torch.dtype, layout: str, work: Work, cache: str = "warm") -> Case:
+def case(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: str, work: Work, cache: str = "warm", prelu: bool = False
+) -> Case:
     training = work != "eval forward"
     contenders = {
         OURS: Contender(partial(ours, training=training), layout),
@@ -57,14 +68,14 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, layout: str, work: Work, ca
     if shape == GOAL and cache == "warm" and work != "second order":  # which torch.compile does not have
         contenders["compile"] = Contender(partial(stock, training=training), layout, compiled=True)
     return OpCase(
-        op="batch_norm_act",
+        op="batch_norm_act prelu" if prelu else "batch_norm_act",
         work=work,
         shape="×".join(map(str, shape)),
         dtype=dtype,
         layout=layout,
         cache=cache,
         headline=shape == GOAL and cache == "warm" and work != "eval forward",
-        inputs=partial(inputs, shape),
+        inputs=partial(inputs, shape, prelu),
         contenders=contenders,
         reference=partial(stock, training=training),
         preactivation=partial(batch_norm, training=training),
@@ -79,3 +90,5 @@ def cases(device: torch.device) -> Iterator[Case]:
         yield case(GOAL, dtype, layout, work, cache="cold")
     for shape, (dtype, layout, work) in product(SHAPES[1:], settings):
         yield case(shape, dtype, layout, work)
+    for shape, (dtype, layout, work) in product(PRELU_SHAPES, settings):
+        yield case(shape, dtype, layout, work, prelu=True)
