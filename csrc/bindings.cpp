@@ -191,6 +191,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("image_to_patches", [](const Patches& p, Address image, Address patches) {
     kernels.image_to_patches(p, at(image), at(patches));
   }, release());
+  m.def("image_to_few", [](const Patches& p, Address image, Address weight, int64_t outputs, Address bias, Address positions) {
+    kernels.image_to_few(p, at<float>(image), at<float>(weight), outputs, at<float>(bias), at<float>(positions));
+  }, release());
   m.def("patches_to_image", [](const Patches& p, Address patches, Address image) {
     kernels.patches_to_image(p, at(patches), at(image));
   }, release());

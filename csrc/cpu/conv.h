@@ -84,6 +84,86 @@ template <class T> void from_patches(const Patches& p, const void* patches, void
   }
 }
 
+// ── Few channels that come out ──
+// An RGB image, or the score of a critic: the vector lanes hold channels of the input, of which a kernel row of taps has
+// kw·C next to each other. The dilation along rows is 1.
+
+constexpr int abreast = 4; // positions that share the loads of a weight
+
+// sums[i][o] += the products of `length` elements at image + i·apart and at weight + o·between.
+template <class T, int N, int O>
+FASTGAN_INLINE void add_products(vec_t<T> (&sums)[N][O], const T* image, int64_t apart, const T* weight, int64_t between,
+                                 int64_t length) {
+  constexpr int W = lanes<acc_t<T>>;
+  auto add = [&](int64_t at, int n) __attribute__((always_inline)) {
+    vec_t<T> w[O];
+    for (int o = 0; o < O; ++o) w[o] = load(weight + o * between + at, n);
+    for (int i = 0; i < N; ++i) {
+      const vec_t<T> x = load(image + i * apart + at, n);
+      for (int o = 0; o < O; ++o) sums[i][o] += x * w[o];
+    }
+  };
+  int64_t at = 0;
+  for (; at + W <= length; at += W) add(at, W);
+  if (at < length) add(at, static_cast<int>(length - at));
+}
+
+template <class T, int N, int O>
+FASTGAN_INLINE void store_sums(vec_t<T> (&sums)[N][O], const T* bias, T* out) {
+  using Acc = acc_t<T>;
+  for (int i = 0; i < N; ++i)
+    for (int o = 0; o < O; ++o) {
+      const double total = sum<Acc>(__builtin_convertvector(sums[i][o], doubles<Acc>));
+      out[i * O + o] = static_cast<T>(total + (bias ? bias[o] : 0));
+    }
+}
+
+template <class T, int O> void to_few(const Patches& p, const T* image, const T* weight, const T* bias, T* positions) {
+  const int64_t row = p.kw * p.C, between = p.kh * row, apart = p.stride_w * p.C;
+#pragma omp parallel for collapse(2) schedule(static) if (p.N * p.OH * p.OW * between > parallel_threshold)
+  for (int64_t n = 0; n < p.N; ++n)
+    for (int64_t oy = 0; oy < p.OH; ++oy) {
+      const int64_t top = oy * p.stride_h - p.pad_h;
+      const Taps rows = inside(top, p.dilation_h, p.kh, p.H);
+      T* out = positions + (n * p.OH + oy) * p.OW * O;
+      // f(ky, the image's row) for every kernel row that lies on the image.
+      auto each_row = [&](auto f) __attribute__((always_inline)) {
+        for (int64_t ky = rows.first; ky < rows.last; ++ky)
+          f(ky, image + (n * p.H + top + ky * p.dilation_h) * p.W * p.C);
+      };
+      for (int64_t ox = 0; ox < p.OW;) {
+        const int64_t left = ox * p.stride_w - p.pad_w;
+        if (ox + abreast <= p.OW && left >= 0 && left + (abreast - 1) * p.stride_w + p.kw <= p.W) {
+          vec_t<T> sums[abreast][O] = {};
+          each_row([&](int64_t ky, const T* line) __attribute__((always_inline)) {
+            add_products<T>(sums, line + left * p.C, apart, weight + ky * row, between, row);
+          });
+          store_sums<T>(sums, bias, out + ox * O);
+          ox += abreast;
+        } else {
+          const Taps taps = inside(left, 1, p.kw, p.W);
+          vec_t<T> sums[1][O] = {};
+          each_row([&](int64_t ky, const T* line) __attribute__((always_inline)) {
+            add_products<T>(sums, line + (left + taps.first) * p.C, apart, weight + ky * row + taps.first * p.C, between,
+                            (taps.last - taps.first) * p.C);
+          });
+          store_sums<T>(sums, bias, out + ox * O);
+          ++ox;
+        }
+      }
+    }
+}
+
+void image_to_few(const Patches& p, const float* image, const float* weight, int64_t outputs, const float* bias,
+                  float* positions) {
+  switch (outputs) {
+    case 1: return to_few<float, 1>(p, image, weight, bias, positions);
+    case 2: return to_few<float, 2>(p, image, weight, bias, positions);
+    case 3: return to_few<float, 3>(p, image, weight, bias, positions);
+    case 4: return to_few<float, 4>(p, image, weight, bias, positions);
+  }
+}
+
 void image_to_patches(const Patches& p, const void* image, void* patches) {
   FASTGAN_BY_DTYPE(to_patches, (p, image, patches), p.dtype)
 }

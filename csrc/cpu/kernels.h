@@ -231,6 +231,9 @@ struct Kernels {
   void (*transpose_matrices)(const Matrices&, const void* x, void* y); // y: N matrices of B rows and A columns
   void (*image_to_patches)(const Patches&, const void* image, void* patches);
   void (*patches_to_image)(const Patches&, const void* patches, void* image);
+  // A convolution to 1 to 4 `outputs`, with a weight (outputs, kh, kw, C), and a bias or null. dilation_w is 1.
+  void (*image_to_few)(const Patches&, const float* image, const float* weight, int64_t outputs, const float* bias,
+                       float* positions);
   void (*winograd_image_to_tiles)(const Winograd&, const float* image, float* tiles);
   // Whether all of the result, less the bias, is finite: else infinities and nan have spread over their tiles.
   bool (*winograd_tiles_to_positions)(const Winograd&, const float* tiles, const float* bias, float* positions);

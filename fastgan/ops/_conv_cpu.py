@@ -3,6 +3,7 @@
 - The vendor's: oneDNN, which is hard to beat where images are large.
 - Patches: one matrix product over a matrix of patches, where the weight is large beside the image (oneDNN reorders all of
   it at every call) or the image has few channels.
+- Few: sums for each of up to four channels that come out, in C++: an image, or a score, leaves the vendor's lanes empty.
 - Winograd: of 3×3 taps at every pixel, with fewer products; C++ around the vendor's matrix products.
 - Tiles: C++ on the CPU's matrix unit (AMX). For float32 it is faster than float32 lanes can be, at the same precision.
 """
@@ -18,7 +19,7 @@ from torch import Tensor
 from fastgan import backend
 from fastgan.ops._tensors import DTYPES, address, dense, is_channels_last
 
-Form = Literal["vendor", "patches", "tiles", "winograd"]
+Form = Literal["vendor", "patches", "few", "tiles", "winograd"]
 Result = Literal["positions", "image", "weight"]
 
 
@@ -63,17 +64,19 @@ class Geometry(NamedTuple):
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple) -> Tensor:
     """`fastgan::convolution`."""
     x = dense(x, channels_last=True)
-    plan = _plan(x.dtype, x.shape, weight.shape, *map(_hashable, settings))
-    if plan.is_turned:
-        weight, settings = _turned(weight), _turned_settings(weight.shape, settings, transposed=True)
-    transposed = settings[3]
-    if plan.form in ("tiles", "winograd"):
-        compute = _convolution_by_tiles if plan.form == "tiles" else _convolution_by_winograd
-        y = compute(plan.geometry, x, weight, bias, transposed)
+    geometry, form, is_turned = _plan(x.dtype, x.shape, weight.shape, *map(_hashable, settings))
+    transposed = settings[3] and not is_turned
+    if is_turned:
+        weight = _turned(weight)
+    if form == "few":
+        return _positions_of_few(geometry, x, weight, bias)
+    if form in ("tiles", "winograd"):
+        compute = _convolution_by_tiles if form == "tiles" else _convolution_by_winograd
+        y = compute(geometry, x, weight, bias, transposed)
         if y is not None:
             return y
-    if plan.form == "patches":
-        y = _image_of(plan.geometry, x, weight) if transposed else _positions_of(plan.geometry, x, weight)
+    if form == "patches":
+        y = _image_of(geometry, x, weight) if transposed else _positions_of(geometry, x, weight)
         return y if bias is None else y.add_(bias.view(-1, 1, 1))
     return dense(torch.convolution(x, weight, bias, *settings), channels_last=True)
 
@@ -81,7 +84,7 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple)
 class _Plan(NamedTuple):
     geometry: Geometry
     form: Form
-    is_turned: bool
+    is_turned: bool  # of a convolution that goes the other way
 
 
 def _plan(dtype: torch.dtype, x_shape: torch.Size, weight_shape: torch.Size, *settings: Any) -> _Plan:
@@ -93,14 +96,15 @@ def _plan_for(
     _serving: str, dtype: torch.dtype, x_shape: torch.Size, weight_shape: torch.Size, *settings: Any
 ) -> _Plan:
     size = output_shape(x_shape, weight_shape, *settings)
-    if _has_few_outputs(dtype, weight_shape, settings):
-        shape = (weight_shape[1], weight_shape[0], *weight_shape[2:])
-        geometry = _geometry(dtype, x_shape, shape, size, _turned_settings(weight_shape, settings, transposed=True))
-        form = choose_form(geometry, "image")
-        if form != "vendor":
-            return _Plan(geometry, form, True)
+    transposed = settings[3]
     geometry = _geometry(dtype, x_shape, weight_shape, size, settings)
-    return _Plan(geometry, choose_form(geometry, "image" if settings[3] else "positions"), False)
+    form = choose_form(geometry, "image" if transposed else "positions")
+    if transposed and form != "tiles" and _turns(weight_shape, settings):
+        shape = (weight_shape[1], weight_shape[0], *weight_shape[2:])
+        turned = _geometry(dtype, x_shape, shape, size, _turned_settings(weight_shape, settings, transposed=False))
+        if choose_form(turned, "positions") == "few":
+            return _Plan(turned, "few", True)
+    return _Plan(geometry, form, False)
 
 
 def _hashable(setting: Any) -> Any:
@@ -110,8 +114,9 @@ def _hashable(setting: Any) -> Any:
 def weight_grad(grad_y: Tensor, x: Tensor, weight_shape: Sequence[int], settings: tuple) -> Tensor:
     """`fastgan::convolution_weight_grad`."""
     grad_y, x = dense(grad_y, channels_last=True), dense(x, channels_last=True)
-    if _has_few_outputs(x.dtype, weight_shape, settings):
-        outputs, inputs, *taps = weight_shape
+    outputs, inputs, *taps = weight_shape
+    is_few = outputs <= _FEW_CHANNELS < inputs and max(taps) > 1 and x.dtype == torch.float32
+    if is_few and not settings[3] and _turns(weight_shape, settings) and backend.serving("cpu") == "cpp":
         turned = _turned_settings(weight_shape, settings, transposed=False)
         return _turned(weight_grad(x, grad_y, (inputs, outputs, *taps), turned)).contiguous()
     image, positions = (grad_y, x) if settings[3] else (x, grad_y)
@@ -132,22 +137,13 @@ def weight_grad(grad_y: Tensor, x: Tensor, weight_shape: Sequence[int], settings
 
 
 # A convolution at every pixel goes the other way just as well, its taps turned around: what it takes for the image is then
-# what it gives. Where that has few channels, vectors of them would be nearly empty.
+# what it gives.
 
 
-def _has_few_outputs(dtype: torch.dtype, weight_shape: Sequence[int], settings: tuple) -> bool:
-    stride, padding, dilation, transposed, _, groups = settings
-    outputs, inputs, *taps = weight_shape
-    return (
-        not transposed
-        and outputs <= _FEW_CHANNELS < inputs
-        and groups == 1
-        and all(step == 1 for step in (*stride, *dilation))
-        and all(p < tap for p, tap in zip(padding, taps, strict=True))
-        and max(taps) > 1
-        and dtype == torch.float32
-        and backend.serving("cpu") == "cpp"
-    )
+def _turns(weight_shape: Sequence[int], settings: tuple) -> bool:
+    stride, padding, dilation, _, _, groups = settings
+    is_plain = groups == 1 and all(step == 1 for step in (*stride, *dilation))
+    return is_plain and all(p < tap for p, tap in zip(padding, weight_shape[2:], strict=True))
 
 
 def _turned(weight: Tensor) -> Tensor:
@@ -186,7 +182,7 @@ def _geometry(
 
 # Multiplications of a thread: in fewer of them an operator's call in Python is felt, or is all that is. (With AVX2 it is
 # felt longer; but an image that is not in channels_last gains from being laid out anew.)
-_SMALL, _SMALL_NARROW, _TINY = 1 << 25, 1 << 26, 1 << 20
+_SMALL, _SMALL_NARROW, _SMALL_FEW, _TINY = 1 << 25, 1 << 26, 1 << 22, 1 << 20
 
 
 def stock_is_faster(x: Tensor, weight: Tensor, size: Sequence[int], settings: tuple) -> bool:
@@ -199,7 +195,8 @@ def stock_is_faster(x: Tensor, weight: Tensor, size: Sequence[int], settings: tu
     small = _SMALL if backend.has_wide_lanes() or not is_channels_last(x) else _SMALL_NARROW
     if products >= small * threads or products < _TINY * threads:
         return products < _TINY * threads
-    return _plan(x.dtype, x.shape, weight.shape, *settings).form == "vendor"
+    form = _plan(x.dtype, x.shape, weight.shape, *settings).form
+    return form == "vendor" or (form == "few" and products < _SMALL_FEW * threads)
 
 
 # Patches pay where the matrix of them has at most this many times the elements of the weight. Above, writing it costs more
@@ -228,6 +225,8 @@ def choose_form(geometry: Geometry, result: Result) -> Form:
 
 @functools.lru_cache(maxsize=4096)
 def _fastest(geometry: Geometry, result: Result) -> Form:
+    if result == "positions" and _is_few(geometry):
+        return "few"
     if _winograd_pays(geometry, result):
         return "winograd"
     if _tiles_pay(geometry, result):
@@ -243,6 +242,12 @@ def _fastest(geometry: Geometry, result: Result) -> Form:
     return "patches" if geometry.patches <= limit * geometry.positions[1] else "vendor"
 
 
+def _is_few(geometry: Geometry) -> bool:
+    few, many = geometry.positions[1], geometry.image[1]
+    return few <= _FEW_CHANNELS and many >= _LANES and geometry.dtype == torch.float32 and geometry.dilation[1] == 1
+
+
+_LANES = 16  # of a vector, at most
 _MANY_CHANNELS, _LARGE_PATCH = 64, 192
 
 
@@ -408,6 +413,16 @@ _PATCH_ELEMENTS = 1 << 24  # of a weight's gradient at a time, for the sake of m
 def _positions_of(geometry: Geometry, image: Tensor, weight: Tensor) -> Tensor:
     y = _new_image(image, geometry.positions)
     torch.mm(_patches_of(geometry, image), _matrix_of_weight(weight).t(), out=_rows(y))
+    return y
+
+
+def _positions_of_few(geometry: Geometry, image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    from fastgan import _C
+
+    y = _new_image(image, geometry.positions)
+    matrix, bias = _matrix_of_weight(weight).contiguous(), None if bias is None else bias.contiguous()
+    addresses = (matrix.data_ptr(), len(matrix), address(bias), y.data_ptr())
+    _C.image_to_few(_patches(geometry), image.data_ptr(), *addresses)
     return y
 
 

@@ -451,3 +451,37 @@ def test_patches_are_not_written_where_they_would_be_many_times_the_input():
     """Few channels in large patches, from few outputs: the input gradient of a 7×7 convolution 3→16."""
     geometry = _conv_cpu.Geometry(torch.float32, (2, 3, 128, 128), (2, 16, 128, 128), (7, 7), (1, 1), (3, 3), (1, 1), 1)
     assert _conv_cpu.choose_form(geometry, "image") == "vendor"
+
+
+@pytest.mark.skipif(backend.obstacle("cpp", "cpu") is not None, reason="the C++ kernels are not there")
+@pytest.mark.parametrize("outputs", [1, 2, 3, 4])
+@pytest.mark.parametrize("inside", [16, 20, 33])
+def test_few_channels_that_come_out_are_summed_as_exactly_as_eager(inside, outputs, poisoned):
+    """An image, or a score, at any stride; and the gradient in an image, of a convolution at every pixel."""
+    errors = Errors()
+    for kernel, settings in (
+        ((7, 7), dict(padding=3)),
+        ((3, 4), dict(stride=(1, 2), padding=(0, 3), dilation=(2, 1))),
+        ((4, 4), dict(stride=4)),
+        ((1, 1), {}),
+    ):
+        geometry = (torch.randn(2, inside, 9, 11), torch.randn(outputs, inside, *kernel))
+        add_two_orders(errors, list(geometry), False, **settings)
+    add_two_orders(errors, [torch.randn(2, inside, 9, 11), torch.randn(inside, outputs, 3, 5)], True, padding=(1, 0))
+    errors.check()
+    for transposed in (False, True):
+        shape = (inside, outputs, 3, 3) if transposed else (outputs, inside, 3, 3)
+        settings = ((1, 1), (1, 1), (1, 1), transposed, (0, 0), 1)
+        assert (
+            _conv_cpu._plan(torch.float32, torch.Size((2, inside, 9, 11)), torch.Size(shape), *settings).form == "few"
+        )
+
+
+def test_the_patches_of_a_weight_gradient_are_written_some_images_at_a_time(monkeypatch):
+    monkeypatch.setattr(
+        _conv_cpu, "choose_form", lambda geometry, result: "patches" if result == "weight" else "vendor"
+    )
+    monkeypatch.setattr(_conv_cpu, "_PATCH_ELEMENTS", 1 << 12)
+    errors = Errors()
+    add_two_orders(errors, [torch.randn(7, 6, 9, 8), torch.randn(5, 6, 3, 3)], False, padding=1)
+    errors.check()
