@@ -33,7 +33,7 @@ class _Call(NamedTuple):
     hook: "SpectralNormHook | None" = None  # where the operator is to see Wᵀ
 
     def is_served(self) -> bool:
-        """Whether the operator takes it. Where not, torch has an answer, or an error of its own."""
+        """Whether the operator takes it, on a device that has one. Where not, torch has an answer, or an error."""
         weight, u, v = self[:3]
         dtype, device = weight.dtype, weight.device
         return (
@@ -46,8 +46,6 @@ class _Call(NamedTuple):
             # Of channels_last Wᵀ would be a copy.
             and (self.hook is None or weight.is_contiguous())
             and backend.serving(device.type) != "reference"
-            and not is_transformed()
-            and not torch.jit.is_tracing()
         )
 
     def operand(self) -> Tensor:
@@ -64,6 +62,37 @@ class _Call(NamedTuple):
 _PLAIN = (Tensor, nn.Parameter)
 
 
+# On the CPU torch's own operations are faster at fewer elements than these, of which each weight counts as some more: an
+# operator in Python takes longer to call than small weights to read. So they are in evaluation, where they are three, at
+# any size.
+_SMALL, _EACH = 11 << 12, 1 << 12
+
+
+def _is_torchs(weight: Tensor, elements: int, iterates: bool) -> bool:
+    """Whether that is so for `elements` of which `weight` has some. Asked before anything else, of every weight."""
+    return (
+        weight.is_cpu
+        and (elements < _SMALL or not (iterates or (weight.requires_grad and torch.is_grad_enabled())))
+        and not torch.compiler.is_compiling()
+        and backend.is_automatic()
+    )
+
+
+def _iterate(matrix: Tensor, u: Tensor, v: Tensor, count: int, eps: float) -> None:
+    """torch's power iteration, in place, to the bit: two thirds of its time are what `F.normalize` does besides."""
+    with torch.no_grad():
+        for _ in range(count):
+            for product, vector, to in ((matrix, v, u), (matrix.t(), u, v)):
+                torch.mv(product, vector, out=to)
+                to.div_(torch.linalg.vector_norm(to, 2.0, 0, True).clamp_min_(eps))
+
+
+def _divide(weight: Tensor, matrix: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    if weight.requires_grad and torch.is_grad_enabled():
+        u, v = u.clone(), v.clone()  # which the next iteration would change before backward
+    return weight / torch.dot(u, torch.mv(matrix, v))
+
+
 class SpectralNorm(_SpectralNorm):
     """W / σ(W) as torch parametrises it, by `fastgan.ops.spectral_norm`; `fastgan.spectral_norm` registers it."""
 
@@ -73,7 +102,14 @@ class SpectralNorm(_SpectralNorm):
         return _Call(weight, buffers["_u"], buffers["_v"], iterations, self.eps, self.dim)  # type: ignore[arg-type]
 
     def forward(self, weight: Tensor) -> Tensor:
-        normalised = None if weight.dim() < 2 else _normalise(self, self.call(weight))
+        if weight.dim() < 2 or not weight.is_floating_point():
+            return super().forward(weight)
+        if _is_torchs(weight, weight.numel() + _EACH, self.training) and _shares.are_none():
+            matrix, u, v = self._reshape_weight_to_matrix(weight), self._u, self._v
+            if self.training:
+                _iterate(matrix, u, v, self.n_power_iterations, self.eps)
+            return _divide(weight, matrix, u, v)
+        normalised = _normalise(self, self.call(weight))
         return super().forward(weight) if normalised is None else normalised
 
 
@@ -86,7 +122,16 @@ class SpectralNormHook(Hook):
         return _Call(weight, v, u, self.n_power_iterations if iterates else 0, self.eps, 1, self)
 
     def compute_weight(self, module: nn.Module, do_power_iteration: bool) -> Tensor:
-        normalised = _normalise((module, self.name), self.call(module, do_power_iteration))
+        call = self.call(module, do_power_iteration)
+        weight, v, u = call[:3]
+        if not weight.is_floating_point():
+            return super().compute_weight(module, do_power_iteration)
+        if _is_torchs(weight, weight.numel() + _EACH, do_power_iteration) and _shares.are_none():
+            matrix = self.reshape_weight_to_matrix(weight)
+            if do_power_iteration:
+                _iterate(matrix.t(), v, u, self.n_power_iterations, self.eps)
+            return _divide(weight, matrix, u, v)
+        normalised = _normalise((module, self.name), call)
         return super().compute_weight(module, do_power_iteration) if normalised is None else normalised
 
 
@@ -102,6 +147,10 @@ class Norm(NamedTuple):
     name: str  # of the weight
     norm: _SpectralNorm | Hook
     holder: Any  # of the weight as it is without: torch's list of parametrisations, or the layer
+
+    def weight(self) -> Tensor | None:
+        """As it is without; None where the norm is one of the past."""
+        return getattr(self.holder, f"{self.name}_orig" if isinstance(self.norm, Hook) else "original", None)
 
 
 def norms(model: nn.Module) -> Iterator[Norm]:
@@ -155,6 +204,9 @@ class _Shares(threading.local):
         self.waiting: dict[Hashable, _Share] = {}
         self.taken: list[_Share] = []
 
+    def are_none(self) -> bool:
+        return not (self.waiting or self.taken)
+
     def take(self, place: Hashable, call: _Call) -> _Share | None:
         """The share that waits for the weight at `place`; else None, and the buffers are as they should be."""
         share = self.waiting.pop(place, None)
@@ -179,12 +231,18 @@ class _Shares(threading.local):
 _shares = _Shares()
 
 
+def _is_opaque() -> bool:
+    """Whether somebody looks into all operations, of which the operator is none that they know."""
+    return is_transformed() or torch.jit.is_tracing()
+
+
 def _normalise(place: Hashable, call: _Call) -> Tensor | None:
     """The layer's normalised weight; None where that is torch's affair."""
     share = None if torch.compiler.is_compiling() else _shares.take(place, call)
     if share is not None:
         return call.result(share.normalised)
-    if not call.is_served() or _stock_is_faster([call]):
+    elements = call.weight.numel() + _EACH
+    if _is_opaque() or not call.is_served() or _is_torchs(call.weight, elements, call.n_power_iterations > 0):
         return None
     (normalised,), (u,), (v,) = normalise(
         [call.operand()], [call.u], [call.v], [call.dim], call.n_power_iterations, call.eps
@@ -196,31 +254,32 @@ def _normalise(place: Hashable, call: _Call) -> Tensor | None:
     return call.result(normalised)
 
 
-# On the CPU stock torch is faster at fewer elements than these, of which each weight counts as some more: an operator in
-# Python takes longer to call than small weights to read. So it is in evaluation, where stock is three calls, at any size.
-_SMALL, _EACH = 11 << 12, 1 << 12
-
-
-def _stock_is_faster(calls: list[_Call]) -> bool:
-    if calls[0].weight.device.type != "cpu" or torch.compiler.is_compiling() or not backend.is_automatic():
-        return False
-    is_evaluation = calls[0].n_power_iterations == 0 and not torch.is_grad_enabled()
-    return is_evaluation or sum(call.weight.numel() + _EACH for call in calls) < _SMALL
-
-
 class Together:
     """The hooks of a model's forward that have all its spectral norms computed at once."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.norms = list(norms(model))
+        self.look()
+
+    def look(self) -> None:
+        """Which norms the model has, and how many elements are theirs."""
+        self.norms = list(norms(self.model))
+        self.elements = sum(weight.numel() + _EACH for norm in self.norms if (weight := norm.weight()) is not None)
 
     def before(self, model: nn.Module, args: tuple) -> None:
-        if torch.compiler.is_compiling() or is_transformed():
+        if torch.compiler.is_compiling():
             return
+        found = self.norms if model is self.model else list(norms(model))  # the other is a replica
+        weight = found[0].weight() if found else None
+        if weight is not None and _is_torchs(weight, self.elements, model.training):
+            return  # each layer will see that for itself, too
+        if not _is_opaque():
+            self.compute(model, found)
+
+    def compute(self, model: nn.Module, norms: list[Norm]) -> None:
         _shares.settle()
         alike: dict[tuple, list[tuple[Hashable, _Call]]] = {}
-        for layer, name, norm, holder in self.norms if model is self.model else norms(model):  # the other is a replica
+        for layer, name, norm, holder in norms:
             place: Hashable
             if isinstance(norm, SpectralNormHook) and hasattr(layer, f"{name}_orig"):
                 place, call = (layer, name), norm.call(layer, layer.training)
@@ -232,7 +291,8 @@ class Together:
                 alike.setdefault((call.weight.dtype, call.weight.device, *call[3:5]), []).append((place, call))
         for (_, _, iterations, eps), found in alike.items():
             calls = [call for _, call in found]
-            if len(found) > 1 and not _stock_is_faster(calls):
+            elements = sum(call.weight.numel() + _EACH for call in calls)
+            if len(found) > 1 and not _is_torchs(calls[0].weight, elements, iterations > 0):
                 weights, u, v, _, _, dims, _ = map(list, zip(*calls, strict=True))
                 weights = [call.operand() for call in calls]
                 results = normalise(weights, u, v, dims, iterations, eps)
@@ -240,12 +300,14 @@ class Together:
                     _shares.waiting[place] = _Share(model, call, *tensors)
 
     def after(self, model: nn.Module, args: tuple, output: Any) -> None:
+        if _shares.are_none():
+            return
         _shares.settle()
         left = [place for place, share in _shares.waiting.items() if share.model is model]
         for place in left:
             del _shares.waiting[place]
         if left and model is self.model:  # perhaps these layers are gone
-            self.norms = list(norms(model))
+            self.look()
 
     @classmethod
     def begin(cls, model: nn.Module) -> None:
@@ -253,7 +315,7 @@ class Together:
         for hook in model._forward_pre_hooks.values():
             together = getattr(hook, "__self__", None)
             if isinstance(together, Together):
-                together.norms = list(norms(model))
+                together.look()
                 return
         together = cls(model)
         model.register_forward_pre_hook(together.before, prepend=True)

@@ -278,12 +278,14 @@ class _CppWeights:
     of."""
 
     def __init__(self, weights: list[Tensor], u: list[Tensor], v: list[Tensor], dims: list[int]) -> None:
-        acc = accumulation_dtype(weights[0].dtype)
         self.dtype = DTYPES[weights[0].dtype]
         self.layouts = [_layout(w.shape, is_channels_last(w), dim) for w, dim in zip(weights, dims, strict=True)]
         self.weights = self.laid_out(weights)
-        self.u = [t.to(acc).contiguous() for t in u]
-        self.v = [layout.to_memory(t.to(acc)) for layout, t in zip(self.layouts, v, strict=True)]
+        acc = accumulation_dtype(weights[0].dtype)
+        if acc != weights[0].dtype:
+            u, v = [t.to(acc) for t in u], [t.to(acc) for t in v]
+        self.u = [t.contiguous() for t in u]
+        self.v = [layout.to_memory(t) for layout, t in zip(self.layouts, v, strict=True)]
 
     def laid_out(self, tensors: list[Tensor]) -> list[Tensor]:
         return [dense(t, layout.channels_last) for layout, t in zip(self.layouts, tensors, strict=True)]
@@ -310,9 +312,10 @@ def _cpp_forward(weights, u, v, dims, n_power_iterations, eps):
     _C.spectral_norm_forward(given.dtype, structs, n_power_iterations, eps, sigma.data_ptr())
     if n_power_iterations == 0:
         return normalised, [t.clone() for t in u], [t.clone() for t in v], sigma
-    dtype = weights[0].dtype
-    new_v = [layout.from_memory(t).to(dtype) for layout, t in zip(given.layouts, new_v, strict=True)]
-    return normalised, [t.to(dtype) for t in new_u], new_v, sigma
+    new_v = [layout.from_memory(t) for layout, t in zip(given.layouts, new_v, strict=True)]
+    if sigma.dtype != weights[0].dtype:
+        new_u, new_v = ([t.to(weights[0].dtype) for t in vectors] for vectors in (new_u, new_v))
+    return normalised, new_u, new_v, sigma
 
 
 def _cpp_backward(grads, weights, u, v, sigma, dims):

@@ -427,17 +427,76 @@ def test_layers_that_come_and_go(calls):
     assert calls == [4, 1, 1]
 
 
-def test_an_automatic_choice_leaves_to_torch_what_it_is_faster_at(calls, monkeypatch):
+@pytest.fixture
+def automatic(monkeypatch):
     monkeypatch.setattr(backend, "is_automatic", lambda: True)
+
+
+def test_an_automatic_choice_leaves_to_torch_what_it_is_faster_at(calls, automatic):
     stock, served, x = twins()
     both(stock, served, x)
     assert not calls
     large = fastgan.spectral_norm_all(nn.Sequential(*[nn.Linear(256, 256) for _ in range(2)]))
     large(torch.randn(1, 256))
     assert calls == [2]
-    with torch.no_grad():
-        large.eval()(torch.randn(1, 256))
+    large.eval()
+    for grad, frozen in ((False, False), (True, True)):
+        large.requires_grad_(not frozen)
+        with torch.set_grad_enabled(grad):
+            large(torch.randn(1, 256))
     assert calls == [2]
+    large.requires_grad_(True)(torch.randn(1, 256))
+    assert calls == [2, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", STOCK)
+def test_what_is_left_to_torch_is_torchs_to_the_bit(kind, dtype, automatic):
+    stock, served, x = twins(kind)
+    stock, served, real, fake = stock.to(dtype), served.to(dtype), x.to(dtype), x.flip(0).to(dtype)
+    optimizers = [torch.optim.SGD(model.parameters(), 0.1) for model in (stock, served)]
+    for step in range(6):
+        for model, optimizer in zip((stock, served), optimizers, strict=True):
+            model.train(step % 3 < 2)
+            optimizer.zero_grad()
+            with torch.no_grad():
+                model(real)
+            leaf = real.clone().requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16, enabled=step == 1):
+                (grad,) = torch.autograd.grad(model(leaf).sum(), leaf, create_graph=True)
+                loss = model(real).mean() - model(fake).mean() + grad.square().sum()
+            loss.backward()
+            optimizer.step()
+        torch.testing.assert_close(dict(served.state_dict()), dict(stock.state_dict()), rtol=0, atol=0)
+        assert_same(stock, served)
+    assert not _shares.waiting and not _shares.taken
+
+
+@pytest.mark.parametrize("kind", STOCK)
+def test_a_small_norm_among_large_ones_and_one_that_is_gone(kind, calls, automatic):
+    class Mixed(nn.Module):
+        def __init__(self, norm):
+            super().__init__()
+            self.small, self.large = norm(nn.Linear(3, 300)), norm(nn.Linear(300, 300))
+            self.end = norm(nn.Linear(300, 2))
+
+        def forward(self, x):
+            return self.end(self.large(torch.tanh(self.small(x)))) + self.end(self.small(x))
+
+    stock = Mixed(STOCK[kind]).double()
+    served, x = fastgan.spectral_norm_all(copy.deepcopy(stock)), torch.randn(2, 3, dtype=torch.float64)
+    for y in both(stock, served, x):
+        y.sum().backward()
+    assert calls == [3]
+    assert_same(stock, served)
+    for model in (stock, served):
+        model.small = nn.Linear(3, 300).double()
+        torch.nn.init.ones_(model.small.weight), torch.nn.init.zeros_(model.small.bias)
+        if kind == "hook":
+            remove_hook(model.end)
+    for _ in range(2):
+        both(stock, served, x)
+    assert_same(stock, served)
 
 
 def test_one_forward_hook_however_often_it_is_called():
