@@ -1,25 +1,26 @@
 // Spectral norms of many weights, W / σ, σ = uᵀ W v: all power iterations, sums and quotients in one parallel region.
 //
-// Memory is lines: of a weight (A, D, B) each line (a, d) is a piece of row d. Both products of a power iteration walk along
-// them: W v is a dot product with each line, Wᵀ u a sum of lines. A line of single elements is none, and so memory (A, D, 1)
-// counts as the transposed matrix, whose rows are its columns.
+// Memory is lines, L of C × B elements, and their matrix has a row for each (l, b) and a column for each c. Of a weight
+// (1, D, B) each row is a line, of C = B elements; the L = A lines of a weight (A, D, B), C = D, are the transposed matrix.
+// Both products of a power iteration walk along the lines: that with the columns' vector gives a number for each row, that
+// with the rows' a sum of lines.
 //
-// A weight is cut into blocks of rows, of a size that depends on its shape alone. What a block sums up is merged in order:
+// A weight is cut into blocks of lines, of a size that depends on its shape alone. What a block sums up is merged in order:
 // the bits do not depend on the number of threads. Each thread has the same blocks in all passes, of as many weights at a
 // time as fit its cache: so a pass finds there what the one before has read.
 
 struct Lines {
-  int64_t A, D, B;
+  int64_t L, C, B;
   bool transposed;
-  int64_t columns() const { return A * B; }
-  int64_t size() const { return A * D * B; }
+  int64_t length() const { return C * B; }
+  int64_t size() const { return L * C * B; }
 };
 FASTGAN_INLINE Lines lines_of(const SpectralWeight& w) {
-  return w.B == 1 ? Lines{1, w.A, w.D, true} : Lines{w.A, w.D, w.B, false};
+  return w.A == 1 && w.B > 1 ? Lines{w.D, w.B, 1, false} : Lines{w.A, w.D, w.B, true};
 }
 
-struct RowBlock {
-  int64_t weight, first, last; // rows
+struct LineBlock {
+  int64_t weight, first, last; // lines
   int64_t sums;                // where the sum of its lines lies
 };
 
@@ -28,22 +29,22 @@ constexpr int64_t spectral_threshold = 4 * parallel_threshold; // threads wait f
 
 // Which blocks there are, and which weights are worked on together.
 struct SpectralPlan {
-  static constexpr int64_t block_elements = 1 << 16, least_rows = 16, most_rows = 512; // a sum of lines costs as much as one
+  static constexpr int64_t block_elements = 1 << 16, least_lines = 16, most_lines = 512; // a sum of lines costs as much as one
   static constexpr int64_t cache_bytes = 1 << 20; // of what a thread may work on at a time
 
   int64_t count, elements = 0, blocks_count = 0, most_sums = 0, parts_count = 0;
   Scratch<Lines> lines;
   Scratch<int64_t> first_block, first_part, group_end; // of each weight; the last group it is in ends before weight …
-  Scratch<RowBlock> blocks;
+  Scratch<LineBlock> blocks;
 
-  static int64_t rows_of(const Lines& l) {
-    return smaller(larger(block_elements / larger(l.columns(), 1), least_rows), most_rows);
+  static int64_t lines_in_block(const Lines& l) {
+    return smaller(larger(block_elements / larger(l.length(), 1), least_lines), most_lines);
   }
   template <class Weight> static int64_t count_blocks(const Weight* weights, int64_t count) {
     int64_t blocks = 0;
     for (int64_t w = 0; w < count; ++w) {
       const Lines l = lines_of(weights[w]);
-      blocks += ceil_div(l.D, rows_of(l));
+      blocks += ceil_div(l.L, lines_in_block(l));
     }
     return blocks;
   }
@@ -65,12 +66,12 @@ struct SpectralPlan {
       elements += l.size();
       first_block[w] = blocks_count;
       first_part[w] = parts_count;
-      for (int64_t row = 0; row < l.D; row += rows_of(l)) {
-        blocks[blocks_count++] = {w, row, smaller(row + rows_of(l), l.D), sums};
-        sums += l.columns() + padding;
+      for (int64_t line = 0; line < l.L; line += lines_in_block(l)) {
+        blocks[blocks_count++] = {w, line, smaller(line + lines_in_block(l), l.L), sums};
+        sums += l.C + padding;
       }
       most_sums = larger(most_sums, sums);
-      parts_count += larger(blocks_count - first_block[w], ceil_div(l.columns(), column_chunk));
+      parts_count += larger(blocks_count - first_block[w], ceil_div(l.C, column_chunk));
     }
     for (; group < count; ++group) group_end[group] = count;
     first_block[count] = blocks_count;
@@ -83,8 +84,8 @@ struct SpectralPlan {
     for (int64_t w = from; w < to; ++w) total += lines[w].size();
     const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
     for (int64_t b = first_block[from]; b < first_block[to]; ++b) {
-      const RowBlock& block = blocks[b];
-      const int64_t size = (block.last - block.first) * lines[block.weight].columns();
+      const LineBlock& block = blocks[b];
+      const int64_t size = (block.last - block.first) * lines[block.weight].length();
       if ((2 * before + size) * threads / (2 * total) == thread) f(b, block);
       before += size;
     }
@@ -94,9 +95,9 @@ struct SpectralPlan {
     const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
     int64_t turn = 0;
     for (int64_t w = from; w < to; ++w)
-      for (int64_t c = 0; c * column_chunk < lines[w].columns(); ++c)
+      for (int64_t c = 0; c * column_chunk < lines[w].C; ++c)
         if (turn++ % threads == thread)
-          f(w, c, c * column_chunk, smaller((c + 1) * column_chunk, lines[w].columns()));
+          f(w, c, c * column_chunk, smaller((c + 1) * column_chunk, lines[w].C));
   }
 };
 
@@ -129,6 +130,32 @@ FASTGAN_INLINE void add_lines(acc_t<T>* y, const T* lines, const T* end, const a
   }
 }
 
+// Of R lines of (C, B) elements, the W at i of each B: their products with a vector of the C columns, and with one of the rows.
+// Both go through the lines side by side, as they lie.
+template <class T> struct Strip {
+  using Acc = acc_t<T>;
+  using vec = vec_t<T>;
+  const T *lines, *end;
+  int64_t C, B, i;
+
+  vec load_at(int64_t line, int64_t c) const { return load_within(lines + (line * C + c) * B + i, B - i, end); }
+
+  template <int R> void multiply(const Acc* columns, doubles<Acc>* products) const {
+    for (int r = 0; r < R; ++r) products[r] = doubles<Acc>{};
+    for (int64_t first = 0; first < C; first += run) {
+      const int64_t last = smaller(first + run, C);
+      vec sums[R] = {};
+      for (int64_t c = first; c < last; ++c)
+        for (int r = 0; r < R; ++r) sums[r] += broadcast<Acc>(columns[c]) * load_at(r, c);
+      for (int r = 0; r < R; ++r) products[r] += __builtin_convertvector(sums[r], doubles<Acc>);
+    }
+  }
+  template <int R> void add(const vec* rows, int64_t first, int64_t last, vec* sums) const {
+    for (int64_t c = first; c < last; ++c)
+      for (int r = 0; r < R; ++r) sums[c - first] += rows[r] * load_at(r, c);
+  }
+};
+
 template <class T> struct SpectralNorm {
   using Acc = acc_t<T>;
   static constexpr int W = lanes<Acc>;
@@ -156,7 +183,7 @@ template <class T> struct SpectralNorm {
 
   double squares(int64_t w, bool is_u) const {
     const int64_t n = has_rows(w, is_u) ? plan.first_block[w + 1] - plan.first_block[w]
-                                        : ceil_div(plan.lines[w].columns(), column_chunk);
+                                        : ceil_div(plan.lines[w].C, column_chunk);
     const double* parts = (is_u ? u_parts : v_parts).data + plan.first_part[w];
     double total = 0;
     for (int64_t i = 0; i < n; ++i) total += parts[i];
@@ -167,32 +194,64 @@ template <class T> struct SpectralNorm {
     return norm < eps ? eps : norm; // a NaN stays one
   }
 
-  // The products of rows [first, last) with the columns' vector, each given to f(row, product).
-  template <class F> void multiply_rows(int64_t w, int64_t first, int64_t last, const Acc* columns, const F& f) const {
+  // The products of lines [first, last) with the columns' vector, each given to f(row, product).
+  template <class F> void multiply_lines(int64_t w, int64_t first, int64_t last, const Acc* columns, const F& f) const {
     const Lines& l = plan.lines[w];
     const T *begin = elements(w), *end = begin + l.size();
-    if (l.A == 1) {
-      for (int64_t d = first; d < last; ++d)
-        f(d, sum<Acc>(dot_product<Acc>(begin + d * l.B, end, columns, columns + l.B, l.B)));
+    if (l.B == 1) {
+      for (int64_t line = first; line < last; ++line)
+        f(line, sum<Acc>(dot_product<Acc>(begin + line * l.C, end, columns, columns + l.C, l.C)));
       return;
     }
-    doubles<Acc> totals[SpectralPlan::most_rows] = {};
-    for (int64_t a = 0; a < l.A; ++a)
-      for (int64_t d = first; d < last; ++d)
-        totals[d - first] +=
-            dot_product<Acc>(begin + (a * l.D + d) * l.B, end, columns + a * l.B, columns + l.columns(), l.B);
-    for (int64_t d = first; d < last; ++d) f(d, sum<Acc>(totals[d - first]));
+    for (int64_t i = 0; i < l.B; i += W) {
+      doubles<Acc> products[unroll];
+      const auto multiply = [&](int64_t line, int count) {
+        for (int r = 0; r < count; ++r)
+          for (int64_t b = i; b < smaller(i + W, l.B); ++b) f((line + r) * l.B + b, products[r][b - i]);
+      };
+      int64_t line = first;
+      for (; line + unroll <= last; line += unroll) {
+        Strip<T>{begin + line * l.length(), end, l.C, l.B, i}.template multiply<unroll>(columns, products);
+        multiply(line, unroll);
+      }
+      for (; line < last; ++line) {
+        Strip<T>{begin + line * l.length(), end, l.C, l.B, i}.template multiply<1>(columns, products);
+        multiply(line, 1);
+      }
+    }
   }
 
-  // Adds rows [first, last), each times its factor, to a vector of the columns.
-  void add_rows(int64_t w, int64_t first, int64_t last, const Acc* factors, Acc* to) const {
+  // Adds lines [first, last), each row times its factor, to a vector of the columns.
+  void add_lines_to(int64_t w, int64_t first, int64_t last, const Acc* factors, Acc* to) const {
     const Lines& l = plan.lines[w];
     const T *begin = elements(w), *end = begin + l.size();
-    for (int64_t a = 0; a < l.A; ++a) {
-      const T* slab = begin + a * l.D * l.B;
-      int64_t d = first;
-      for (; d + 4 <= last; d += 4) add_lines<4>(to + a * l.B, slab + d * l.B, end, factors + d, l.B);
-      for (; d < last; ++d) add_lines<1>(to + a * l.B, slab + d * l.B, end, factors + d, l.B);
+    if (l.B == 1) {
+      int64_t line = first;
+      for (; line + 4 <= last; line += 4) add_lines<4>(to, begin + line * l.C, end, factors + line, l.C);
+      for (; line < last; ++line) add_lines<1>(to, begin + line * l.C, end, factors + line, l.C);
+      return;
+    }
+    constexpr int64_t width = 64; // columns whose sums the cache nearest to the core has
+    for (int64_t c = 0; c < l.C; c += width) {
+      const int64_t past = smaller(c + width, l.C);
+      vec_t<T> sums[width] = {};
+      for (int64_t i = 0; i < l.B; i += W) {
+        const auto rows_at = [&](int64_t line) {
+          return load_within(factors + line * l.B + i, l.B - i, factors + l.L * l.B);
+        };
+        int64_t line = first;
+        for (; line + unroll <= last; line += unroll) {
+          vec_t<T> rows[unroll];
+          for (int r = 0; r < unroll; ++r) rows[r] = rows_at(line + r);
+          Strip<T>{begin + line * l.length(), end, l.C, l.B, i}.template add<unroll>(rows, c, past, sums);
+        }
+        for (; line < last; ++line) {
+          const vec_t<T> row = rows_at(line);
+          Strip<T>{begin + line * l.length(), end, l.C, l.B, i}.template add<1>(&row, c, past, sums);
+        }
+      }
+      for (int64_t at = c; at < past; ++at)
+        to[at] += static_cast<Acc>(sum<Acc>(__builtin_convertvector(sums[at - c], doubles<Acc>)));
     }
   }
 
@@ -218,25 +277,25 @@ template <class T> struct SpectralNorm {
     bool transposes = false;
     for (int64_t w = from; w < to; ++w) transposes |= plan.lines[w].transposed;
 
-    plan.for_own_blocks(from, to, [&](int64_t b, const RowBlock& block) {
+    plan.for_own_blocks(from, to, [&](int64_t b, const LineBlock& block) {
       const int64_t w = block.weight;
       const Lines& l = plan.lines[w];
       Acc* to = sums.data + block.sums;
-      __builtin_memset(to, 0, (l.columns() + W) * sizeof(Acc));
-      if (l.transposed) return add_rows(w, block.first, block.last, v_of(w, true), to);
+      __builtin_memset(to, 0, (l.C + W) * sizeof(Acc));
+      if (l.transposed) return add_lines_to(w, block.first, block.last, v_of(w, true), to);
       // Wᵀ (W v) adds each row as often as it is long in v: both products of it at once, while the cache has it. The length of
       // W v comes out in the end.
-      const int64_t step = l.A == 1 ? 4 : block.last - block.first;
+      constexpr int64_t step = 4;
       Acc* products = made(w, true);
       const double factor = v_factor(w);
       double squares = 0;
       for (int64_t d = block.first; d < block.last; d += step) {
         const int64_t last = smaller(d + step, block.last);
-        multiply_rows(w, d, last, v_of(w, false), [&](int64_t row, double product) {
+        multiply_lines(w, d, last, v_of(w, false), [&](int64_t row, double product) {
           products[row] = static_cast<Acc>(product * factor);
           squares += product * factor * product * factor;
         });
-        add_rows(w, d, last, products, to);
+        add_lines_to(w, d, last, products, to);
       }
       u_parts[plan.first_part[w] + b - plan.first_block[w]] = squares;
     });
@@ -248,13 +307,13 @@ template <class T> struct SpectralNorm {
     });
 #pragma omp barrier
     if (!transposes) return;
-    plan.for_own_blocks(from, to, [&](int64_t b, const RowBlock& block) {
+    plan.for_own_blocks(from, to, [&](int64_t b, const LineBlock& block) {
       const int64_t w = block.weight;
       if (!plan.lines[w].transposed) return;
       Acc* products = made(w, true);
       const double factor = 1 / norm(w, true);
       double squares = 0;
-      multiply_rows(w, block.first, block.last, made(w, false), [&](int64_t row, double product) {
+      multiply_lines(w, block.first, block.last, made(w, false), [&](int64_t row, double product) {
         products[row] = static_cast<Acc>(product * factor);
         squares += product * factor * product * factor;
       });
@@ -265,11 +324,11 @@ template <class T> struct SpectralNorm {
 
   // The parts of uᵀ W v, where no iteration has left them in v.
   void project(int64_t from, int64_t to) const {
-    plan.for_own_blocks(from, to, [&](int64_t b, const RowBlock& block) {
+    plan.for_own_blocks(from, to, [&](int64_t b, const LineBlock& block) {
       const int64_t w = block.weight;
       const Acc* rows = given(w, true);
       double total = 0;
-      multiply_rows(w, block.first, block.last, given(w, false), [&](int64_t d, double product) { total += rows[d] * product; });
+      multiply_lines(w, block.first, block.last, given(w, false), [&](int64_t d, double product) { total += rows[d] * product; });
       u_parts[plan.first_part[w] + b - plan.first_block[w]] = total;
     });
 #pragma omp barrier
@@ -280,7 +339,7 @@ template <class T> struct SpectralNorm {
   }
 
   void finish(int64_t from, int64_t to, bool iterated, Acc* sigma) const {
-    plan.for_own_blocks(from, to, [&](int64_t b, const RowBlock& block) {
+    plan.for_own_blocks(from, to, [&](int64_t b, const LineBlock& block) {
       const int64_t w = block.weight;
       const Lines& l = plan.lines[w];
       // uᵀ W v = (Wᵀ u)·v, of which v is the direction.
@@ -290,15 +349,13 @@ template <class T> struct SpectralNorm {
           value += u_parts[plan.first_part[w] + i - plan.first_block[w]];
       if (b == plan.first_block[w]) sigma[w] = static_cast<Acc>(value);
       const vec_t<T> factor = broadcast<Acc>(static_cast<Acc>(1 / value));
-      for (int64_t a = 0; a < l.A; ++a) {
-        const int64_t first = (a * l.D + block.first) * l.B, last = (a * l.D + block.last) * l.B;
-        T* to = static_cast<T*>(weights[w].normalised);
-        for (int64_t i = first; i < last; i += W) {
-          const int n = static_cast<int>(smaller(W, last - i));
-          store(to + i, load(elements(w) + i, n) * factor, n);
-        }
+      T* to = static_cast<T*>(weights[w].normalised);
+      const int64_t last = block.last * l.length();
+      for (int64_t i = block.first * l.length(); i < last; i += W) {
+        const int n = static_cast<int>(smaller(W, last - i));
+        store(to + i, load(elements(w) + i, n) * factor, n);
       }
-      if (iterated) scale_vector(made(w, true), block.first, block.last, 1 / norm(w, !l.transposed));
+      if (iterated) scale_vector(made(w, true), block.first * l.B, block.last * l.B, 1 / norm(w, !l.transposed));
     });
     if (!iterated) return;
     plan.for_own_chunks(from, to, [&](int64_t w, int64_t, int64_t first, int64_t last) {
@@ -317,6 +374,21 @@ template <class T> struct SpectralNorm {
   }
 };
 
+// u vᵀ as it lies in lines [first, last): to each piece of memory, n elements from `start`, f is given what its part of one
+// vector is multiplied with, and that part, which ends before `end`.
+template <class Acc, class F>
+FASTGAN_INLINE void for_pieces(const SpectralWeight& w, const Lines& l, int64_t first, int64_t last, const F& f) {
+  const Acc* rows = static_cast<const Acc*>(l.transposed ? w.v : w.u);
+  const Acc* columns = static_cast<const Acc*>(l.transposed ? w.u : w.v);
+  for (int64_t line = first; line < last; ++line) {
+    if (l.B == 1)
+      f(line * l.C, l.C, rows[line], columns, columns + l.C);
+    else
+      for (int64_t c = 0; c < l.C; ++c)
+        f((line * l.C + c) * l.B, l.B, columns[c], rows + line * l.B, rows + l.L * l.B);
+  }
+}
+
 // grad_weight = grad / σ − <grad, W> / σ² · u vᵀ
 template <class T> void backward(const SpectralBackward* weights, int64_t count, const void* sigma) {
   using Acc = acc_t<T>;
@@ -326,39 +398,31 @@ template <class T> void backward(const SpectralBackward* weights, int64_t count,
 #pragma omp parallel if (plan.elements > spectral_threshold)
   for (int64_t from = 0, to; from < count; from = to) {
     to = plan.group_end[from];
-    plan.for_own_blocks(from, to, [&](int64_t b, const RowBlock& block) {
+    plan.for_own_blocks(from, to, [&](int64_t b, const LineBlock& block) {
       const SpectralBackward& w = weights[block.weight];
       const Lines& l = plan.lines[block.weight];
       const T *grad = static_cast<const T*>(w.grad), *weight = static_cast<const T*>(w.weight);
-      doubles<Acc> total = {};
-      for (int64_t a = 0; a < l.A; ++a) {
-        const int64_t first = (a * l.D + block.first) * l.B, n = (block.last - block.first) * l.B;
-        total += dot_product<Acc>(grad + first, grad + l.size(), weight + first, weight + l.size(), n);
-      }
-      products[b] = sum<Acc>(total);
+      const int64_t first = block.first * l.length(), n = (block.last - block.first) * l.length();
+      products[b] = sum<Acc>(dot_product<Acc>(grad + first, grad + l.size(), weight + first, weight + l.size(), n));
     });
 #pragma omp barrier
-    plan.for_own_blocks(from, to, [&](int64_t, const RowBlock& block) {
+    plan.for_own_blocks(from, to, [&](int64_t, const LineBlock& block) {
       const SpectralBackward& w = weights[block.weight];
       const Lines& l = plan.lines[block.weight];
       const T* grad = static_cast<const T*>(w.grad);
-      const Acc* rows = static_cast<const Acc*>(l.transposed ? w.v : w.u);
-      const Acc* columns = static_cast<const Acc*>(l.transposed ? w.u : w.v);
       double product = 0;
       for (int64_t b = plan.first_block[block.weight]; b < plan.first_block[block.weight + 1]; ++b) product += products[b];
       const double inverse = 1 / static_cast<double>(static_cast<const Acc*>(sigma)[block.weight]);
       const vec_t<T> factor = broadcast<Acc>(static_cast<Acc>(inverse));
-      for (int64_t a = 0; a < l.A; ++a)
-        for (int64_t d = block.first; d < block.last; ++d) {
-          const vec_t<T> outer = broadcast<Acc>(static_cast<Acc>(product * inverse * inverse * rows[d]));
-          const int64_t line = (a * l.D + d) * l.B;
-          for (int64_t i = 0; i < l.B; i += W) {
-            const int n = static_cast<int>(smaller(W, l.B - i));
-            const vec_t<T> column = load_within(columns + a * l.B + i, n, columns + l.columns());
-            const vec_t<T> g = load_within(grad + line + i, n, grad + l.size());
-            store(static_cast<T*>(w.grad_weight) + line + i, g * factor - outer * column, n);
-          }
+      const auto finish = [&](int64_t start, int64_t length, Acc scalar, const Acc* vector, const Acc* end) {
+        const vec_t<T> outer = broadcast<Acc>(static_cast<Acc>(product * inverse * inverse * scalar));
+        for (int64_t i = 0; i < length; i += W) {
+          const int n = static_cast<int>(smaller(W, length - i));
+          const vec_t<T> g = load_within(grad + start + i, n, grad + l.size());
+          store(static_cast<T*>(w.grad_weight) + start + i, g * factor - outer * load_within(vector + i, n, end), n);
         }
+      };
+      for_pieces<Acc>(w, l, block.first, block.last, finish);
     });
   }
 }
@@ -377,31 +441,26 @@ template <class T> void double_backward(const SpectralDoubleBackward* weights, i
 #pragma omp parallel if (plan.elements > spectral_threshold)
   for (int64_t from = 0, to; from < count; from = to) {
     to = plan.group_end[from];
-    plan.for_own_blocks(from, to, [&](int64_t b, const RowBlock& block) {
+    plan.for_own_blocks(from, to, [&](int64_t b, const LineBlock& block) {
       const SpectralDoubleBackward& w = weights[block.weight];
       const Lines& l = plan.lines[block.weight];
       const T *gg = static_cast<const T*>(w.gg), *grad = static_cast<const T*>(w.grad), *weight = static_cast<const T*>(w.weight);
-      const Acc* rows = static_cast<const Acc*>(l.transposed ? w.v : w.u);
-      const Acc* columns = static_cast<const Acc*>(l.transposed ? w.u : w.v);
-      doubles<Acc> grad_weight = {}, gg_grad = {}, gg_outer = {};
-      for (int64_t a = 0; a < l.A; ++a)
-        for (int64_t d = block.first; d < block.last; ++d) {
-          const int64_t line = (a * l.D + d) * l.B;
-          const T *gg_line = gg + line, *grad_line = grad + line, *end = grad + l.size(), *gg_end = gg + l.size();
-          grad_weight += dot_product<Acc>(grad_line, end, weight + line, weight + l.size(), l.B);
-          gg_grad += dot_product<Acc>(gg_line, gg_end, grad_line, end, l.B);
-          gg_outer += static_cast<double>(rows[d]) *
-                      dot_product<Acc>(gg_line, gg_end, columns + a * l.B, columns + l.columns(), l.B);
-        }
+      const int64_t first = block.first * l.length(), n = (block.last - block.first) * l.length();
+      const T *grad_end = grad + l.size(), *gg_end = gg + l.size();
+      const auto grad_weight = dot_product<Acc>(grad + first, grad_end, weight + first, weight + l.size(), n);
+      const auto gg_grad = dot_product<Acc>(gg + first, gg_end, grad + first, grad_end, n);
+      doubles<Acc> gg_outer = {};
+      const auto add = [&](int64_t start, int64_t length, Acc scalar, const Acc* vector, const Acc* end) {
+        gg_outer += static_cast<double>(scalar) * dot_product<Acc>(gg + start, gg_end, vector, end, length);
+      };
+      for_pieces<Acc>(w, l, block.first, block.last, add);
       products[b] = {sum<Acc>(grad_weight), sum<Acc>(gg_grad), sum<Acc>(gg_outer)};
     });
 #pragma omp barrier
-    plan.for_own_blocks(from, to, [&](int64_t, const RowBlock& block) {
+    plan.for_own_blocks(from, to, [&](int64_t, const LineBlock& block) {
       const SpectralDoubleBackward& w = weights[block.weight];
       const Lines& l = plan.lines[block.weight];
       const T *gg = static_cast<const T*>(w.gg), *grad = static_cast<const T*>(w.grad), *weight = static_cast<const T*>(w.weight);
-      const Acc* rows = static_cast<const Acc*>(l.transposed ? w.v : w.u);
-      const Acc* columns = static_cast<const Acc*>(l.transposed ? w.u : w.v);
       Products p = {0, 0, 0};
       for (int64_t b = plan.first_block[block.weight]; b < plan.first_block[block.weight + 1]; ++b) {
         p.grad_weight += products[b].grad_weight;
@@ -412,18 +471,16 @@ template <class T> void double_backward(const SpectralDoubleBackward* weights, i
       const double outer = (2 * p.grad_weight * p.gg_outer * inverse - p.gg_grad) * inverse * inverse;
       const vec_t<T> factor = broadcast<Acc>(static_cast<Acc>(inverse));
       const vec_t<T> across = broadcast<Acc>(static_cast<Acc>(p.gg_outer * inverse * inverse));
-      for (int64_t a = 0; a < l.A; ++a)
-        for (int64_t d = block.first; d < block.last; ++d) {
-          const vec_t<T> row = broadcast<Acc>(static_cast<Acc>(outer * rows[d]));
-          const int64_t line = (a * l.D + d) * l.B;
-          for (int64_t i = 0; i < l.B; i += W) {
-            const int n = static_cast<int>(smaller(W, l.B - i));
-            const auto part = [&](const T* of) { return load_within(of + line + i, n, of + l.size()); };
-            const vec_t<T> column = load_within(columns + a * l.B + i, n, columns + l.columns());
-            store(static_cast<T*>(w.g_grad) + line + i, part(gg) * factor - across * part(weight), n);
-            store(static_cast<T*>(w.g_weight) + line + i, row * column - across * part(grad), n);
-          }
+      const auto finish = [&](int64_t start, int64_t length, Acc scalar, const Acc* vector, const Acc* end) {
+        const vec_t<T> of_outer = broadcast<Acc>(static_cast<Acc>(outer * scalar));
+        for (int64_t i = 0; i < length; i += W) {
+          const int n = static_cast<int>(smaller(W, length - i));
+          const auto part = [&](const T* of) { return load_within(of + start + i, n, of + l.size()); };
+          store(static_cast<T*>(w.g_grad) + start + i, part(gg) * factor - across * part(weight), n);
+          store(static_cast<T*>(w.g_weight) + start + i, of_outer * load_within(vector + i, n, end) - across * part(grad), n);
         }
+      };
+      for_pieces<Acc>(w, l, block.first, block.last, finish);
     });
   }
 }

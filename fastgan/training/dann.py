@@ -9,7 +9,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.optim import SGD
 
 from fastgan.models.dann import Classifier, DomainHead
 from fastgan.nn import GradientReversal
@@ -17,7 +16,7 @@ from fastgan.training import dcgan
 from fastgan.training.data import ImageSet, Labelled, to_floats
 from fastgan.training.domains import LARGEST, load_domains
 from fastgan.training.images import Grid, scatter
-from fastgan.training.system import Score, Settings, System, require
+from fastgan.training.system import Score, Settings, System, adam, require
 
 SHOWN = 300
 """Images of each domain whose features are drawn."""
@@ -36,7 +35,7 @@ class DANNSettings(Settings):
     sources: ClassVar[tuple[str, ...]] = ()
 
     image_size: int = 28
-    lr: float = 0.02
+    lr: float = 0.001
     features: int = 32
 
     def load(self) -> list[ImageSet]:
@@ -57,7 +56,7 @@ class DANN(System[DANNSettings]):
 
     name = "dann"
     settings_type = DANNSettings
-    epochs = 20
+    epochs = 30
     draws = 2
 
     def __init__(self, settings: DANNSettings, channels: int, accelerator: Accelerator):
@@ -74,9 +73,7 @@ class DANN(System[DANNSettings]):
         }  # fmt: skip
         for network in self.networks.values():
             network.to(accelerator.device)
-        self.optimizers = {
-            name: SGD(network.parameters(), lr=settings.lr, momentum=0.9) for name, network in self.networks.items()
-        }
+        self.optimizers = {name: adam(network, settings.lr, (0.9, 0.999)) for name, network in self.networks.items()}
 
     def begin_step(self, step: int, steps: int) -> None:
         """The paper's schedules of its section 4, in the part p of the steps that is done: λ = 2 / (1 + exp(−10 p)) − 1, and

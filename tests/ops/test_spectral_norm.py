@@ -17,8 +17,11 @@ WEIGHTS = [
     ((9, 1), 0, NCHW), ((1, 1), 0, NCHW), ((3, 8), 1, NCHW), ((4, 5, 3, 3), 0, NHWC), ((4, 5, 3, 3), 1, NHWC),
     ((3, 4, 5, 6), 2, NHWC), ((3, 2, 2, 3, 2), 0, NCHW),
 ]  # fmt: skip
-# With more rows, and longer ones, than a block has.
-LARGE = [((600, 130), 0, NCHW), ((20, 9000), 0, NCHW), ((130, 40, 4, 4), 1, NCHW), ((70, 600), 1, NCHW)]
+# With more rows, and longer ones, than a block has; with more columns than are added up at once.
+LARGE = [
+    ((600, 130), 0, NCHW), ((20, 9000), 0, NCHW), ((130, 40, 4, 4), 1, NCHW), ((70, 600), 1, NCHW),
+    ((21, 150, 3, 3), 1, NCHW), ((6, 70, 5, 7), 1, NCHW),
+]  # fmt: skip
 
 
 def problem(weights, dtype=torch.float64, iterations=3):
