@@ -1,5 +1,6 @@
 """conv2d and conv_transpose2d against stock torch, to the second derivative, in every form that the CPU has."""
 
+import collections
 import importlib
 import itertools
 
@@ -451,3 +452,8 @@ def test_patches_are_not_written_where_they_would_be_many_times_the_input():
     """Few channels in large patches, from few outputs: the input gradient of a 7×7 convolution 3→16."""
     geometry = _conv_cpu.Geometry(torch.float32, (2, 3, 128, 128), (2, 16, 128, 128), (7, 7), (1, 1), (3, 3), (1, 1), 1)
     assert _conv_cpu.choose_form(geometry, "image") == "vendor"
+
+
+def test_settings_may_be_any_sequence():
+    x, weight = torch.randn(1, 2, 4, 5), torch.randn(3, 2, 3, 3)
+    assert torch.equal(conv2d(x, weight, stride=collections.deque([2, 1])), conv2d(x, weight, stride=(2, 1)))
