@@ -338,13 +338,18 @@ class ChainCall:
         return [module.get_submodule(layer) if isinstance(layer, str) else layer for layer in self.layers]
 
     def _key(self) -> tuple:
-        return self.order, *(layer if isinstance(layer, str) else repr(layer) for layer in self.layers)
+        return self.order, *(layer if isinstance(layer, str) else _settings_of(layer) for layer in self.layers)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ChainCall) and self._key() == other._key()
 
     def __hash__(self) -> int:
         return hash(self._key())
+
+
+def _settings_of(layer: nn.Module) -> tuple[type[nn.Module], str]:
+    """All that tells a layer without parameters from others: its repr leaves settings out."""
+    return type(layer), repr([item for item in vars(layer).items() if not item[0].startswith("_")])
 
 
 def find_chain(node: fx.Node, module: nn.Module) -> StandIn | None:

@@ -67,6 +67,15 @@ class OtherSettings(Block):
         return F.avg_pool2d(self.conv2(F.leaky_relu(x, x.mean().item() * 0 + 0.2)), 3)
 
 
+class Differs(Block):
+    """Calls of one layer and functions whose settings a repr leaves out."""
+
+    def forward(self, x):
+        y = F.avg_pool2d(self.conv1(x), 3, 2, 0, True)[..., :3, :4] + F.avg_pool2d(self.conv1(x), 3, 2)
+        z = F.interpolate(self.bn1(x), scale_factor=2, mode="bilinear", align_corners=True)
+        return y.mean((2, 3), keepdim=True) + z - F.interpolate(self.bn1(x), scale_factor=2, mode="bilinear")
+
+
 class Steps(nn.Module):
     def __init__(self):
         super().__init__()
@@ -221,6 +230,20 @@ def test_a_layer_that_is_replaced_later_is_seen(ran):
     ran.clear()
     assert_agree(stock, fused, batch())
     assert ran == ["conv2d", "conv2d", "batch_norm_act"] * 4
+
+
+def test_functions_that_differ_in_a_setting_are_not_taken_for_each_other():
+    assert_agree(*twins(Differs), batch())
+
+
+class Lists(Block):
+    def forward(self, x):
+        return F.avg_pool2d(self.conv1(x), [2, 2])
+
+
+def test_sizes_may_be_lists(ran):
+    assert_agree(*twins(Lists), batch())
+    assert ran == ["conv2d_avg_pool2d"] * 4
 
 
 def test_functions_without_a_layer_of_the_same_settings_run_as_they_are():

@@ -34,7 +34,9 @@ def is_doubling(up: nn.Upsample) -> bool:
 
 def is_halving(pool: nn.AvgPool2d) -> bool:
     """Whether a pool gives the means of 2×2 pixels."""
-    kernel_size, stride = (size if isinstance(size, tuple) else (size,) for size in (pool.kernel_size, pool.stride))
+    kernel_size, stride = (
+        size if isinstance(size, (list, tuple)) else (size,) for size in (pool.kernel_size, pool.stride)
+    )
     is_plain = pool.padding in (0, (0, 0)) and not pool.ceil_mode and pool.divisor_override is None
     return is_plain and set(kernel_size) == set(stride) == {2}
 

@@ -53,10 +53,20 @@ def _kernel_for(kernels: dict[str, Callable], inputs: tuple) -> Callable | None:
     device = None
     for value in inputs:
         if isinstance(value, Tensor):
-            if type(value) not in _PLAIN:
+            if type(value) not in _PLAIN or not _lies_in_memory(value):
                 return None
             device = device or value.device.type
     return kernels.get(device or "")
+
+
+_has_storage = torch._C._has_storage  # private to torch
+_is_zeros = Tensor._is_zerotensor  # private to torch
+
+
+def _lies_in_memory(tensor: Tensor) -> bool:
+    """Whether a tensor's elements are what is at its address. Not those of a batch of gradients, nor what PyTorch negates
+    or fills with zeros when it is read: the dispatcher does that."""
+    return _has_storage(tensor) and not tensor.is_neg() and not _is_zeros(tensor)
 
 
 # ── Registering ──────────────────────────────────────────────────────────────────────────────────────────────────────

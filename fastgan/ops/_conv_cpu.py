@@ -349,7 +349,7 @@ def _weight_grad_by_tiles(geometry: Geometry, positions: Tensor, image: Tensor, 
 @functools.cache
 def _of_taps() -> Tensor:
     """(16, 9): what 3×3 taps are multiplied with in the 16 matrices."""
-    row = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
+    row = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], device="cpu")
     return torch.kron(row, row)
 
 

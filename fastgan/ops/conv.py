@@ -229,7 +229,7 @@ def prepare(x: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple, lea
             check_is_tensor(name, tensor)
     x, weight, bias = cast_for_autocast(x, weight, bias)
     is_plain = type(x) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()  # else sizes may be symbols
-    check = _check_once if is_plain and all(type(size) is not list for size in settings) else _check
+    check = _check_once if is_plain and all(type(size) in _HASHABLE for size in settings) else _check
     settings, size = check(_facts(x), _facts(weight), None if bias is None else _facts(bias), settings)
     stride, _, _, transposed, output_padding, _ = settings
     runs_as_stock = (
@@ -265,6 +265,8 @@ def _check(x: _Facts, weight: _Facts, bias: _Facts | None, settings: tuple) -> t
         )
     return settings, size
 
+
+_HASHABLE = (int, bool, tuple)
 
 # Checking takes longer than a small layer does.
 _check_once = functools.lru_cache(maxsize=4096)(_check)

@@ -1,5 +1,6 @@
 """conv2d and conv_transpose2d against stock torch, to the second derivative, in every form that the CPU has."""
 
+import collections
 import importlib
 import itertools
 
@@ -485,3 +486,8 @@ def test_the_patches_of_a_weight_gradient_are_written_some_images_at_a_time(monk
     errors = Errors()
     add_two_orders(errors, [torch.randn(7, 6, 9, 8), torch.randn(5, 6, 3, 3)], False, padding=1)
     errors.check()
+
+
+def test_settings_may_be_any_sequence():
+    x, weight = torch.randn(1, 2, 4, 5), torch.randn(3, 2, 3, 3)
+    assert torch.equal(conv2d(x, weight, stride=collections.deque([2, 1])), conv2d(x, weight, stride=(2, 1)))

@@ -430,3 +430,20 @@ def test_stock_torch_serves_small_tensors_unless_a_backend_is_named(monkeypatch)
         for x in (small, large):
             batch_norm_act(x, None, None, training=True)
     assert served == [large.shape, small.shape, large.shape]
+
+
+def test_what_does_not_lie_in_memory_is_read_through_the_dispatcher():
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    y = batch_norm_act(x, None, None, training=True, act="none")
+    torch.testing.assert_close(batch_norm_act(torch._neg_view(x), None, None, training=True, act="none"), -y)
+    zeros = torch._efficientzerotensor(x.shape, dtype=x.dtype)
+    assert not batch_norm_act(zeros, None, None, training=True, act="none").any()
+
+
+def test_gradients_in_a_batch():
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    y = batch_norm_act(x, None, None, training=True)
+    cotangents = torch.randn(2, *y.shape, dtype=y.dtype)
+    (batched,) = torch.autograd.grad(y, x, cotangents, retain_graph=True, is_grads_batched=True)
+    expected = [torch.autograd.grad(y, x, cotangent, retain_graph=True)[0] for cotangent in cotangents]
+    torch.testing.assert_close(batched, torch.stack(expected))
