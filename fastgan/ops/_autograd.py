@@ -41,12 +41,17 @@ class _Operators:
 operators = _Operators()
 
 _PLAIN = (Tensor, nn.Parameter)
-_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", None)  # private to torch
+# Private to torch, all three; where one is not there, the dispatcher is asked.
+_dispatch_modes: Any = getattr(torch._C, "_len_torch_dispatch_stack", None)
+_has_storage: Any = getattr(torch._C, "_has_storage", None)
+_is_zeros: Any = getattr(Tensor, "_is_zerotensor", None)
 
 
 def _kernel_for(kernels: dict[str, Callable], inputs: tuple) -> Callable | None:
     """What computes an operator on the inputs, unless the dispatcher has to be asked."""
-    if torch.compiler.is_compiling() or _dispatch_modes is None or _dispatch_modes() or is_transformed():
+    if torch.compiler.is_compiling() or None in (_dispatch_modes, _has_storage, _is_zeros):
+        return None
+    if _dispatch_modes() or is_transformed():
         return None
     if torch.jit.is_tracing():
         return None
@@ -57,10 +62,6 @@ def _kernel_for(kernels: dict[str, Callable], inputs: tuple) -> Callable | None:
                 return None
             device = device or value.device.type
     return kernels.get(device or "")
-
-
-_has_storage = torch._C._has_storage  # private to torch
-_is_zeros = Tensor._is_zerotensor  # private to torch
 
 
 def _lies_in_memory(tensor: Tensor) -> bool:
