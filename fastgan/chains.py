@@ -300,6 +300,8 @@ def run_chain(
                 added = residual if len(layers) == 1 else None
                 x, stock, is_added = run_chain(chain.layers, x, stock, added, layout)
             else:
+                if _may_change_input(chain.layers[0]):  # and then the sum is of what it leaves
+                    x, stock = restore(x, stock), None
                 x, stock = _plus_owing(chain.layers, x, x, stock, chain.order)
         elif (resampled := _find_resampled(x, layers, classes)) is not None:
             x, stock, length = resampled(restore(x, stock)), None, 2
@@ -309,6 +311,11 @@ def run_chain(
             x = head(x) if run is None else run(x, *layers[:length])
         layers, classes = layers[length:], classes[length:]
     return x, stock, is_added
+
+
+def _may_change_input(layer: nn.Module) -> bool:
+    """Whether a layer may work in place, and would be called on a copy where its input owes a layout."""
+    return not isinstance(layer, (*CONV, *NORM, FusedModule)) and classes_of([layer])[0] not in LAYOUT_BLIND
 
 
 def _adds(layer: nn.Module) -> bool:

@@ -437,7 +437,12 @@ def find_residual(node: fx.Node, module: nn.Module) -> StandIn | None:
     """x + chain(y), of which the chain has just been called."""
     orders = ("x + y", "y + x") if node.target in ADD else ("x += y", "y += x")
     for (part, residual), order in zip(either(node, (*ADD, IN_PLACE["iadd"])), orders, strict=False):
-        if not isinstance(residual, fx.Node) or not _is_normed(part, module) or _after(part) is not node:
+        if (
+            not isinstance(residual, fx.Node)
+            or residual is part
+            or not _is_normed(part, module)
+            or _after(part) is not node
+        ):
             continue
         if order == "y += x" and not _is_normed(residual, module):
             continue  # somebody may see what is added to

@@ -236,6 +236,36 @@ def test_functions_that_differ_in_a_setting_are_not_taken_for_each_other():
     assert_agree(*twins(Differs), batch())
 
 
+class ChangesInput(Block):
+    """Adds what an activation in place has made of x."""
+
+    def __init__(self):
+        super().__init__()
+        self.relu = nn.ReLU(inplace=True)
+        self.relu.register_forward_hook(_hook)
+
+    def forward(self, x):
+        return x + self.bn1(self.conv1(self.relu(x)))
+
+
+def _hook(module, args, output):
+    return None
+
+
+def test_a_sum_with_an_input_that_a_called_layer_changes():
+    assert_agree(*twins(lambda: nn.Sequential(nn.Conv2d(C, C, 3, padding=1), ChangesInput())), batch())
+
+
+class Doubles(Block):
+    def forward(self, x):
+        y = self.bn1(self.conv1(x))
+        return y + y
+
+
+def test_a_sum_of_one_chain_with_itself_runs_it_once():
+    assert_agree(*twins(Doubles), batch())
+
+
 class Lists(Block):
     def forward(self, x):
         return F.avg_pool2d(self.conv1(x), [2, 2])
