@@ -41,19 +41,18 @@ class _Operators:
 operators = _Operators()
 
 _PLAIN = (Tensor, nn.Parameter)
-# Private to torch, all three; where one is not there, the dispatcher is asked.
+# Private to torch, all of them; where one is not there, the dispatcher is asked.
 _dispatch_modes: Any = getattr(torch._C, "_len_torch_dispatch_stack", None)
+_pre_dispatch_modes: Any = getattr(torch._ops, "_len_torch_dispatch_stack_pre_dispatch", None)
 _has_storage: Any = getattr(torch._C, "_has_storage", None)
 _is_zeros: Any = getattr(Tensor, "_is_zerotensor", None)
 
 
 def _kernel_for(kernels: dict[str, Callable], inputs: tuple) -> Callable | None:
     """What computes an operator on the inputs, unless the dispatcher has to be asked."""
-    if torch.compiler.is_compiling() or None in (_dispatch_modes, _has_storage, _is_zeros):
+    if torch.compiler.is_compiling() or None in (_dispatch_modes, _pre_dispatch_modes, _has_storage, _is_zeros):
         return None
-    if _dispatch_modes() or is_transformed():
-        return None
-    if torch.jit.is_tracing():
+    if _dispatch_modes() or _pre_dispatch_modes() or is_transformed() or torch.jit.is_tracing():
         return None
     device = None
     for value in inputs:

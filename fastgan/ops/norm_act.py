@@ -386,7 +386,9 @@ def _move_at_once(
     vectors = (running_mean, running_var, mean, var)
     if isinstance(momentum, Tensor) or torch.compiler.is_compiling() or mean.dtype != torch.float64:
         return False
-    if any(type(t) is not Tensor or t.device.type != "cpu" or not t.is_contiguous() for t in vectors):
+    if any(
+        type(t) is not Tensor or t.device.type != "cpu" or t.requires_grad or not t.is_contiguous() for t in vectors
+    ):
         return False
     if running_mean.dtype != running_var.dtype or running_mean.dtype not in (torch.float32, torch.float64):
         return False
