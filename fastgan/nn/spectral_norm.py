@@ -78,6 +78,11 @@ def _is_torchs(weight: Tensor, elements: int, iterates: bool) -> bool:
     )
 
 
+def _is_watched() -> bool:
+    """Whether somebody looks into all operations, and is to see torch's own."""
+    return is_transformed() or torch.jit.is_tracing()
+
+
 def _iterate(matrix: Tensor, u: Tensor, v: Tensor, count: int, eps: float) -> None:
     """torch's power iteration, in place, to the bit: two thirds of its time are what `F.normalize` does besides."""
     with torch.no_grad():
@@ -104,7 +109,7 @@ class SpectralNorm(_SpectralNorm):
     def forward(self, weight: Tensor) -> Tensor:
         if weight.dim() < 2 or not weight.is_floating_point():
             return super().forward(weight)
-        if _is_torchs(weight, weight.numel() + _EACH, self.training) and _shares.are_none():
+        if not _is_watched() and _is_torchs(weight, weight.numel() + _EACH, self.training) and _shares.are_none():
             matrix, u, v = self._reshape_weight_to_matrix(weight), self._u, self._v
             if self.training:
                 _iterate(matrix, u, v, self.n_power_iterations, self.eps)
@@ -126,7 +131,7 @@ class SpectralNormHook(Hook):
         weight, v, u = call[:3]
         if not weight.is_floating_point():
             return super().compute_weight(module, do_power_iteration)
-        if _is_torchs(weight, weight.numel() + _EACH, do_power_iteration) and _shares.are_none():
+        if not _is_watched() and _is_torchs(weight, weight.numel() + _EACH, do_power_iteration) and _shares.are_none():
             matrix = self.reshape_weight_to_matrix(weight)
             if do_power_iteration:
                 _iterate(matrix.t(), v, u, self.n_power_iterations, self.eps)
@@ -231,23 +236,18 @@ class _Shares(threading.local):
 _shares = _Shares()
 
 
-def _is_opaque() -> bool:
-    """Whether somebody looks into all operations, of which the operator is none that they know."""
-    return is_transformed() or torch.jit.is_tracing()
-
-
 def _normalise(place: Hashable, call: _Call) -> Tensor | None:
     """The layer's normalised weight; None where that is torch's affair."""
     share = None if torch.compiler.is_compiling() else _shares.take(place, call)
     if share is not None:
         return call.result(share.normalised)
-    elements = call.weight.numel() + _EACH
-    if _is_opaque() or not call.is_served() or _is_torchs(call.weight, elements, call.n_power_iterations > 0):
+    weight, iterates = call.weight, call.n_power_iterations > 0
+    if _is_watched() or not call.is_served() or _is_torchs(weight, weight.numel() + _EACH, iterates):
         return None
     (normalised,), (u,), (v,) = normalise(
         [call.operand()], [call.u], [call.v], [call.dim], call.n_power_iterations, call.eps
     )
-    if call.n_power_iterations:
+    if iterates:
         with torch.no_grad():
             call.u.copy_(u)
             call.v.copy_(v)
@@ -267,13 +267,13 @@ class Together:
         self.elements = sum(weight.numel() + _EACH for norm in self.norms if (weight := norm.weight()) is not None)
 
     def before(self, model: nn.Module, args: tuple) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _is_watched():
             return
         found = self.norms if model is self.model else list(norms(model))  # the other is a replica
         weight = found[0].weight() if found else None
-        if weight is not None and _is_torchs(weight, self.elements, model.training):
-            return  # each layer will see that for itself, too
-        if not _is_opaque():
+        if weight is None or not _is_torchs(
+            weight, self.elements, model.training
+        ):  # else each layer will find the same
             self.compute(model, found)
 
     def compute(self, model: nn.Module, norms: list[Norm]) -> None:

@@ -473,6 +473,19 @@ def test_what_is_left_to_torch_is_torchs_to_the_bit(kind, dtype, automatic):
 
 
 @pytest.mark.parametrize("kind", STOCK)
+def test_transforms_and_traces_see_torchs_own_operations(kind, automatic):
+    stock, served, x = twins(kind)
+    results = []
+    for model in (stock, served):
+        parameters, buffers = dict(model.named_parameters()), {k: b.clone() for k, b in model.named_buffers()}
+        loss = lambda p, m=model, b=buffers: torch.func.functional_call(m, (p, b), (x,)).sum()  # noqa: E731
+        results.append((torch.func.grad(loss)(parameters), buffers))
+    torch.testing.assert_close(*results[::-1])
+    served.eval()
+    torch.testing.assert_close(torch.jit.trace(served, x)(2 * x), served(2 * x))  # traces twice, and compares
+
+
+@pytest.mark.parametrize("kind", STOCK)
 def test_a_small_norm_among_large_ones_and_one_that_is_gone(kind, calls, automatic):
     class Mixed(nn.Module):
         def __init__(self, norm):
