@@ -213,7 +213,7 @@ CHAINS = {
             nn.Flatten(),
             nn.Linear(672, 2),
         ),
-        ["conv2d", "instance_norm_act", "conv2d", "upsample_conv2d"],
+        ["conv2d", "instance_norm_act", "conv2d", "pixel_shuffle_act", "upsample_conv2d"],
     ),
     "a layer that views": (
         lambda: nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), Viewer(), nn.BatchNorm1d(6 * 6 * 7)),
