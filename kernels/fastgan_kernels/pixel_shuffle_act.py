@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgan_kernels._norm import PROGRAMS, ROW_CHANNELS, load
+from fastgan_kernels._norm import PROGRAMS, ROW_CHANNELS, activate_by, channels, load
 
 # Eight elements to a thread: one 16-byte load in bfloat16.
 _TILE = 2048
@@ -30,12 +30,9 @@ _ELEMENTS_PER_WARP = 256
 
 @triton.jit
 def _apply(side, value, slope, ACT: tl.constexpr, POSITIVE: tl.constexpr):
-    """f. A NaN passes as in torch."""
-    if ACT == "relu":
-        value = tl.where(side <= 0, 0.0, value)
-    elif ACT != "none":
-        value = tl.where(side > 0, value if POSITIVE else 0.0, value * slope)
-    return value
+    """f; unless POSITIVE 0 where the side is above 0."""
+    value = activate_by(side, value, slope, ACT)
+    return value if POSITIVE else tl.where(side > 0, 0.0, value)
 
 
 @triton.jit
@@ -69,14 +66,6 @@ def _tile(t, shape, R: tl.constexpr, ROWS: tl.constexpr, HEIGHT: tl.constexpr, W
 
 
 @triton.jit
-def _channels(shape, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """The program's channels, and which of these exist."""
-    group = tl.program_id(0).to(tl.int64)
-    c = group * WIDTH + tl.arange(0, WIDTH)[None, :] if ROWS else group + tl.arange(0, 1)[None, :]
-    return c, c < shape[1]
-
-
-@triton.jit
 def _slopes(weight, slope, c, c_ok, SINGLE: tl.constexpr, ACC: tl.constexpr):
     """What the negative side is multiplied by."""
     return load(weight, c * 0 if SINGLE else c, c_ok, slope, ACC)
@@ -89,7 +78,7 @@ def _slopes(weight, slope, c, c_ok, SINGLE: tl.constexpr, ACC: tl.constexpr):
 def _forward_kernel(x, side, weight, y, slope: tl.float64, shape, tiles, ACT: tl.constexpr, POSITIVE: tl.constexpr,
                     FINE: tl.constexpr, SINGLE: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, HEIGHT: tl.constexpr,
                     WIDTH: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    c, c_ok = _channels(shape, ROWS, WIDTH)
+    _, c, c_ok = channels(shape, ROWS, WIDTH)
     slopes = _slopes(weight, slope, c, c_ok, SINGLE, ACC)
     t = tl.program_id(1)
     while t < tiles:
@@ -104,7 +93,7 @@ def _forward_kernel(x, side, weight, y, slope: tl.float64, shape, tiles, ACT: tl
 def _backward_kernel(grad_y, x, side, weight, grad_x, partial, slope: tl.float64, shape, tiles, ACT: tl.constexpr,
                      POSITIVE: tl.constexpr, FINE: tl.constexpr, SINGLE: tl.constexpr, R: tl.constexpr,
                      ROWS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    c, c_ok = _channels(shape, ROWS, WIDTH)
+    _, c, c_ok = channels(shape, ROWS, WIDTH)
     slopes = _slopes(weight, slope, c, c_ok, SINGLE, ACC)
     total = tl.zeros([HEIGHT, WIDTH], ACC)
     t = tl.program_id(1)
