@@ -130,13 +130,7 @@ def small():
     )
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors this small are slower on several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 SMALL = ["conv2d_batch_norm_act", "conv_transpose2d_batch_norm_act", "conv2d_batch_norm_act"]

@@ -11,13 +11,7 @@ from fastgan.fuse import explain, fuse, unfuse
 C = 4
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors this small are slower on several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Block(nn.Module):

@@ -25,12 +25,8 @@ def fresh_accelerate() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
+def _on_one_thread(one_thread) -> None:
     """Networks this small gain nothing from more, and on a busy machine lose much."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
