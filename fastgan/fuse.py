@@ -30,7 +30,7 @@ from fastgan.chains import (
     is_observed,
     matches,
     run_whole,
-)  # fmt: skip
+)
 from fastgan.graph_patterns import ChainCall, find_adain, find_chain, find_conv, find_residual, resample, whole_chain
 from fastgan.nn.conv_norm_act import ConvBnAct2d, ConvTransposeBnAct2d
 from fastgan.nn.gradient_reversal import ReversedLinear
@@ -40,6 +40,8 @@ from fastgan.nn.spectral_norm import SpectralNorm, SpectralNormHook, Together, n
 from fastgan.tracing import Traces, compiled
 
 Model = TypeVar("Model", bound=nn.Module)
+
+# ── Stand-ins ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class _Made(FusedModule):

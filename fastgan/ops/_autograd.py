@@ -50,7 +50,9 @@ _is_zeros: Any = getattr(Tensor, "_is_zerotensor", None)
 
 def _kernel_for(kernels: dict[str, Callable], inputs: tuple) -> Callable | None:
     """What computes an operator on the inputs, unless the dispatcher has to be asked."""
-    if torch.compiler.is_compiling() or None in (_dispatch_modes, _pre_dispatch_modes, _has_storage, _is_zeros):
+    if not kernels or torch.compiler.is_compiling():
+        return None
+    if None in (_dispatch_modes, _pre_dispatch_modes, _has_storage, _is_zeros):
         return None
     if _dispatch_modes() or _pre_dispatch_modes() or is_transformed() or torch.jit.is_tracing():
         return None

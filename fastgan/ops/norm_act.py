@@ -394,8 +394,10 @@ def _move_at_once(
         return False
     from fastgan import _C
 
-    dtype, addresses = DTYPES[running_mean.dtype], [t.data_ptr() for t in vectors]
-    _C.move_statistics(dtype, len(mean), addresses[0], addresses[1], addresses[2], addresses[3], momentum, unbiased)
+    _C.move_statistics(
+        DTYPES[running_mean.dtype], len(mean), running_mean.data_ptr(), running_var.data_ptr(), mean.data_ptr(),
+        var.data_ptr(), momentum, unbiased,
+    )  # fmt: skip
     torch.autograd.graph.increment_version((running_mean, running_var))
     return True
 
