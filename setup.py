@@ -4,6 +4,8 @@ C++. Neither torch nor a GPU is needed to build."""
 import os
 import shutil
 import subprocess
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
@@ -29,16 +31,31 @@ def nvcc_flags(nvcc: str) -> list[str]:
     return [*flags, f"-gencode=arch=compute_{known[-1]},code=compute_{known[-1]}", "-std=c++17", "-O3", "--threads=0"]
 
 
+def is_outdated(built: str | Path, sources: Iterable[str]) -> bool:
+    """Whether one of the sources, or how they are built, has changed since."""
+    newest = max(Path(path).stat().st_mtime for path in (*sources, __file__))
+    return not Path(built).exists() or Path(built).stat().st_mtime < newest
+
+
 class BuildKernels(build_ext):
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        # Where editable installs and wheels find each other's objects: compiling takes minutes.
+        self.build_temp = str(Path("build", f"temp.{self.plat_name}-{sys.implementation.cache_tag}"))
+
     def build_extension(self, extension) -> None:
         if extension.name != "fastgan._cuda":
             return super().build_extension(extension)
         # nvcc links CUDA's runtime statically, so the module loads also where there is only a driver, or not even that.
         target = Path(self.get_ext_fullpath(extension.name))
+        built = Path(self.build_temp, target.name)
+        if is_outdated(built, (*extension.sources, *extension.depends)):
+            built.parent.mkdir(parents=True, exist_ok=True)
+            headers = [f"-I{path}" for path in (*extension.include_dirs, *self.include_dirs)]
+            options = ["-shared", "-Xcompiler=-fPIC,-fvisibility=hidden", *nvcc_flags(NVCC), *headers]
+            self.spawn([NVCC, *options, *extension.sources, "-o", str(built)])
         target.parent.mkdir(parents=True, exist_ok=True)
-        headers = [f"-I{path}" for path in (*extension.include_dirs, *self.include_dirs)]
-        options = ["-shared", "-Xcompiler=-fPIC,-fvisibility=hidden", *nvcc_flags(NVCC), *headers]
-        self.spawn([NVCC, *options, *extension.sources, "-o", str(target)])
+        self.copy_file(str(built), str(target))
 
     def build_extensions(self) -> None:
         if self.compiler.compiler_type == "unix":
@@ -73,5 +90,5 @@ cuda_kernels = Pybind11Extension(
     optional=True,
 )
 
-ParallelCompile().install()
+ParallelCompile(needs_recompile=lambda built, source: is_outdated(built, (source, *kernels.depends))).install()
 setup(ext_modules=[kernels, *[cuda_kernels] * (NVCC is not None)], cmdclass={"build_ext": BuildKernels})

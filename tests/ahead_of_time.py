@@ -1,5 +1,10 @@
-"""What Triton and ptxas make of kernels on GPUs that need not be there."""
+"""What Triton and ptxas make of kernels on GPUs that need not be there.
 
+`python ahead_of_time.py CAPABILITY` prints it, a line of JSON for each kernel that a case launches. The tests of an
+operator's kernels name its cases: `compiled_cases` there gives (name, launch).
+"""
+
+import importlib.util
 import json
 import os
 import re
@@ -15,10 +20,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 CAPABILITIES = (80, 90, 100)
+# The one for which all cases are compiled. For the others those of planes in float32: all take as long as the other tests.
+WHOLE_CAPABILITY = 90
+
+Cases = Iterable[tuple[str, Callable[[], object]]]
 
 
-def compile_every_kernel(cases: Iterable[tuple[str, Callable]], capability: int) -> None:
-    """Print, a line of JSON each, what ptxas makes of the kernels that each case would launch on such a GPU."""
+def compile_every_kernel(operator: str, cases: Cases, capability: int) -> None:
+    """Print what ptxas makes of the kernels that each case would launch on such a GPU."""
 
     class Driver:
         get_current_device = get_current_stream = staticmethod(lambda *_: 0)
@@ -46,25 +55,33 @@ def compile_every_kernel(cases: Iterable[tuple[str, Callable]], capability: int)
     triton.knobs.compilation.always_compile = True
     triton.runtime.jit.KernelInterface.__getitem__ = compile_instead
     for case, launch_everything in cases:
+        if capability != WHOLE_CAPABILITY and ("float32" not in case or "rows" in case):
+            continue
         compiled.clear()
         launch_everything()
         for properties in compiled:
-            print(json.dumps({"case": case, **properties}))
+            print(json.dumps({"operator": operator, "case": case, **properties}))
+
+
+def cases_of_every_operator() -> Iterator[tuple[str, Cases]]:
+    for path in sorted((Path(__file__).parent / "kernels").glob("test_*.py")):
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        tests = importlib.util.module_from_spec(spec)
+        sys.modules[path.stem] = tests  # where dataclasses look for their names
+        spec.loader.exec_module(tests)
+        if hasattr(tests, "compiled_cases"):
+            yield path.stem.removeprefix("test_"), tests.compiled_cases()
 
 
 @contextmanager
-def compilers(script: str, cache: Path) -> Iterator[dict[int, subprocess.Popen]]:
-    """Compilers that run beside the other tests, as they take as long: `script`, with a capability as its argument."""
-    path = [
-        str(Path(fastgan_kernels.__file__).parents[1]),
-        str(Path(__file__).parent),
-        os.environ.get("PYTHONPATH", ""),
-    ]
+def compilers(cache: Path) -> Iterator[dict[int, subprocess.Popen]]:
+    """A compiler for each capability, at work."""
+    path = [str(Path(fastgan_kernels.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "TRITON_CACHE_DIR": str(cache)}
     environment.pop("TRITON_INTERPRET", None)
     started = {
         capability: subprocess.Popen(
-            [sys.executable, script, str(capability)], env=environment, stdout=subprocess.PIPE, text=True
+            [sys.executable, __file__, str(capability)], env=environment, stdout=subprocess.PIPE, text=True
         )
         for capability in CAPABILITIES
     }
@@ -83,5 +100,6 @@ def compiled_by(process: subprocess.Popen) -> list[dict]:
     return [json.loads(line) for line in output.splitlines()]
 
 
-def kernels_of(module) -> set[str]:
-    return {name for name in vars(module) if name.endswith("_kernel")}
+if __name__ == "__main__":
+    for operator, cases in cases_of_every_operator():
+        compile_every_kernel(operator, cases, int(sys.argv[1]))

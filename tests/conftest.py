@@ -11,6 +11,30 @@ if not torch.cuda.is_available():
 from fastgan import backend, ops
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _interpreter_patches_its_language_once():
+    """It does so again in every helper that a kernel calls, which takes half of all its time."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch_language = interpreter._patch_lang
+
+    @functools.cache
+    def languages(kernel):
+        return [module for module in (tl, tl.core) if any(value is module for value in kernel.__globals__.values())]
+
+    def patch_once(kernel):
+        is_patched = not any(tl.core.is_builtin(module.load) for module in languages(kernel))
+        return interpreter._LangPatchScope() if is_patched else patch_language(kernel)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", patch_once)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -1,17 +1,16 @@
 """The kernels of adain against its definition in plain torch, differentiated by autograd in float64."""
 
 import math
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
-import ahead_of_time
 import oracle
 import pytest
 import torch
 import triton
 import triton.language as tl
-from fastgan_kernels import _norm, _units, adain
+from fastgan_kernels import _units, adain
 from fastgan_kernels.adain import adain_backward, adain_double_backward, adain_forward
 from oracle import assert_kernels_are_as_exact_as_eager, rms
 from torch import Tensor
@@ -168,7 +167,7 @@ layouts = pytest.mark.parametrize("rows", [False, True], ids=["planes", "rows"])
 @layouts
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_order_is_as_exact_as_eager(programs, rows, dtype):
-    assert_as_exact_as_eager(problem(6, 8, 5, 7, rows=rows, dtype=dtype))
+    assert_as_exact_as_eager(problem(2, 5, 5, 7, rows=rows, dtype=dtype))
 
 
 @layouts
@@ -366,35 +365,17 @@ def test_offsets_of_noise_past_two_to_the_31_are_exact(layout, tile):
 # ---------------------------------------------------------------------------------------------- ahead of time, and CUDA
 
 
-def compiled_problems() -> Iterator[tuple[str, Problem]]:
+def compiled_cases() -> Iterator[tuple[str, Callable]]:
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         for rows in (False, True):
             layout = "rows" if rows else "planes"
             for shape in ((2, 64, 16, 16), (2, 64, 128, 128)):
-                yield f"{dtype} {layout} {shape}", problem(*shape, rows=rows, dtype=dtype)
-        yield f"{dtype} planes plane of 64", problem(1, 64, 64, 64, dtype=dtype)
+                yield f"{dtype} {layout} {shape}", partial(by_kernels, problem(*shape, rows=rows, dtype=dtype))
+        yield f"{dtype} planes plane of 64", partial(by_kernels, problem(1, 64, 64, 64, dtype=dtype))
     # An integer argument of 1 is a constant to the compiler, and an absent tensor no argument.
     for shape in ((1, 1, 200, 200), (1, 3, 5), (5, 1)):
         p = without(problem(*shape, act="relu"), "noise_weight", "bias", "noise")
-        yield f"bare {shape}", replace(p, gg_scale=None, gg_shift=None)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compilations(tmp_path_factory) -> Iterator[dict]:
-    with ahead_of_time.compilers(__file__, tmp_path_factory.mktemp("triton")) as started:
-        yield started
-
-
-@pytest.mark.parametrize("capability", ahead_of_time.CAPABILITIES)
-def test_every_kernel_compiles_without_spilling(compilations, capability):
-    compiled = ahead_of_time.compiled_by(compilations[capability])
-    kernels = set().union(*map(ahead_of_time.kernels_of, (adain, _norm, _units)))
-    assert {c["kernel"] for c in compiled} == kernels
-    assert not [c for c in compiled if c["bytes spilled"]]
-    # A plane's mean is taken apart into two float32 numbers, and nothing else is computed in float64.
-    assert not [c for c in compiled if not {"add", "sub"} >= set(c["float64"]) and "float64" not in c["case"]]
-    streaming = [c for c in compiled if c["kernel"] not in ("_combine_kernel", "_add_kernel")]
-    assert not [c for c in streaming if "bare" not in c["case"] and not c["16-byte loads"]]
+        yield f"bare {shape}", partial(by_kernels, replace(p, gg_scale=None, gg_shift=None))
 
 
 needs_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
@@ -425,8 +406,3 @@ def test_data_past_two_to_the_31_elements(rows):
     y = torch.group_norm(F.relu(x[-1:].float() + noise[-1:].float()), 64, eps=EPS)
     expected = scale[-1, :, None, None].float() * y + shift[-1, :, None, None].float()
     torch.testing.assert_close(out[-1:].float(), expected, rtol=2**-7, atol=2**-7)
-
-
-if __name__ == "__main__":
-    cases = ((case, lambda p=p: by_kernels(p)) for case, p in compiled_problems())
-    ahead_of_time.compile_every_kernel(cases, int(sys.argv[1]))

@@ -1,10 +1,9 @@
 """The Triton kernels of bias_act against its definition in plain torch, differentiated by autograd in float64."""
 
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
-import ahead_of_time
 import pytest
 import torch
 from fastgan_kernels import bias_act
@@ -169,35 +168,13 @@ def test_what_is_not_needed_comes_back_empty():
     assert torch.equal(only_b, grad_b) and nothing.numel() == 0
 
 
-def compiled_problems() -> Iterator[tuple[str, Problem]]:
+def compiled_cases() -> Iterator[tuple[str, Callable]]:
     for act in ACTS:
-        yield f"float32 {act}", problem(8, 64, 64, 64, act=act, clamp=1.0)
+        yield f"float32 {act}", partial(by_kernels, problem(8, 64, 64, 64, act=act, clamp=1.0))
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         for rows in (False, True):
             for act in ("lrelu", "selu", "softplus"):
-                yield (
-                    f"{dtype} {'rows' if rows else 'planes'} {act}",
-                    problem(8, 64, 32, 32, act=act, rows=rows, dtype=dtype),
-                )
+                p = problem(8, 64, 32, 32, act=act, rows=rows, dtype=dtype)
+                yield f"{dtype} {'rows' if rows else 'planes'} {act}", partial(by_kernels, p)
     # An integer argument of 1 is a constant to the compiler, and an absent tensor no argument.
-    yield "bare", replace(problem(1, 1, 200, 200), b=None, ggb=None)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compilations(tmp_path_factory) -> Iterator[dict]:
-    with ahead_of_time.compilers(__file__, tmp_path_factory.mktemp("triton")) as started:
-        yield started
-
-
-@pytest.mark.parametrize("capability", ahead_of_time.CAPABILITIES)
-def test_every_kernel_compiles_without_spilling(compilations, capability):
-    compiled = ahead_of_time.compiled_by(compilations[capability])
-    assert {c["kernel"] for c in compiled} == ahead_of_time.kernels_of(bias_act)
-    assert not [c for c in compiled if c["bytes spilled"]]
-    assert not [c for c in compiled if c["float64"] and "float64" not in c["case"]]
-    assert not [c for c in compiled if not c["16-byte loads"]]
-
-
-if __name__ == "__main__":
-    cases = ((case, lambda p=p: by_kernels(p)) for case, p in compiled_problems())
-    ahead_of_time.compile_every_kernel(cases, int(sys.argv[1]))
+    yield "bare", partial(by_kernels, replace(problem(1, 1, 200, 200), b=None, ggb=None))

@@ -1,10 +1,9 @@
 """The Triton kernels of pixel_shuffle_act against its definition in plain torch, differentiated by autograd."""
 
 import itertools
-import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 
-import ahead_of_time
 import pytest
 import torch
 from fastgan_kernels import pixel_shuffle_act
@@ -20,7 +19,7 @@ SLOPE = 0.2
 ACTS = ("none", "relu", "leaky_relu", "prelu")
 LAYOUTS = {"planes": torch.contiguous_format, "rows": torch.channels_last}
 # y's channels, x's pixels, r.
-SHAPES = ((2, 3, 5, 7, 2), (1, 70, 3, 4, 2), (2, 1, 9, 33, 3), (1, 5, 2, 1, 4), (2, 2, 4, 4, 1))
+SHAPES = ((2, 3, 3, 5, 2), (1, 66, 1, 2, 2), (2, 1, 3, 17, 3), (1, 5, 2, 1, 4), (2, 2, 4, 4, 1))
 
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
@@ -56,8 +55,7 @@ def tiles(request, monkeypatch):
 
 
 @layouts
-@pytest.mark.parametrize("weights", [None, 1])
-@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize(("act", "weights"), [*((act, None) for act in ACTS), ("prelu", 1)])
 def test_values_and_gradients_are_those_of_the_definition(tiles, act, weights, layout):
     for shape in SHAPES:
         x, weight, grad_y = problem(shape, layout, weights=weights)
@@ -151,26 +149,4 @@ def compiled_cases() -> Iterator[tuple[str, Callable]]:
         (torch.float32, torch.bfloat16, torch.float64), itertools.product(LAYOUTS, (2, 3), ACTS)
     ):
         given = problem((8, 64, 24, 24, r), layout, dtype)
-        yield (
-            f"{dtype} {layout} {r} {act}",
-            lambda g=given, r=r, act=act, rows=layout == "rows": launch(*g, r, act, rows),
-        )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compilations(tmp_path_factory) -> Iterator[dict]:
-    with ahead_of_time.compilers(__file__, tmp_path_factory.mktemp("triton")) as started:
-        yield started
-
-
-@pytest.mark.parametrize("capability", ahead_of_time.CAPABILITIES)
-def test_every_kernel_compiles_without_spilling(compilations, capability):
-    compiled = ahead_of_time.compiled_by(compilations[capability])
-    assert {c["kernel"] for c in compiled} == ahead_of_time.kernels_of(pixel_shuffle_act)
-    assert len({c["case"] for c in compiled}) == 48
-    assert not [c for c in compiled if c["bytes spilled"]]
-    assert not [c for c in compiled if c["float64"] and "float64" not in c["case"]]
-
-
-if __name__ == "__main__":
-    ahead_of_time.compile_every_kernel(compiled_cases(), int(sys.argv[1]))
+        yield f"{dtype} {layout} {r} {act}", partial(launch, *given, r, act, layout == "rows")

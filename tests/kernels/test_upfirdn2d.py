@@ -1,22 +1,12 @@
-"""The kernel of upfirdn2d against its definition, and compiled ahead of time."""
+"""The kernel of upfirdn2d against its definition."""
 
 import itertools
-import json
-import os
-import re
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import redirect_stdout
-from io import StringIO
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
-import triton
-from fastgan_kernels import upfirdn2d as kernels
 from fastgan_kernels.upfirdn2d import upfirdn2d
-from triton.backends.compiler import GPUTarget
 
 # The interpreter computes masked elements too: NumPy's warnings say nothing.
 pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
@@ -44,7 +34,7 @@ def problem(shape, filter_size, layout="planes", dtype=torch.float64):
 def test_values_are_those_of_the_definition(up, down, padding, filter_name, layout):
     from fastgan.ops.upfirdn2d import reference
 
-    for shape, flip in itertools.product([(2, 3, 6, 7), (1, 70, 5, 4), (2, 1, 40, 35)], (False, True)):
+    for shape, flip in itertools.product([(2, 3, 6, 7), (1, 66, 5, 4), (1, 1, 24, 29)], (False, True)):
         x, f = problem(shape, FILTERS[filter_name], layout)
         y = upfirdn2d(x, f, up, down, padding, flip, 1.7)
         torch.testing.assert_close(y, reference(x, f, up, down, padding, flip, 1.7))
@@ -72,71 +62,10 @@ def test_views_and_empty_batches():
 
 # ── Ahead of time ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-CAPABILITIES = (80, 90, 100)
 
-
-def compile_every_case(capability: int) -> None:
-    """Print, a line of JSON each, what ptxas makes of the kernels that the operator would launch on such a GPU."""
-
-    class Driver:
-        get_current_device = get_current_stream = staticmethod(lambda *_: 0)
-        get_current_target = staticmethod(lambda: GPUTarget("cuda", capability, 32))
-
-    def compile_instead(kernel, grid):
-        def launch(*args, **options):
-            with redirect_stdout(StringIO()) as log:
-                ptx = kernel.run(*args, grid=grid, warmup=True, **options).asm["ptx"]
-            if log.getvalue():
-                compiled.append({
-                    "bytes spilled": int(re.search(r"(\d+) bytes spill stores", log.getvalue())[1]),
-                    "float64": bool(re.search(r"\b(add|sub|mul|fma|div)\S*\.f64", ptx)),
-                })  # fmt: skip
-
-        return launch
-
-    compiled: list[dict] = []
-    triton.runtime.driver.set_active(Driver())
-    triton.knobs.nvidia.dump_ptxas_log = True
-    triton.knobs.compilation.always_compile = True
-    triton.runtime.jit.KernelInterface.__getitem__ = compile_instead
+def compiled_cases() -> Iterator[tuple[str, Callable]]:
     for dtype, layout, (up, down, padding), size in itertools.product(
         (torch.float32, torch.bfloat16, torch.float64), LAYOUTS, RESAMPLINGS[:3], ((4, 4), (12,))
     ):
-        compiled.clear()
         x, f = problem((2, 64, 32, 32), size, layout, dtype)
-        upfirdn2d(x, f, up, down, padding, False, 1.0)
-        for properties in compiled:
-            print(json.dumps({"case": f"{dtype} {layout} {up} {down} {size}", **properties}))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compilations(tmp_path_factory) -> Iterator[dict[int, subprocess.Popen]]:
-    """Compilers that run beside the other tests, as they take as long."""
-    path = os.pathsep.join([str(Path(kernels.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
-    environment.pop("TRITON_INTERPRET", None)
-    started = {
-        capability: subprocess.Popen(
-            [sys.executable, __file__, str(capability)], env=environment, stdout=subprocess.PIPE, text=True
-        )
-        for capability in CAPABILITIES
-    }
-    yield started
-    for process in started.values():
-        process.kill()
-        process.wait()
-        process.stdout.close()
-
-
-@pytest.mark.parametrize("capability", CAPABILITIES)
-def test_every_case_compiles_without_spilling(compilations, capability):
-    output, _ = compilations[capability].communicate()
-    assert compilations[capability].returncode == 0
-    compiled = [json.loads(line) for line in output.splitlines()]
-    assert len({c["case"] for c in compiled}) == 36
-    assert not [c for c in compiled if c["bytes spilled"]]
-    assert not [c for c in compiled if c["float64"] and "float64" not in c["case"]]
-
-
-if __name__ == "__main__":
-    compile_every_case(int(sys.argv[1]))
+        yield f"{dtype} {layout} {up} {down} {size}", partial(upfirdn2d, x, f, up, down, padding, False, 1.0)

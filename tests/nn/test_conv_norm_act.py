@@ -186,7 +186,7 @@ def test_bad_input_is_named():
         ConvTransposeBnAct2d.from_modules(conv, norm)
     with pytest.raises(TypeError, match=r"bn must be an nn\.BatchNorm2d, not SyncBatchNorm"):
         ConvBnAct2d.from_modules(conv, nn.SyncBatchNorm(6))
-    with pytest.raises(TypeError, match=r"act must be nn\.ReLU, nn\.LeakyReLU or None, not GELU"):
+    with pytest.raises(TypeError, match=r"act must be nn\.ReLU, nn\.LeakyReLU, nn\.PReLU or None, not GELU"):
         ConvBnAct2d.from_modules(conv, norm, nn.GELU())
     with pytest.raises(ValueError, match="bn must be for conv's 6 channels, not 5"):
         ConvBnAct2d.from_modules(conv, nn.BatchNorm2d(5))

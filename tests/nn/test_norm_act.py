@@ -110,7 +110,7 @@ def test_bad_input_is_named():
         BatchNormAct2d(3, act="gelu")
     with pytest.raises(ValueError, match="expected 4D input"):
         BatchNormAct2d(3)(torch.randn(4, 3))
-    with pytest.raises(TypeError, match=r"act must be nn\.ReLU, nn\.LeakyReLU or None, not Tanh"):
+    with pytest.raises(TypeError, match=r"act must be nn\.ReLU, nn\.LeakyReLU, nn\.PReLU or None, not Tanh"):
         Activation.of(nn.Tanh())
 
 

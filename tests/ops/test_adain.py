@@ -1,13 +1,11 @@
 """adain and adain_from_features against their definitions, to the third derivative."""
 
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from needs import needs_cpp
 from oracle import Errors, arange_like, two_orders
 
 from fastgan import backend
@@ -31,10 +29,6 @@ GIVEN = {
     "no noise": (False, True, None),
     "style alone": (False, False, None),
 }
-
-needs_cpp = pytest.mark.skipif(
-    os.environ.get("FASTGAN_BACKEND", "auto") not in ("auto", "cpp"), reason="another backend"
-)
 
 
 def inputs_of(shape, given="all", dtype=torch.float64, layout=torch.contiguous_format):
@@ -97,6 +91,7 @@ def assert_same(found, expected):
 # ── Values and derivatives ───────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.instruction_sets
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float64], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -349,6 +344,7 @@ def test_the_switching_point_belongs_to_the_negative_side(act, layout):
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.instruction_sets
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("far", ["x", "noise", "bias"])
 def test_huge_means_do_not_cancel(far, layout):
@@ -504,17 +500,6 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(shape, layout):
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert a is b is None or torch.equal(a, b)
-
-
-@needs_cpp
-@pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_every_instruction_set_passes_the_same_checks(capability):
-    """torch's own variable chooses the kernels of a lesser CPU."""
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-k", "eager and float32 or eager and float16 or huge"]
-    run = subprocess.run(
-        command, env={**os.environ, "ATEN_CPU_CAPABILITY": capability}, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stdout[-3000:]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,13 +1,11 @@
 """bias_act against its definition, to the third derivative."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from needs import needs_cpp
 from oracle import Errors, two_orders
 
 from fastgan import backend
@@ -26,9 +24,6 @@ LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last
 SHAPES = ((4, 3, 5, 7), (2, 19, 8, 8), (64, 16, 1, 1), (2, 3, 130, 130), (9, 1, 33, 31), (1, 130, 20, 21), (50, 70))
 RESULTS = ["y", "grad_x", "grad_b", "g_x", "g_b", "g_grad_y"]
 
-needs_cpp = pytest.mark.skipif(
-    os.environ.get("FASTGAN_BACKEND", "auto") not in ("auto", "cpp"), reason="another backend"
-)
 all_acts = pytest.mark.parametrize("act", ACTS)
 
 
@@ -58,6 +53,7 @@ def with_settings(function, **settings):
     return lambda x, b: function(x, b, **settings)
 
 
+@pytest.mark.instruction_sets
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @all_acts
@@ -229,6 +225,7 @@ def test_a_clamp_of_zero_leaves_nothing():
     assert not y.any() and not first.any()
 
 
+@pytest.mark.instruction_sets
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e-42, 1e30, -1e30], ids=str)
 @all_acts
 def test_special_values_go_where_eager_sends_them(act, value):
@@ -332,25 +329,6 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(layout):
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert torch.equal(a, b)
-
-
-@needs_cpp
-@pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_every_instruction_set_passes_the_same_checks(capability):
-    """torch's own variable chooses the kernels of a lesser CPU."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        __file__,
-        "-q",
-        "-k",
-        "eager and not bfloat16 and channels_last or special",
-    ]
-    run = subprocess.run(
-        command, env={**os.environ, "ATEN_CPU_CAPABILITY": capability}, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stdout[-3000:]
 
 
 @pytest.mark.parametrize("act", ["lrelu", "swish"])

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from needs import needs_cpp
 from oracle import Errors, two_orders
 
 from fastgan import backend
@@ -436,7 +437,7 @@ def test_meta_tensors_have_the_shape_of_the_result():
     assert conv2d(x4.to("meta"), w4.to("meta")).shape == (2, 4, 4, 4)
 
 
-@pytest.mark.skipif(backend.serving("cpu") != "cpp", reason="stock torch serves all")
+@needs_cpp
 def test_stock_torch_serves_little_work_unless_a_backend_is_named(monkeypatch):
     def calls(function):
         return count_calls(function)["convolution"]

@@ -1,9 +1,6 @@
 """The change between NCHW and channels_last: the same tensor, in another order."""
 
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,6 +12,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SHAPES = ((2, 64, 32, 32), (1, 256, 16, 17), (3, 37, 29, 31), (1, 16, 64, 65), (5, 1000, 4, 4))
 
 
+@pytest.mark.instruction_sets
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("channels_last", [True, False])
@@ -27,6 +25,7 @@ def test_every_bit_finds_its_place(channels_last, shape, dtype, poisoned):
     assert is_channels_last(y) == channels_last and is_channels_last(x) != channels_last
 
 
+@pytest.mark.instruction_sets
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_nan_keeps_its_bits(dtype):
     kind = {torch.bfloat16: torch.int16, torch.float32: torch.int32}[dtype]
@@ -55,11 +54,3 @@ def test_opcheck():
     x = torch.randn(1, 64, 32, 32, requires_grad=True)
     torch.library.opcheck(torch.ops.fastgan.layout, (x, True))
     torch.library.opcheck(torch.ops.fastgan.layout, (x.detach().contiguous(memory_format=torch.channels_last), False))
-
-
-@pytest.mark.skipif(os.environ.get("FASTGAN_BACKEND", "auto") not in ("auto", "cpp"), reason="another backend")
-@pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_every_instruction_set(capability):
-    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "place or bits"]
-    run = subprocess.run(command, env={**os.environ, "ATEN_CPU_CAPABILITY": capability}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout

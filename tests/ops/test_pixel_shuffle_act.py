@@ -1,13 +1,11 @@
 """pixel_shuffle_act against its definition, to the third derivative."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from needs import needs_cpp
 from oracle import Errors, two_orders
 
 from fastgan import backend
@@ -26,9 +24,6 @@ SHAPES = (
 )  # fmt: skip
 RESULTS = ["y", "grad_x", "grad_weight", "g_x", "g_weight", "g_grad_y"]
 
-needs_cpp = pytest.mark.skipif(
-    os.environ.get("FASTGAN_BACKEND", "auto") not in ("auto", "cpp"), reason="another backend"
-)
 all_acts = pytest.mark.parametrize("act", ACTS)
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
@@ -56,6 +51,7 @@ def arguments_of(inputs, act):
     return inputs if act == "prelu" else inputs[:1]
 
 
+@pytest.mark.instruction_sets
 @layouts
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @all_acts
@@ -77,6 +73,7 @@ def test_values_and_both_derivatives_are_as_exact_as_eager(act, dtype, layout, p
     errors.check()
 
 
+@pytest.mark.instruction_sets
 @layouts
 @pytest.mark.parametrize("r", [1, 2, 3, 4])
 def test_the_definition_of_espcn(r, layout):
@@ -327,17 +324,6 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(layout):
             for a, b in zip(results[0], other, strict=True):
                 assert torch.equal(a, b)
         results.clear()
-
-
-@needs_cpp
-@pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_every_instruction_set_passes_the_same_checks(capability):
-    """torch's own variable chooses the kernels of a lesser CPU."""
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-k", "eager and not bfloat16 or espcn"]
-    run = subprocess.run(
-        command, env={**os.environ, "ATEN_CPU_CAPABILITY": capability}, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stdout[-3000:]
 
 
 @layouts

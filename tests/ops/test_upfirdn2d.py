@@ -1,13 +1,11 @@
 """upfirdn2d and its family against a naive sum over pixels and taps, to the third derivative."""
 
 import itertools
-import os
-import subprocess
-import sys
 from functools import partial
 
 import pytest
 import torch
+from needs import needs_cpp
 from oracle import Errors, two_orders
 
 from fastgan.ops import downsample2d, filter2d, setup_filter, upfirdn2d, upsample2d
@@ -15,10 +13,6 @@ from fastgan.ops.upfirdn2d import _get_filter_size, _parse_padding, reference
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
-
-needs_cpp = pytest.mark.skipif(
-    os.environ.get("FASTGAN_BACKEND", "auto") not in ("auto", "cpp"), reason="another backend"
-)
 
 
 def naive(x, f, up=(1, 1), down=(1, 1), padding=(0, 0, 0, 0), flip_filter=False, gain=1.0):
@@ -68,6 +62,7 @@ def inputs_of(shape, dtype=torch.float64, layout="nchw"):
     return torch.randn(shape, dtype=torch.float64).to(dtype).contiguous(memory_format=LAYOUTS[layout])
 
 
+@pytest.mark.instruction_sets
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("filter_name", FILTERS)
 @pytest.mark.parametrize(("up", "down", "padding"), RESAMPLINGS, ids=str)
@@ -83,6 +78,7 @@ def test_values_and_gradients_are_those_of_the_naive_sum(up, down, padding, filt
             torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.instruction_sets
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_values_and_both_derivatives_are_as_exact_as_eager(dtype, layout, poisoned):
@@ -100,6 +96,7 @@ def test_values_and_both_derivatives_are_as_exact_as_eager(dtype, layout, poison
     errors.check()
 
 
+@pytest.mark.instruction_sets
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("taps", [(32, 32), (31, 2), (24,)], ids=str)
 def test_large_filters(taps, layout):
@@ -241,17 +238,6 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(layout):
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert a is b is None or torch.equal(a, b)
-
-
-@needs_cpp
-@pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_every_instruction_set_passes_the_same_checks(capability):
-    """torch's own variable chooses the kernels of a lesser CPU."""
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-k", "naive or eager or large"]
-    run = subprocess.run(
-        command, env={**os.environ, "ATEN_CPU_CAPABILITY": capability}, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stdout[-3000:]
 
 
 def test_a_filter_of_another_dtype_than_x():

@@ -152,7 +152,8 @@ def test_truncation_at_zero_is_the_mean_image_whatever_the_latents(make_system, 
     system.truncation = 0.0
     images = system.sample(system.noise(3))
     mean = system.draw(system.average.w_avg.expand(3, system.average.layers, -1))
-    assert torch.equal(images, mean) and torch.equal(images[0], images[1])
+    assert torch.equal(images, mean)
+    torch.testing.assert_close(images[0], images[1])  # rows of a matrix product may be rounded in two ways
     assert not torch.allclose(full[0], full[1])
 
 
