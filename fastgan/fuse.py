@@ -31,7 +31,15 @@ from fastgan.chains import (
     matches,
     run_whole,
 )
-from fastgan.graph_patterns import ChainCall, find_adain, find_chain, find_conv, find_residual, resample, whole_chain
+from fastgan.graph_patterns import (
+    ChainCall,
+    WholeChain,
+    find_adain,
+    find_chain,
+    find_residual,
+    resample,
+    whole_chain,
+)
 from fastgan.nn.conv_norm_act import ConvBnAct2d, ConvTransposeBnAct2d
 from fastgan.nn.gradient_reversal import ReversedLinear
 from fastgan.nn.group_norm_act import GroupNormAct, InstanceNormAct2d, LayerNormAct, tracks_planes
@@ -84,7 +92,7 @@ class FusedForward(_Made):
     """A module whose forward is written by hand."""
 
     _traces: ClassVar[Traces]
-    _chains: ClassVar[dict[Any, ChainCall | None]]
+    _chains: ClassVar[dict[Any, WholeChain | None]]
     _resampled: ClassVar[dict[Any, Callable[..., Any] | None]]
 
     def chain(self, x: Any) -> Chain | None:
@@ -95,8 +103,8 @@ class FusedForward(_Made):
             return None
         if run.function not in self._chains:
             self._chains[run.function] = whole_chain(run.graph)
-        call = self._chains[run.function]
-        return None if call is None else Chain(call.layers_of(self), call.order)
+        whole = self._chains[run.function]
+        return None if whole is None else whole.of(self)
 
     def resampled(self, x: Any, doubled: bool) -> Callable[[Any], Any] | None:
         run = _find_run(self, (x,), {})[0]
@@ -180,19 +188,20 @@ def _remake(make: Callable[..., nn.Module], *args: Any) -> nn.Module:
 # ── Graphs ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 # Each is looked for in the whole graph before the next one is.
-GRAPH_PATTERNS = (find_adain, find_conv, find_chain, find_residual)
+GRAPH_PATTERNS = (find_adain, find_chain, find_residual)
 
 
 def rewrite(graph: fx.Graph, module: nn.Module) -> list[str | ChainCall]:
     """Puts operators into the graph of `module`'s forward. The patterns that were found, and the chains."""
     patterns = []
     for find in GRAPH_PATTERNS:
-        for node in [node for node in graph.nodes if node.op in ("call_function", "call_module")]:
+        for node in [node for node in graph.nodes if node.op.startswith("call_")]:
             found = find(node, module)
             if found is None:
                 continue
             with graph.inserting_after(node):
-                made = graph.call_function(found.function, found.args, found.kwargs)
+                made = graph.call_function(found.function, found.args)
+            made.meta = node.meta.copy()
             node.replace_all_uses_with(made)
             _erase(node)
             patterns.append(found.pattern)
@@ -343,7 +352,7 @@ def _rows(model: nn.Module) -> Iterator[Row]:
         elif not isinstance(parent, _OURS):
             patterns, why = _survey(parent)
             yield from _rows_of_forward(path, parent, patterns)
-            called.update(*(found.layers_of(parent) for found in patterns if isinstance(found, ChainCall)))
+            called.update(*(found.examples(parent) for found in patterns if isinstance(found, ChainCall)))
             for name, layer in parent.named_children():
                 if isinstance(layer, _LISTED) and layer not in called:
                     yield _row_of_layer(_join(path, name), layer, why)
@@ -389,7 +398,7 @@ def _rows_of_layers(path: str, named: list[tuple[str, nn.Module]], fused: bool) 
         if run is not None:
             names = [name for name, _ in named[:length] if name]
             pattern = " → ".join(type(layer).__name__ for layer in layers[:length])
-            place = _join(path, "–".join(dict.fromkeys((names[0], names[-1]))))
+            place = _join(path, "–".join(dict.fromkeys((names[0], names[-1])))) if names else path or "(the model)"
             yield Row(place, pattern, fused, "" if fused else _NOT_YET)
         elif isinstance(layers[0], _LISTED):
             yield _row_of_layer(_join(path, named[0][0]), layers[0], _obstacle(layers[0]))
@@ -402,7 +411,7 @@ def _rows_of_forward(path: str, module: nn.Module, patterns: list[str | ChainCal
         if isinstance(found, ChainCall):
             # What stands for a function has no name.
             names = [layer if isinstance(layer, str) else "" for layer in found.layers]
-            yield from _rows_of_layers(path, list(zip(names, found.layers_of(module), strict=True)), fused)
+            yield from _rows_of_layers(path, list(zip(names, found.examples(module), strict=True)), fused)
         else:
             yield Row(path or "(the model)", found, fused, "" if fused else _NOT_YET)
 
