@@ -314,8 +314,8 @@ def run_chain(
     while layers:
         head, head_class = layers[0], classes[0]
         length, run = _choose(x, layers, classes)
-        is_last = residual is not None and length == len(layers) and _adds(layers[-1])
-        if is_last and length > 1:
+        added = residual if length == len(layers) and _adds(layers[-1]) else None
+        if added is not None and length > 1:
             length -= 1  # the norm comes alone, and adds
             run = _RUNS[classes[:length]]
         if run is not None and not isinstance(head, REVERSAL):
@@ -325,16 +325,15 @@ def run_chain(
                 stock = torch.channels_last
             if any(isinstance(layer, INSTANCE) for layer in layers[:length]):
                 stock = torch.contiguous_format  # which stock torch makes of any layout
-            if is_last and length == len(layers) and _can_add(x, stock, head, residual):
-                x, is_added = run(x, head, residual.act, residual=residual.tensor), True
+            if added is not None and length == len(layers) and _can_add(x, stock, head, added):
+                x, is_added = run(x, head, added.act, residual=added.tensor), True
             else:
                 x = run(x, *layers[:length])
             if x.is_contiguous(memory_format=stock):
                 stock = None
         elif head_class is not None and isinstance(head, FusedModule) and (chain := head.chain(x)) is not None:
             if chain.sum is None:
-                added = residual if len(layers) == 1 else None
-                x, stock, is_added = run_chain(chain.layers, x, stock, added)
+                x, stock, is_added = run_chain(chain.layers, x, stock, residual if len(layers) == 1 else None)
             else:
                 if _may_change_input(chain.layers[0]):  # and then the sum is of what it leaves
                     x, stock = restore(x, stock), None

@@ -1,5 +1,5 @@
-"""Patterns in the graph of a forward: AdaIN, chains of layers and of functions that do what layers do, what is added to them,
-and what stands in for all these.
+"""Patterns in the graph of a forward: AdaIN, chains of layers and of functions that do the same, what is added to them, and
+what stands in for all these.
 
 A graph is that of a forward as `tracing` reads it, or one that Dynamo has captured. In the latter `meta["example_value"]`
 tells what each node gives.
@@ -40,7 +40,8 @@ from fastgan.ops._tensors import DTYPES
 from fastgan.ops._types import FixedAct
 from fastgan.tracing import IN_PLACE, compiled
 
-ADD, _MULTIPLY = (operator.add, torch.add), (operator.mul, torch.mul)
+ADD: tuple[Callable, ...] = (operator.add, torch.add)
+_MULTIPLY: tuple[Callable, ...] = (operator.mul, torch.mul)
 
 
 class StandIn(NamedTuple):
@@ -305,10 +306,9 @@ class ChainCall:
 
     def __str__(self) -> str:
         names = [layer if isinstance(layer, str) else type(layer.example()).__name__ for layer in self.layers]
-        text = " → ".join(names)
-        if self.order is not None:
-            text = f"x + {names[-1]}({'x' if len(names) == 1 else '…'})"
-        return text
+        if self.order is None:
+            return " → ".join(names)
+        return f"x + {names[-1]}({'x' if len(names) == 1 else '…'})"
 
     def _key(self) -> tuple:
         return self.layers, self.order, self.act
@@ -336,8 +336,9 @@ def find_chain(node: fx.Node, module: nn.Module) -> StandIn | None:
     nodes = [node]
     while _follows(nodes[0], before := nodes[0].args[0]):
         nodes.insert(0, cast(fx.Node, before))
-    if len(nodes) > 1 and nodes[0].args[0].target in (*ADD, *_ADD_IN_PLACE) and _is_act(nodes[0], module):
-        del nodes[0]  # `find_residual` may have the sum's norm compute it
+    first = cast(fx.Node, nodes[0].args[0])
+    if len(nodes) > 1 and _is_sum(first) and _is_act(nodes[0], module):
+        del nodes[0]  # `find_residual` may have the norm in the sum compute it
     call = ChainCall([cast(str | LayerFunction, _layer(each)) for each in nodes])
     if not _gains(call.examples(module)):
         return None
@@ -450,7 +451,7 @@ _HALVING = LayerFunction(F.avg_pool2d, (2,), {}, ())
 def find_residual(node: fx.Node, module: nn.Module) -> StandIn | None:
     """x + chain(y), of which the chain has just been called, and an activation of the sum that comes next."""
     if _is_act(node, module):
-        total = node.args[0]
+        total = cast(fx.Node, node.args[0])
         return _find_sum(total, module, node) if is_inner(total) and _after(total) is node else None
     act = _after(node)
     if is_inner(node) and _is_act(act, module) and act.args[0] is node:
@@ -480,7 +481,11 @@ def _find_sum(node: Any, module: nn.Module, act: fx.Node | None = None) -> Stand
     return None
 
 
-_ADD_IN_PLACE = (IN_PLACE["iadd"], operator.iadd)  # the latter in Dynamo's graphs
+_ADD_IN_PLACE: tuple[Callable, ...] = (IN_PLACE["iadd"], operator.iadd)  # the latter in Dynamo's graphs
+
+
+def _is_sum(node: fx.Node) -> bool:
+    return node.target in (*ADD, *_ADD_IN_PLACE)
 
 
 def _is_act(node: Any, module: nn.Module) -> bool:

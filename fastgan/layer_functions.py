@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fastgan.chains import FunctionLayer
+from fastgan.chains import NORM, FunctionLayer
 from fastgan.ops._tensors import DTYPES
 
 # ── Layers ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -49,9 +49,7 @@ def _conv2d(weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Att
     return _convolution(weight, bias, stride, padding, dilation, groups)
 
 
-def _conv_transpose2d(
-    weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1
-) -> Attributes:
+def _conv_transpose2d(weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1) -> Attributes:
     return _convolution(weight, bias, stride, padding, dilation, groups, output_padding)
 
 
@@ -64,7 +62,7 @@ def _convolution(weight, bias, stride, padding, dilation, groups, output_padding
         kernel_size = tuple(weight.shape[2:])
     stride, dilation = _pair(stride, 1), _pair(dilation, 1)
     if isinstance(padding, str):
-        padding = _named_padding(padding, kernel_size, stride, dilation)
+        padding = 0 if weight is None else _named_padding(padding, kernel_size, stride, dilation)
     padding = _pair(padding, 0)
     if None in (stride, padding, dilation) or type(groups) is not int or groups < 1:
         return None
@@ -122,7 +120,7 @@ def _instance_norm(
     running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5
 ) -> Attributes:
     if running_mean is not None or running_var is not None or use_input_stats is not True:
-        return None  # no operator keeps statistics of planes
+        return None
     return _norm(None, None, weight, bias, True, momentum, eps)
 
 
@@ -159,20 +157,24 @@ def _are_alike(*tensors: Any) -> bool:
 
 
 class _Row(NamedTuple):
-    kind: type[nn.Module]
+    layer: type[FunctionLayer]
     attributes: Callable[..., Attributes]
-    has_tensors: bool = False
+
+
+def _row(kind: type[nn.Module], attributes: Callable[..., Attributes], name: str | None = None) -> _Row:
+    """`name`: of the function, where a layer of the kind would hold what it is given."""
+    return _Row(type(name or kind.__name__, (FunctionLayer, kind), {"stands_for": kind}), attributes)
 
 
 def _plain(kind: type[nn.Module], **settings: Any) -> _Row:
-    return _Row(kind, _of(functools.partial(kind, **settings)))
+    return _row(kind, _of(functools.partial(kind, **settings)))
 
 
 _ROWS: dict[Any, _Row] = {
     **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _plain(nn.ReLU)),
     **dict.fromkeys((torch.relu_, Tensor.relu_), _plain(nn.ReLU, inplace=True)),
     F.leaky_relu: _plain(nn.LeakyReLU),
-    F.leaky_relu_: _plain(nn.LeakyReLU, inplace=True),
+    F.leaky_relu_: _row(nn.LeakyReLU, _of(lambda negative_slope=0.01: nn.LeakyReLU(negative_slope, True))),
     **dict.fromkeys((F.tanh, torch.tanh, Tensor.tanh), _plain(nn.Tanh)),
     **dict.fromkeys((F.sigmoid, torch.sigmoid, Tensor.sigmoid), _plain(nn.Sigmoid)),
     F.elu: _plain(nn.ELU),
@@ -182,19 +184,15 @@ _ROWS: dict[Any, _Row] = {
     F.adaptive_avg_pool2d: _plain(nn.AdaptiveAvgPool2d),
     F.avg_pool2d: _plain(nn.AvgPool2d),
     F.pixel_shuffle: _plain(nn.PixelShuffle),
-    F.interpolate: _Row(nn.Upsample, _upsample),
-    **dict.fromkeys((F.pad, torch._C._nn.pad), _Row(nn.ReflectionPad2d, _reflection_pad2d)),
-    **dict.fromkeys((F.prelu, Tensor.prelu), _Row(nn.PReLU, _prelu, True)),
-    F.conv2d: _Row(nn.Conv2d, _conv2d, True),
-    F.conv_transpose2d: _Row(nn.ConvTranspose2d, _conv_transpose2d, True),
-    F.batch_norm: _Row(nn.BatchNorm2d, _batch_norm, True),
-    F.instance_norm: _Row(nn.InstanceNorm2d, _instance_norm, True),
+    F.interpolate: _row(nn.Upsample, _upsample),
+    **dict.fromkeys((F.pad, torch._C._nn.pad), _row(nn.ReflectionPad2d, _reflection_pad2d)),
+    **dict.fromkeys((F.prelu, Tensor.prelu), _row(nn.PReLU, _prelu, "F.prelu")),
+    F.conv2d: _row(nn.Conv2d, _conv2d, "F.conv2d"),
+    F.conv_transpose2d: _row(nn.ConvTranspose2d, _conv_transpose2d, "F.conv_transpose2d"),
+    F.batch_norm: _row(nn.BatchNorm2d, _batch_norm, "F.batch_norm"),
+    F.instance_norm: _row(nn.InstanceNorm2d, _instance_norm, "F.instance_norm"),
 }
-
-
-@functools.cache
-def _class(kind: type[nn.Module], name: str) -> type[FunctionLayer]:
-    return type(name, (FunctionLayer, kind), {"stands_for": kind})
+_PLACES_OF_STATISTICS = {0, 1, "running_mean", "running_var"}
 
 
 class LayerFunction:
@@ -221,9 +219,11 @@ class LayerFunction:
         """The layer as far as it is known before the call: of the class that it will have, if the tensors allow it."""
         if self._known is not None:
             return self._known
-        is_conv = self._row.kind is nn.Conv2d
-        attributes = self._row.attributes(*self.args, **self.kwargs) if is_conv else {}
-        return self._made(attributes, self.args, self.kwargs)
+        if self.function is F.instance_norm and not _PLACES_OF_STATISTICS.isdisjoint(self.places):
+            return self._made(None, self.args, self.kwargs)  # no operator keeps statistics of planes
+        if issubclass(self._row.layer, (*NORM, nn.PReLU)):
+            return self._made({}, self.args, self.kwargs)
+        return self._layer(self.args, self.kwargs)
 
     def _layer(self, args: Sequence[Any], kwargs: dict[str, Any]) -> FunctionLayer:
         try:
@@ -233,8 +233,7 @@ class LayerFunction:
         return self._made(attributes, args, kwargs)
 
     def _made(self, attributes: Attributes, args: Sequence[Any], kwargs: dict[str, Any]) -> FunctionLayer:
-        name = f"F.{self.function.__name__}" if self._row.has_tensors else self._row.kind.__name__
-        kind = FunctionLayer if attributes is None else _class(self._row.kind, name)
+        kind = FunctionLayer if attributes is None else self._row.layer
         layer = kind.__new__(kind)
         vars(layer).update(attributes or {}, function=self.function, args=args, kwargs=kwargs)
         return layer
@@ -251,15 +250,16 @@ class LayerFunction:
 
 def read(node: fx.Node) -> tuple[LayerFunction, list[fx.Node]] | None:
     """The layer that a node is a call of, on its first argument, and the nodes of what else it is given."""
-    function = getattr(Tensor, str(node.target), None) if node.op == "call_method" else node.target
+    function: Any = getattr(Tensor, str(node.target), None) if node.op == "call_method" else node.target
     if node.op not in ("call_function", "call_method") or function not in _ROWS or not node.args:
         return None
     args, kwargs = list(node.args[1:]), dict(node.kwargs)
-    places = [place for place, value in (*enumerate(args), *kwargs.items()) if isinstance(value, fx.Node)]
+    arguments: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    places = tuple(place for place, value in arguments if isinstance(value, fx.Node))
     given = [_put(args, kwargs, place, None) for place in places]
     inside: list[fx.Node] = []  # lists and tuples
     fx.node.map_arg((args, kwargs), inside.append)
-    found = LayerFunction(function, tuple(args), kwargs, tuple(places))
+    found = LayerFunction(function, tuple(args), kwargs, places)
     return None if inside or found.example().stands_for is None else (found, given)
 
 
