@@ -305,10 +305,11 @@ class ChainCall:
         return [_example(layer, module) for layer in self.layers]
 
     def __str__(self) -> str:
-        names = [layer if isinstance(layer, str) else type(layer.example()).__name__ for layer in self.layers]
+        names = list(map(_name, self.layers))
         if self.order is None:
             return " → ".join(names)
-        return f"x + {names[-1]}({'x' if len(names) == 1 else '…'})"
+        total = f"x + {names[-1]}({'x' if len(names) == 1 else '…'})"
+        return total if self.act is None else f"{total} → {_name(self.act)}"
 
     def _key(self) -> tuple:
         return self.layers, self.order, self.act
@@ -318,6 +319,10 @@ class ChainCall:
 
     def __hash__(self) -> int:
         return hash(self._key())
+
+
+def _name(layer: str | LayerFunction) -> str:
+    return layer if isinstance(layer, str) else type(layer.example()).__name__
 
 
 def _filled(layer: str | LayerFunction, given: Iterator[Any]) -> nn.Module:
