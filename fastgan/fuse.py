@@ -254,16 +254,18 @@ def fuse(model: Model) -> Model:
 
     In `nn.Sequential`: [Conv2d | ConvTranspose2d] → [BatchNorm2d | InstanceNorm2d] → [ReLU | LeakyReLU] and its parts,
     except an activation alone; an Upsample that doubles before a Conv2d, and an AvgPool2d that halves after one, which
-    become part of the convolution; [GradientReversal | WarmStartGradientReversal] → Linear. In a forward written by hand:
-    x + chain(x), of a chain that ends in a norm; scale · instance_norm(act(x + noise_weight · noise + bias)) + shift;
-    `F.conv2d` and `F.conv_transpose2d`. Anywhere: torch's spectral norms, parametrisations or the older hook; those of the
-    whole model are computed at once before its forward, as `fastgan.spectral_norm_all` says.
+    become part of the convolution; [GradientReversal | WarmStartGradientReversal] → Linear. In a forward written by
+    hand: the same of layers, of functions such as `F.conv2d` and `F.batch_norm`, or of both; act(x + chain(x)), of a
+    chain that ends in a norm; scale · instance_norm(act(x + noise_weight · noise + bias)) + shift. Anywhere: torch's
+    spectral norms, parametrisations or the older hook; those of the whole model are computed at once before its
+    forward, as `fastgan.spectral_norm_all` says.
 
-    Returns `model` itself. Layers, parameters, buffers and state_dict stay what they are, and the model computes the same
-    to rounding, in training and evaluation, to the second derivative. A layer that has hooks, is of a subclass or has a
-    parametrized weight is called as before, and a forward is left alone unless it is certain to do again what it did when
-    it was read: `explain(model)` says which, and why. A container is looked at whenever it is called, so layers may come
-    and go after fusing. A second `fuse` finds nothing to do. Under torch.compile forwards written by hand run as they are.
+    Returns `model` itself. Layers, parameters, buffers and state_dict stay what they are, and the model computes the
+    same to rounding, in training and evaluation, to the second derivative. A layer that has hooks, is of a subclass or
+    has a parametrized weight is called as before, and a forward is left alone unless it is certain to do again what it
+    did when it was read: `explain(model)` says which, and why. A container is looked at whenever it is called, so
+    layers may come and go after fusing. A second `fuse` finds nothing to do. Under torch.compile forwards written by
+    hand run as they are; `fastgan.dynamo` is a backend of it that finds the patterns by itself.
 
     Raises:
         TypeError: `model` is no `nn.Module`.
