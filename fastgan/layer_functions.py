@@ -73,7 +73,7 @@ def _convolution(weight, bias, stride, padding, dilation, groups, output_padding
             return None
         settings["output_padding"] = output_padding
     if weight is None:
-        return settings | {"kernel_size": kernel_size}
+        return settings | {"kernel_size": kernel_size, "in_channels": None, "out_channels": None}
     first, second = weight.shape[0], weight.shape[1] * groups
     channels, outputs = (second, first) if output_padding is None else (first, second)
     if first % groups or (bias is not None and bias.shape != (outputs,)):
@@ -96,12 +96,12 @@ def _pair(size: Any, least: int) -> tuple[int, int] | None:
 
 
 def _named_padding(name: str, kernel_size: tuple, stride: Any, dilation: Any) -> Any:
-    """Zeros on both sides alike; None where those are not."""
+    """Zeros on both sides alike; -1 where those are not."""
     if name == "valid":
         return 0
     around = [by * (taps - 1) for by, taps in zip(dilation, kernel_size, strict=True)]
     is_even = name == "same" and stride == (1, 1) and all(total % 2 == 0 for total in around)
-    return tuple(total // 2 for total in around) if is_even else (-1, -1)
+    return tuple(total // 2 for total in around) if is_even else -1
 
 
 def _batch_norm(
@@ -110,8 +110,6 @@ def _batch_norm(
     if type(training) is not bool or (running_mean is None) != (running_var is None):
         return None
     if running_mean is None and not training:
-        return None
-    if running_mean is not None and (running_mean.requires_grad or running_var.requires_grad):
         return None
     return _norm(running_mean, running_var, weight, bias, training, momentum, eps)
 
@@ -130,6 +128,8 @@ def _norm(running_mean, running_var, weight, bias, training, momentum, eps) -> A
         return None
     if not all(isinstance(number, (int, float)) for number in (momentum, eps)) or eps < 0:
         return None
+    if any(statistic is not None and statistic.requires_grad for statistic in (running_mean, running_var)):
+        return None
     shape = tensors[0].shape if tensors else (None,)  # which any number of channels fits
     if len(shape) != 1 or any(tensor.shape != shape for tensor in tensors):
         return None
@@ -141,7 +141,7 @@ def _norm(running_mean, running_var, weight, bias, training, momentum, eps) -> A
 
 
 def _prelu(weight) -> Attributes:
-    return {"weight": weight} if _are_alike(weight) and weight.dim() == 1 else None
+    return {"weight": weight} if weight is not None and _are_alike(weight) and weight.dim() == 1 else None
 
 
 def _are_alike(*tensors: Any) -> bool:
