@@ -29,7 +29,7 @@ def compile_graph(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[...
         inputs: what it will be called on, at first; not looked at.
     """
     patterns = rewrite(module.graph, module)
-    _log.info("%s", "\n".join([f"{len(patterns)} patterns in a graph that Dynamo has captured", *map(str, patterns)]))
+    _log.info("%s", "\n".join([f"patterns in a graph that Dynamo has captured: {len(patterns)}", *map(str, patterns)]))
     if patterns:
         module.recompile()
     return module.forward
