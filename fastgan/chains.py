@@ -6,7 +6,7 @@ whenever it runs, as layers may have changed; what is in no pattern, or must be 
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -122,9 +122,28 @@ _RUNS: dict[Classes, Callable[..., Tensor]] = {
 _LONGEST = max(map(len, _RUNS))
 
 
+class FunctionLayer(nn.Module):
+    """Stands before the class of the layer that a call of a function is. It has that layer's attributes, and nothing else of
+    a module: to call it is to call the function."""
+
+    stands_for: type[nn.Module] | None = None  # where no layer does the same
+    function: Callable[..., Any]
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+
+    def __call__(self, x: Any) -> Any:
+        return self.function(x, *self.args, **self.kwargs)
+
+
 def classes_of(layers: Iterable[nn.Module]) -> Classes:
     """What the patterns are matched against. A layer that must be called stands as None, which is in no pattern."""
-    return tuple(None if attachment(layer) or tracks_planes(layer) else type(layer) for layer in layers)
+    return tuple(map(_class_of, layers))
+
+
+def _class_of(layer: nn.Module) -> type[nn.Module] | None:
+    if isinstance(layer, FunctionLayer):
+        return layer.stands_for
+    return None if attachment(layer) or tracks_planes(layer) else type(layer)
 
 
 def matches(layers: list[nn.Module], classes: Classes) -> Iterator[tuple[int, Callable[..., Tensor]]]:
@@ -173,7 +192,7 @@ def _fits(x: Any, layers: list[nn.Module]) -> bool:
             if params.dtype != x.dtype and not is_autocast(x):
                 return False
         elif isinstance(layer, NORM):
-            if channels != layer.num_features:
+            if layer.num_features not in (channels, None):  # None: of a function without parameters
                 return False
             params = layer.running_mean if layer.weight is None else layer.weight  # None: of an instance norm
             if params is not None and params.dtype not in (x.dtype, torch.float32):
@@ -261,27 +280,42 @@ def is_chain(module: nn.Module) -> bool:
     )
 
 
+class Sum(NamedTuple):
+    """What becomes of the layers' output y and some x."""
+
+    order: str  # of `ORDERS`
+    act: nn.Module | None = None  # on the sum
+
+
 class Chain(NamedTuple):
     layers: list[nn.Module]
-    order: str | None = None  # of `ORDERS`, where x is added to what the layers give
+    sum: Sum | None = None  # with what the chain is called on
+
+
+class Residual(NamedTuple):
+    """What a last norm may as well add, and do with the sum."""
+
+    tensor: Tensor
+    layout: torch.memory_format | None  # that it owes
+    act: nn.Module | None
 
 
 def run_chain(
-    layers: list[nn.Module], x: Any, stock: torch.memory_format | None = None, residual: Any = None, layout: Any = None
+    layers: list[nn.Module], x: Any, stock: torch.memory_format | None = None, residual: Residual | None = None
 ) -> tuple[Any, torch.memory_format | None, bool]:
     """The layers' output for x, the layout that it owes, and whether it holds the `residual`.
 
     Convolutions leave their output in the layout that is fast. Where that is not the layout that stock torch would have,
     `stock` names it, and whoever can tell the difference gets the tensor restored. A last norm adds a residual that owes its
-    own `layout`: then the sum owes that too, in whichever order stock adds.
+    own layout: then the sum owes that too, in whichever order stock adds.
     """
     is_added = False
     classes: Classes = (None,) * len(layers) if is_observed() else classes_of(layers)
     while layers:
         head, head_class = layers[0], classes[0]
         length, run = _choose(x, layers, classes)
-        is_last = residual is not None and length == len(layers) and _adds(layers[-1])
-        if is_last and length > 1:
+        added = residual if length == len(layers) and _adds(layers[-1]) else None
+        if added is not None and length > 1:
             length -= 1  # the norm comes alone, and adds
             run = _RUNS[classes[:length]]
         if run is not None and not isinstance(head, REVERSAL):
@@ -291,18 +325,19 @@ def run_chain(
                 stock = torch.channels_last
             if any(isinstance(layer, INSTANCE) for layer in layers[:length]):
                 stock = torch.contiguous_format  # which stock torch makes of any layout
-            is_added = is_last and length == len(layers) and stock == layout and _can_add(x, residual)
-            x = run(x, head, residual=residual) if is_added else run(x, *layers[:length])
+            if added is not None and length == len(layers) and _can_add(x, stock, head, added):
+                x, is_added = run(x, head, added.act, residual=added.tensor), True
+            else:
+                x = run(x, *layers[:length])
             if x.is_contiguous(memory_format=stock):
                 stock = None
         elif head_class is not None and isinstance(head, FusedModule) and (chain := head.chain(x)) is not None:
-            if chain.order is None:
-                added = residual if len(layers) == 1 else None
-                x, stock, is_added = run_chain(chain.layers, x, stock, added, layout)
+            if chain.sum is None:
+                x, stock, is_added = run_chain(chain.layers, x, stock, residual if len(layers) == 1 else None)
             else:
                 if _may_change_input(chain.layers[0]):  # and then the sum is of what it leaves
                     x, stock = restore(x, stock), None
-                x, stock = _plus_owing(chain.layers, x, x, stock, chain.order)
+                x, stock = _plus_owing(chain.layers, x, x, stock, chain.sum)
         elif (resampled := _find_resampled(x, layers, classes)) is not None:
             x, stock, length = resampled(restore(x, stock)), None, 2
         else:
@@ -356,28 +391,36 @@ ORDERS: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-def plus(layers: list[nn.Module], x: Any, residual: Any, order: str) -> Any:
+def plus(layers: list[nn.Module], x: Any, residual: Any, sum: Sum) -> Any:
     """What the layers give for x, plus the residual."""
     if type(residual) is Tensor:
-        return restore(*_plus_owing(layers, x, residual, None, order))
-    return ORDERS[order](run_whole(layers, x), residual)
+        return restore(*_plus_owing(layers, x, residual, None, sum))
+    return _added(run_whole(layers, x), residual, sum)
+
+
+def _added(y: Any, residual: Any, sum: Sum) -> Any:
+    total = ORDERS[sum.order](y, residual)
+    return total if sum.act is None else sum.act(total)
 
 
 def _plus_owing(
-    layers: list[nn.Module], x: Any, residual: Any, stock: torch.memory_format | None, order: str
+    layers: list[nn.Module], x: Any, residual: Any, stock: torch.memory_format | None, sum: Sum
 ) -> tuple[Any, torch.memory_format | None]:
     """`plus`, and the layout that the sum owes. x and the residual owe `stock`."""
     layout = stock
     if layout is None:
         layouts = (torch.contiguous_format, torch.channels_last) if residual.dim() == 4 else ()
         layout = next((layout for layout in layouts if residual.is_contiguous(memory_format=layout)), None)
-    part, owed, is_added = run_chain(layers, x, stock, residual, layout)
-    return (part, owed) if is_added else (ORDERS[order](restore(part, owed), restore(residual, stock)), None)
+    part, owed, is_added = run_chain(layers, x, stock, Residual(residual, layout, sum.act))
+    return (part, owed) if is_added else (_added(restore(part, owed), restore(residual, stock), sum), None)
 
 
-def _can_add(x: Tensor, residual: Any) -> bool:
-    return type(residual) is Tensor and (x.shape, x.dtype, x.device) == (
-        residual.shape,
-        residual.dtype,
-        residual.device,
-    )
+def _can_add(x: Tensor, stock: torch.memory_format | None, norm: nn.Module, residual: Residual) -> bool:
+    """Whether a norm's operator takes the residual and the activation."""
+    tensor, layout, act = residual
+    if act is not None:
+        classes = classes_of([norm, act])
+        if classes not in _RUNS or not _fits(x, [norm, act]):
+            return False
+    is_like_x = type(tensor) is Tensor and (x.shape, x.dtype, x.device) == (tensor.shape, tensor.dtype, tensor.device)
+    return is_like_x and stock == layout

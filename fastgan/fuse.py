@@ -31,7 +31,15 @@ from fastgan.chains import (
     matches,
     run_whole,
 )
-from fastgan.graph_patterns import ChainCall, find_adain, find_chain, find_conv, find_residual, resample, whole_chain
+from fastgan.graph_patterns import (
+    ChainCall,
+    WholeChain,
+    find_adain,
+    find_chain,
+    find_residual,
+    resample,
+    whole_chain,
+)
 from fastgan.nn.conv_norm_act import ConvBnAct2d, ConvTransposeBnAct2d
 from fastgan.nn.gradient_reversal import ReversedLinear
 from fastgan.nn.group_norm_act import GroupNormAct, InstanceNormAct2d, LayerNormAct, tracks_planes
@@ -84,7 +92,7 @@ class FusedForward(_Made):
     """A module whose forward is written by hand."""
 
     _traces: ClassVar[Traces]
-    _chains: ClassVar[dict[Any, ChainCall | None]]
+    _chains: ClassVar[dict[Any, WholeChain | None]]
     _resampled: ClassVar[dict[Any, Callable[..., Any] | None]]
 
     def chain(self, x: Any) -> Chain | None:
@@ -95,8 +103,8 @@ class FusedForward(_Made):
             return None
         if run.function not in self._chains:
             self._chains[run.function] = whole_chain(run.graph)
-        call = self._chains[run.function]
-        return None if call is None else Chain(call.layers_of(self), call.order)
+        whole = self._chains[run.function]
+        return None if whole is None else whole.of(self)
 
     def resampled(self, x: Any, doubled: bool) -> Callable[[Any], Any] | None:
         run = _find_run(self, (x,), {})[0]
@@ -180,19 +188,20 @@ def _remake(make: Callable[..., nn.Module], *args: Any) -> nn.Module:
 # ── Graphs ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 # Each is looked for in the whole graph before the next one is.
-GRAPH_PATTERNS = (find_adain, find_conv, find_chain, find_residual)
+GRAPH_PATTERNS = (find_adain, find_chain, find_residual)
 
 
 def rewrite(graph: fx.Graph, module: nn.Module) -> list[str | ChainCall]:
     """Puts operators into the graph of `module`'s forward. The patterns that were found, and the chains."""
     patterns = []
     for find in GRAPH_PATTERNS:
-        for node in [node for node in graph.nodes if node.op in ("call_function", "call_module")]:
+        for node in [node for node in graph.nodes if node.op.startswith("call_")]:
             found = find(node, module)
             if found is None:
                 continue
             with graph.inserting_after(node):
-                made = graph.call_function(found.function, found.args, found.kwargs)
+                made = graph.call_function(found.function, found.args)
+            made.meta = node.meta.copy()
             node.replace_all_uses_with(made)
             _erase(node)
             patterns.append(found.pattern)
@@ -245,16 +254,18 @@ def fuse(model: Model) -> Model:
 
     In `nn.Sequential`: [Conv2d | ConvTranspose2d] → [BatchNorm2d | InstanceNorm2d] → [ReLU | LeakyReLU] and its parts,
     except an activation alone; an Upsample that doubles before a Conv2d, and an AvgPool2d that halves after one, which
-    become part of the convolution; [GradientReversal | WarmStartGradientReversal] → Linear. In a forward written by hand:
-    x + chain(x), of a chain that ends in a norm; scale · instance_norm(act(x + noise_weight · noise + bias)) + shift;
-    `F.conv2d` and `F.conv_transpose2d`. Anywhere: torch's spectral norms, parametrisations or the older hook; those of the
-    whole model are computed at once before its forward, as `fastgan.spectral_norm_all` says.
+    become part of the convolution; [GradientReversal | WarmStartGradientReversal] → Linear. In a forward written by
+    hand: the same of layers, of functions such as `F.conv2d` and `F.batch_norm`, or of both; act(x + chain(x)), of a
+    chain that ends in a norm; scale · instance_norm(act(x + noise_weight · noise + bias)) + shift. Anywhere: torch's
+    spectral norms, parametrisations or the older hook; those of the whole model are computed at once before its
+    forward, as `fastgan.spectral_norm_all` says.
 
-    Returns `model` itself. Layers, parameters, buffers and state_dict stay what they are, and the model computes the same
-    to rounding, in training and evaluation, to the second derivative. A layer that has hooks, is of a subclass or has a
-    parametrized weight is called as before, and a forward is left alone unless it is certain to do again what it did when
-    it was read: `explain(model)` says which, and why. A container is looked at whenever it is called, so layers may come
-    and go after fusing. A second `fuse` finds nothing to do. Under torch.compile forwards written by hand run as they are.
+    Returns `model` itself. Layers, parameters, buffers and state_dict stay what they are, and the model computes the
+    same to rounding, in training and evaluation, to the second derivative. A layer that has hooks, is of a subclass or
+    has a parametrized weight is called as before, and a forward is left alone unless it is certain to do again what it
+    did when it was read: `explain(model)` says which, and why. A container is looked at whenever it is called, so
+    layers may come and go after fusing. A second `fuse` finds nothing to do. Under torch.compile forwards written by
+    hand run as they are; `fastgan.dynamo` is a backend of it that finds the patterns by itself.
 
     Raises:
         TypeError: `model` is no `nn.Module`.
@@ -343,7 +354,7 @@ def _rows(model: nn.Module) -> Iterator[Row]:
         elif not isinstance(parent, _OURS):
             patterns, why = _survey(parent)
             yield from _rows_of_forward(path, parent, patterns)
-            called.update(*(found.layers_of(parent) for found in patterns if isinstance(found, ChainCall)))
+            called.update(*(found.examples(parent) for found in patterns if isinstance(found, ChainCall)))
             for name, layer in parent.named_children():
                 if isinstance(layer, _LISTED) and layer not in called:
                     yield _row_of_layer(_join(path, name), layer, why)
@@ -389,7 +400,7 @@ def _rows_of_layers(path: str, named: list[tuple[str, nn.Module]], fused: bool) 
         if run is not None:
             names = [name for name, _ in named[:length] if name]
             pattern = " → ".join(type(layer).__name__ for layer in layers[:length])
-            place = _join(path, "–".join(dict.fromkeys((names[0], names[-1]))))
+            place = _join(path, "–".join(dict.fromkeys((names[0], names[-1])))) if names else path or "(the model)"
             yield Row(place, pattern, fused, "" if fused else _NOT_YET)
         elif isinstance(layers[0], _LISTED):
             yield _row_of_layer(_join(path, named[0][0]), layers[0], _obstacle(layers[0]))
@@ -402,7 +413,7 @@ def _rows_of_forward(path: str, module: nn.Module, patterns: list[str | ChainCal
         if isinstance(found, ChainCall):
             # What stands for a function has no name.
             names = [layer if isinstance(layer, str) else "" for layer in found.layers]
-            yield from _rows_of_layers(path, list(zip(names, found.layers_of(module), strict=True)), fused)
+            yield from _rows_of_layers(path, list(zip(names, found.examples(module), strict=True)), fused)
         else:
             yield Row(path or "(the model)", found, fused, "" if fused else _NOT_YET)
 

@@ -1,11 +1,15 @@
-"""Patterns in the graph of a forward: AdaIN, convolutions that are functions, chains of layers, what is added to them, and
+"""Patterns in the graph of a forward: AdaIN, chains of layers and of functions that do the same, what is added to them, and
 what stands in for all these.
+
+A graph is that of a forward as `tracing` reads it, or one that Dynamo has captured. In the latter `meta["example_value"]`
+tells what each node gives.
 
 Each pattern looks at a node. Whether an operator takes the tensors is decided when it is called; otherwise the functions
 here do what the graph did.
 """
 
 import functools
+import inspect
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,14 +20,28 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fastgan import ops
-from fastgan.chains import NORM, FusedModule, is_chain, matches, plus, run_whole
+from fastgan.chains import (
+    ACT_OR_PRELU,
+    FLAT,
+    NORM,
+    Chain,
+    FunctionLayer,
+    FusedModule,
+    Sum,
+    is_chain,
+    matches,
+    plus,
+    run_whole,
+)
+from fastgan.layer_functions import LayerFunction, read
 from fastgan.nn.group_norm_act import tracks_planes
 from fastgan.nn.norm_act import attachment
 from fastgan.ops._tensors import DTYPES
 from fastgan.ops._types import FixedAct
 from fastgan.tracing import IN_PLACE, compiled
 
-ADD, _MULTIPLY = (operator.add, torch.add), (operator.mul, torch.mul)
+ADD: tuple[Callable, ...] = (operator.add, torch.add)
+_MULTIPLY: tuple[Callable, ...] = (operator.mul, torch.mul)
 
 
 class StandIn(NamedTuple):
@@ -31,7 +49,6 @@ class StandIn(NamedTuple):
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
-    kwargs: dict[str, Any]
     pattern: "str | ChainCall"
 
 
@@ -53,83 +70,6 @@ def layer_of(call: fx.Node) -> fx.Node:
         return call.graph.create_node("get_attr", str(call.target))
 
 
-# ── Convolutions ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def find_conv(node: fx.Node, module: nn.Module) -> StandIn | None:
-    run = _CONV_FUNCTIONS.get(node.target)
-    return None if run is None else StandIn(run, node.args, node.kwargs, run.__name__.replace("_", "F.", 1))
-
-
-def _conv2d(*args: Any, **kwargs: Any) -> Tensor:
-    return _operator_or_stock(ops.conv2d, F.conv2d, args, kwargs)
-
-
-def _conv_transpose2d(*args: Any, **kwargs: Any) -> Tensor:
-    return _operator_or_stock(ops.conv_transpose2d, F.conv_transpose2d, args, kwargs)
-
-
-def _conv2d_avg_pool2d(*args: Any, **kwargs: Any) -> Tensor:
-    """F.avg_pool2d(F.conv2d(…), 2)"""
-    found = _resampled(ops.conv2d_avg_pool2d, *args, **kwargs)
-    return F.avg_pool2d(_conv2d(*args, **kwargs), 2) if found is None else found
-
-
-def _upsample_conv2d(x: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """F.conv2d(F.interpolate(x, scale_factor=2), …)"""
-    found = _resampled(ops.upsample_conv2d, x, *args, **kwargs)
-    return _conv2d(F.interpolate(x, scale_factor=2), *args, **kwargs) if found is None else found
-
-
-def resample(graph: fx.Graph, doubled: bool) -> fx.Graph | None:
-    """The graph with its only convolution of the doubled input, or of which the result is halved, if it has such a one."""
-    convs = [node for node in graph.nodes if node.target is _conv2d]
-    if len(convs) != 1 or not convs[0].args:
-        return None
-    (conv,), given, output = convs, next(iter(graph.nodes)), next(reversed(graph.nodes))
-    if doubled:
-        fits = given.op == "placeholder" and list(given.users) == [conv] and conv.args[0] is given
-        fits = fits and given not in _nodes_of((conv.args[1:], conv.kwargs))
-    else:
-        fits = output.args == (conv,) and list(conv.users) == [output]
-    if not fits:
-        return None
-    rest, copies = fx.Graph(), dict[fx.Node, fx.Node]()
-    rest.output(rest.graph_copy(graph, copies))
-    copies[conv].target = _upsample_conv2d if doubled else _conv2d_avg_pool2d
-    return rest
-
-
-def _nodes_of(arguments: Any) -> list[fx.Node]:
-    nodes: list[fx.Node] = []
-    fx.node.map_arg(arguments, nodes.append)
-    return nodes
-
-
-def _resampled(
-    op: Callable, x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
-    groups: Any = 1,
-) -> Tensor | None:  # fmt: skip
-    """By the operator, where the convolution has taps at every pixel, is wider than one, and the tensors fit."""
-    slides = stride in (1, (1, 1), [1, 1]) and dilation in (1, (1, 1), [1, 1])
-    if not slides or type(weight) not in (Tensor, nn.Parameter) or min(weight.shape[2:], default=1) < 2:
-        return None
-    try:
-        return op(x, weight, bias, padding=padding, groups=groups)
-    except (TypeError, ValueError):  # stock has an answer, or an error of its own
-        return None
-
-
-def _operator_or_stock(op: Callable, stock: Callable, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    try:
-        return op(*args, **kwargs)
-    except (TypeError, ValueError):  # no batch, integers, padding="same": stock has an answer, or an error of its own
-        return stock(*args, **kwargs)
-
-
-_CONV_FUNCTIONS: dict[Any, Callable[..., Tensor]] = {F.conv2d: _conv2d, F.conv_transpose2d: _conv_transpose2d}
-
-
 # ── AdaIN ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -146,27 +86,34 @@ def find_adain(node: fx.Node, module: nn.Module) -> StandIn | None:
                 addends = _addends(before, inner)
                 if not _is_disturbed(inner, addends):
                     function, args = _adain_of(inner, norm, addends, scale, shift, act, slope)
-                    return StandIn(function, args, {}, "AdaIN" if act == "none" else f"{act} → AdaIN")
+                    return StandIn(function, args, "AdaIN" if act == "none" else f"{act} → AdaIN")
     return None
 
 
 def _plain_norm(node: fx.Node, module: nn.Module) -> float | fx.Node | None:
     """Of an instance norm without parameters its eps, or the layer."""
-    if node.target is F.instance_norm and len(node.args) == 1 and node.all_input_nodes:
-        settings = dict(node.kwargs)
-        eps, uses_input = settings.pop("eps", 1e-5), settings.pop("use_input_stats", True)
-        settings.pop("momentum", None)
-        is_plain = uses_input is True and isinstance(eps, float) and all(value is None for value in settings.values())
-        return cast(float, eps) if is_plain else None
+    if node.target is F.instance_norm and len(node.all_input_nodes) == 1:
+        settings = _arguments(node)
+        eps, uses_input = settings.pop("eps"), settings.pop("use_input_stats")
+        is_plain = uses_input is True and isinstance(eps, float) and isinstance(settings.pop("input"), fx.Node)
+        settings.pop("momentum")
+        return eps if is_plain and all(value is None for value in settings.values()) else None
     if node.op == "call_module" and len(node.args) == 1 and not node.kwargs and node.all_input_nodes:
         return layer_of(node) if isinstance(module.get_submodule(str(node.target)), nn.InstanceNorm2d) else None
     return None
 
 
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """Of a call of a function that is written in Python, by their names, with the defaults."""
+    bound = inspect.signature(cast(Callable, node.target)).bind(*node.args, **node.kwargs)
+    bound.apply_defaults()
+    return bound.arguments
+
+
 def _activation_of(node: Any) -> tuple[FixedAct, float, Any]:
     """The activation that a node is, and what it is of."""
     if is_inner(node) and _is_activation(node):
-        slope = node.kwargs.get("negative_slope")
+        slope = _arguments(node).get("negative_slope")
         if node.target is F.relu:
             return "relu", 0.0, node.args[0]
         if isinstance(slope, float):
@@ -176,7 +123,7 @@ def _activation_of(node: Any) -> tuple[FixedAct, float, Any]:
 
 def _is_activation(node: fx.Node) -> bool:
     """Whether a node is an activation that leaves its input as it is."""
-    return node.target in (F.relu, F.leaky_relu) and len(node.args) == 1 and node.kwargs.get("inplace") is False
+    return node.target in (F.relu, F.leaky_relu) and len(node.args) > 0 and _arguments(node)["inplace"] is False
 
 
 def _addends(node: Any, inner: set[fx.Node]) -> list[Any]:
@@ -191,7 +138,7 @@ def _is_new(node: fx.Node) -> bool:
     """Whether a node's value has memory of its own, and it leaves its inputs as they are."""
     if _is_activation(node):
         return True
-    return node.target in (*ADD, *_MULTIPLY, *_CONV_FUNCTIONS, *_CONV_FUNCTIONS.values(), F.instance_norm, F.linear)
+    return node.target in (*ADD, *_MULTIPLY, F.conv2d, F.conv_transpose2d, F.instance_norm, F.linear)
 
 
 _VIEWS = ("chunk", "expand", "flatten", "reshape", "split", "squeeze", "unsqueeze", "view")
@@ -216,7 +163,16 @@ def _is_disturbed(inner: set[fx.Node], addends: list[Any]) -> bool:
     nodes = list(next(iter(inner)).graph.nodes)
     places = [nodes.index(node) for node in inner]
     between = set(nodes[min(places) : max(places)]) - inner
-    return any(not _leaves_inputs(node) and not sharing.isdisjoint(node.all_input_nodes) for node in between)
+    return any(
+        not _leaves_inputs(node) and (_sets_mode(node) or not sharing.isdisjoint(node.all_input_nodes))
+        for node in between
+    )
+
+
+def _sets_mode(node: fx.Node) -> bool:
+    """Whether a node of Dynamo's computes nothing: it may begin or end autocast or no_grad."""
+    graph_is_dynamo_s = "example_value" in next(iter(node.graph.nodes)).meta
+    return graph_is_dynamo_s and node.meta.get("example_value") is None
 
 
 def _adain_of(
@@ -316,29 +272,47 @@ def _is_of_channels(tensor: Tensor, x: Tensor) -> bool:
 class ChainCall:
     """Runs a chain, perhaps adding: what stands in a graph for layers that are called one after the other.
 
-    Called on x, on the residual if there is an `order` of adding it, and on the layers that have names.
+    Called on x, on the residual if there is a sum with it, and on what is not here: the layers that have names and the
+    tensors of functions, an activation's last.
     """
 
     __name__ = __qualname__ = "chain"
 
-    def __init__(self, layers: Sequence[str | nn.Module], order: str | None = None):
-        self.layers, self.order = tuple(layers), order  # by name; layers that stand for functions are here
+    def __init__(
+        self,
+        layers: Sequence[str | LayerFunction],
+        order: str | None = None,
+        act: str | LayerFunction | None = None,
+    ):
+        self.layers, self.order, self.act = tuple(layers), order, act  # layers that are modules by name
 
     def __call__(self, x: Any, *given: Any) -> Any:
         if self.order is None:
-            return run_whole(self._filled(given), x)
-        residual, *modules = given
-        return plus(self._filled(modules), x, residual, self.order)
+            return run_whole(self.filled(given).layers, x)
+        residual, *rest = given
+        layers, sum = self.filled(rest)
+        return plus(layers, x, residual, cast(Sum, sum))
 
-    def _filled(self, modules: Iterable[nn.Module]) -> list[nn.Module]:
-        named = iter(modules)
-        return [next(named) if isinstance(layer, str) else layer for layer in self.layers]
+    def filled(self, given: Iterable[Any]) -> Chain:
+        """The chain, of what is not here."""
+        values = iter(given)
+        layers = [_filled(layer, values) for layer in self.layers]
+        act = None if self.act is None else _filled(self.act, values)
+        return Chain(layers, None if self.order is None else Sum(self.order, act))
 
-    def layers_of(self, module: nn.Module) -> list[nn.Module]:
-        return [module.get_submodule(layer) if isinstance(layer, str) else layer for layer in self.layers]
+    def examples(self, module: nn.Module) -> list[nn.Module]:
+        """The layers of a module as far as they are known before the call."""
+        return [_example(layer, module) for layer in self.layers]
+
+    def __str__(self) -> str:
+        names = list(map(_name, self.layers))
+        if self.order is None:
+            return " → ".join(names)
+        total = f"x + {names[-1]}({'x' if len(names) == 1 else '…'})"
+        return total if self.act is None else f"{total} → {_name(self.act)}"
 
     def _key(self) -> tuple:
-        return self.order, *(layer if isinstance(layer, str) else _settings_of(layer) for layer in self.layers)
+        return self.layers, self.order, self.act
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ChainCall) and self._key() == other._key()
@@ -347,96 +321,153 @@ class ChainCall:
         return hash(self._key())
 
 
-def _settings_of(layer: nn.Module) -> tuple[type[nn.Module], str]:
-    """All that tells a layer without parameters from others: its repr leaves settings out."""
-    return type(layer), repr([item for item in vars(layer).items() if not item[0].startswith("_")])
+def _name(layer: str | LayerFunction) -> str:
+    return layer if isinstance(layer, str) else type(layer.example()).__name__
+
+
+def _filled(layer: str | LayerFunction, given: Iterator[Any]) -> nn.Module:
+    return next(given) if isinstance(layer, str) else layer.layer(given)
+
+
+def _example(layer: str | LayerFunction, module: nn.Module) -> nn.Module:
+    return module.get_submodule(layer) if isinstance(layer, str) else layer.example()
 
 
 def find_chain(node: fx.Node, module: nn.Module) -> StandIn | None:
     """Layers that are called one after the other, of which `node` is the last. Nothing else happens in between, so that all
     of it may as well happen at once."""
-    if _layer(node, module) is None or _follows(_after(node), node, module):
+    if _layer(node) is None or _follows(_after(node), node):
         return None
     nodes = [node]
-    while _follows(nodes[0], before := nodes[0].args[0], module):
+    while _follows(nodes[0], before := nodes[0].args[0]):
         nodes.insert(0, cast(fx.Node, before))
-    layers = cast(list[str | nn.Module], [_layer(each, module) for each in nodes])
-    if not _gains([module.get_submodule(layer) if isinstance(layer, str) else layer for layer in layers]):
+    first = cast(fx.Node, nodes[0].args[0])
+    if len(nodes) > 1 and _is_sum(first) and _is_act(nodes[0], module):
+        del nodes[0]  # `find_residual` may have the norm in the sum compute it
+    call = ChainCall([cast(str | LayerFunction, _layer(each)) for each in nodes])
+    if not _gains(call.examples(module)):
         return None
-    call = ChainCall(layers)
-    modules = [layer_of(each) for each in nodes if each.op == "call_module"]
-    return StandIn(call, (nodes[0].args[0], *modules), {}, call)
+    return StandIn(call, (nodes[0].args[0], *(part for each in nodes for part in _given(each))), call)
 
 
-def _layer(node: fx.Node, module: nn.Module) -> str | nn.Module | None:
-    """The layer that a node calls on one value, by its name, or one that does what the node's function does."""
-    if not node.args or not isinstance(node.args[0], fx.Node) or len(node.all_input_nodes) != 1:
+def _layer(node: fx.Node) -> str | LayerFunction | None:
+    """The layer that a node calls on one value, by its name, or the function that does what a layer does."""
+    if not node.args or not isinstance(node.args[0], fx.Node):
         return None
     if node.op == "call_module":
         return str(node.target) if len(node.args) == 1 and not node.kwargs else None
-    make = _LAYERS.get(node.target) if node.op == "call_function" else None
-    try:
-        return None if make is None else make(*node.args[1:], **node.kwargs)
-    except (TypeError, ValueError):  # arguments that the layer has no place for
-        return None
+    found = read(node)
+    return None if found is None or node.args[0] in found[1] else found[0]
 
 
-def _interpolation(
-    size=None, scale_factor=None, mode="nearest", align_corners=None, recompute_scale_factor=None, antialias=False
-) -> nn.Upsample | None:
-    return None if antialias or recompute_scale_factor else nn.Upsample(size, scale_factor, mode, align_corners)
-
-
-_LAYERS: dict[Any, Callable[..., nn.Module | None]] = {
-    F.relu: nn.ReLU, torch.relu: lambda: nn.ReLU(), F.leaky_relu: nn.LeakyReLU, torch.tanh: nn.Tanh, F.tanh: nn.Tanh,
-    torch.sigmoid: nn.Sigmoid, F.sigmoid: nn.Sigmoid, F.avg_pool2d: nn.AvgPool2d, F.interpolate: _interpolation,
-    F.pixel_shuffle: nn.PixelShuffle,
-}  # fmt: skip
+def _given(node: fx.Node) -> list[fx.Node]:
+    """What a layer's call takes besides its input: the layer, or the function's tensors."""
+    return [layer_of(node)] if node.op == "call_module" else cast(tuple, read(node))[1]
 
 
 def _after(node: fx.Node) -> fx.Node:
+    """What happens next, apart from what may as well have happened before."""
     after = node.next
-    while after.op == "get_attr":
+    while after.op == "get_attr" or _is_idle(after):
         after = after.next
     return after
 
 
-def _follows(node: fx.Node, before: Any, module: nn.Module) -> bool:
+def _is_idle(node: fx.Node) -> bool:
+    """Whether a node of Dynamo's neither changes what layers read nor reads what they change. A batch norm counts its
+    batches, in integers, before it runs, and reads its settings, where those are not constant."""
+    if node.op != "call_method" or len(node.all_input_nodes) != 1 or node.all_input_nodes[0].op != "placeholder":
+        return False
+    value = node.all_input_nodes[0].meta.get("example_value")
+    if not isinstance(value, Tensor) or value.dim() > 0:
+        return False
+    if node.target == "add_":
+        return not (value.is_floating_point() or value.is_complex())
+    return node.target == "item" and all(user.target == "item" for user in node.all_input_nodes[0].users)
+
+
+def _follows(node: fx.Node, before: Any) -> bool:
     """Whether `node` is a layer that is called on the layer before, and nobody else sees what that gives."""
     return (
         is_inner(before)
         and _after(before) is node
         and node.args[:1] == (before,)
-        and _layer(node, module) is not None
-        and _layer(before, module) is not None
+        and _layer(node) is not None
+        and _layer(before) is not None
     )
 
 
 def _gains(layers: list[nn.Module]) -> bool:
     """Whether there are patterns in the chain, or chains that can hand on a layout."""
-    classes = tuple(map(type, layers))
+    classes = tuple(layer.stands_for if isinstance(layer, FunctionLayer) else type(layer) for layer in layers)
     has_patterns = any(True for i in range(len(layers)) for _ in matches(layers[i:], classes[i:]))
     return has_patterns or sum(isinstance(layer, FusedModule) for layer in layers) > 1
 
 
-def whole_chain(graph: fx.Graph) -> ChainCall | None:
-    """Where a graph of one input is a chain of it, and perhaps the sum of both."""
+class WholeChain(NamedTuple):
+    """A graph that is a chain of its one input, and perhaps the sum of both."""
+
+    call: ChainCall
+    names: list[str]  # of what is not in `call`
+
+    def of(self, module: nn.Module) -> Chain:
+        return self.call.filled(operator.attrgetter(name)(module) for name in self.names)
+
+
+def whole_chain(graph: fx.Graph) -> WholeChain | None:
     calls = [node for node in graph.nodes if node.op.startswith("call_")]
-    given, output = next(iter(graph.nodes)), next(reversed(graph.nodes))
+    x, output = next(iter(graph.nodes)), next(reversed(graph.nodes))
     if len(calls) != 1 or not isinstance(calls[0].target, ChainCall) or output.args != (calls[0],):
         return None
-    call = calls[0].target
-    is_of_input = all(arg is given for arg in calls[0].args[: 1 if call.order is None else 2])
-    return call if is_of_input else None
+    call, inputs = calls[0].target, 1 if calls[0].target.order is None else 2
+    given = calls[0].args[inputs:]
+    if any(arg is not x for arg in calls[0].args[:inputs]) or any(part.op != "get_attr" for part in given):
+        return None
+    return WholeChain(call, [part.target for part in given])
+
+
+def resample(graph: fx.Graph, doubled: bool) -> fx.Graph | None:
+    """The graph of the doubled input, or with its result halved, where that is next to a convolution that is a function."""
+    calls = [node for node in graph.nodes if isinstance(node.target, ChainCall) and node.target.order is None]
+    x, output = next(iter(graph.nodes)), next(reversed(graph.nodes))
+    if doubled:
+        fits = [call for call in calls if list(x.users) == [call] and call.args[0] is x and x not in call.args[1:]]
+    else:
+        fits = [call for call in calls if output.args == (call,) and list(call.users) == [output]]
+    if x.op != "placeholder" or not fits:
+        return None
+    layers = fits[0].target.layers
+    conv = layers[0 if doubled else -1]
+    if isinstance(conv, str) or not isinstance(conv.example(), FLAT):
+        return None
+    rest, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    rest.output(rest.graph_copy(graph, copies))
+    copies[fits[0]].target = ChainCall([_DOUBLING, *layers] if doubled else [*layers, _HALVING])
+    return rest
+
+
+_DOUBLING = LayerFunction(F.interpolate, (), {"scale_factor": 2}, ())
+_HALVING = LayerFunction(F.avg_pool2d, (2,), {}, ())
 
 
 # ── Sums ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def find_residual(node: fx.Node, module: nn.Module) -> StandIn | None:
-    """x + chain(y), of which the chain has just been called."""
-    orders = ("x + y", "y + x") if node.target in ADD else ("x += y", "y += x")
-    for (part, residual), order in zip(either(node, (*ADD, IN_PLACE["iadd"])), orders, strict=False):
+    """x + chain(y), of which the chain has just been called, and an activation of the sum that comes next."""
+    if _is_act(node, module):
+        total = cast(fx.Node, node.args[0])
+        return _find_sum(total, module, node) if is_inner(total) and _after(total) is node else None
+    act = _after(node)
+    if is_inner(node) and _is_act(act, module) and act.args[0] is node:
+        return None  # which is found there
+    return _find_sum(node, module)
+
+
+def _find_sum(node: Any, module: nn.Module, act: fx.Node | None = None) -> StandIn | None:
+    is_in_place = node.target in _ADD_IN_PLACE
+    orders = ("x += y", "y += x") if is_in_place else ("x + y", "y + x")
+    for (part, residual), order in zip(either(node, (*ADD, *_ADD_IN_PLACE)), orders, strict=False):
         if (
             not isinstance(residual, fx.Node)
             or residual is part
@@ -447,12 +478,24 @@ def find_residual(node: fx.Node, module: nn.Module) -> StandIn | None:
         if order == "y += x" and not _is_normed(residual, module):
             continue  # somebody may see what is added to
         if isinstance(part.target, ChainCall):
-            call, (x, *layers) = ChainCall(part.target.layers, order), part.args
+            layers, (x, *given) = part.target.layers, part.args
         else:
-            call, x, layers = ChainCall([str(part.target)], order), part.args[0], [layer_of(part)]
-        name = next(layer for layer in reversed(call.layers) if isinstance(layer, str))
-        return StandIn(call, (x, residual, *layers), {}, f"x + {name}({'x' if len(call.layers) == 1 else '…'})")
+            layers, x, given = (str(part.target),), part.args[0], [layer_of(part)]
+        call = ChainCall(layers, order, None if act is None else _layer(act))
+        return StandIn(call, (x, residual, *given, *(() if act is None else _given(act))), str(call))
     return None
+
+
+_ADD_IN_PLACE: tuple[Callable, ...] = (IN_PLACE["iadd"], operator.iadd)  # the latter in Dynamo's graphs
+
+
+def _is_sum(node: fx.Node) -> bool:
+    return node.target in (*ADD, *_ADD_IN_PLACE)
+
+
+def _is_act(node: Any, module: nn.Module) -> bool:
+    layer = _layer(node)
+    return layer is not None and isinstance(_example(layer, module), ACT_OR_PRELU)
 
 
 def _is_normed(node: Any, module: nn.Module) -> bool:
@@ -460,7 +503,7 @@ def _is_normed(node: Any, module: nn.Module) -> bool:
     if not is_inner(node):
         return False
     if isinstance(node.target, ChainCall):
-        return node.target.order is None and _ends_with_norm(node.target.layers_of(module)[-1])
+        return node.target.order is None and _ends_with_norm(node.target.examples(module)[-1])
     is_call = node.op == "call_module" and len(node.args) == 1 and not node.kwargs
     return is_call and is_chain(chain := module.get_submodule(str(node.target))) and _ends_with_norm(chain)
 

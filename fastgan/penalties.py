@@ -32,7 +32,7 @@ def gradient_penalty(
 
     Args:
         critic: D, any callable: a module, fused, spectrally normalised, in DistributedDataParallel, under autocast; what
-            torch.compile has compiled in it runs eagerly, for it has no double backward. It is called once, as
+            torch.compile has compiled in it runs eagerly, as few backends have a double backward. It is called once, as
             critic(x̂, \\*args, \\*\\*kwargs), in whatever mode it is in, and is not modified. Of several outputs (a tuple or
             list) the first counts; the gradient is that of the sum of all its elements. To choose another, pass a function
             that does.

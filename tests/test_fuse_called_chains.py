@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from fusing import assert_agree, batch, twins
 from torch import nn
 
+from fastgan import ops
 from fastgan.fuse import explain, fuse, unfuse
 
 C = 4
@@ -32,6 +33,8 @@ class Block(nn.Module):
 
 
 class AddsInPlace(Block):
+    """ResNet's: the activation is of the sum."""
+
     def forward(self, x):
         identity = x
         out = self.prelu(self.bn1(self.conv1(x)))
@@ -128,6 +131,48 @@ class Shuffles(nn.Module):
         return self.tail(F.leaky_relu(F.pixel_shuffle(F.relu(self.conv2(x)), 3), 0.1))
 
 
+class Bare(nn.Module):
+    """Functions with the tensors that layers would hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.momentum = 0.3
+        self.weight, self.gain = nn.Parameter(torch.randn(C, C, 3, 3)), nn.Parameter(torch.rand(C))
+        self.bias, self.slope = nn.Parameter(torch.randn(C)), nn.Parameter(torch.rand(C))
+        self.register_buffer("mean", torch.zeros(C))
+        self.register_buffer("var", torch.ones(C))
+
+    def norm(self, x):
+        return F.batch_norm(x, self.mean, self.var, self.gain, self.bias, self.training, self.momentum, eps=1e-3)
+
+    def forward(self, x):
+        y = F.prelu(self.norm(F.conv2d(x, self.weight, self.bias, padding="same")), self.slope)
+        y = self.norm(F.conv_transpose2d(y, self.weight, None, 2, 1, 1)).relu_()
+        y = F.pad(y, (1, 1, 1, 1), mode="reflect")
+        return F.instance_norm(F.conv2d(y, self.weight, stride=(2,)), weight=self.gain, bias=self.bias).tanh()
+
+
+class BareSum(Bare):
+    def forward(self, x):
+        y = self.norm(F.conv2d(x, self.weight, None, 1, 1))
+        return F.prelu(x + y, self.slope)
+
+
+class BareResampled(Bare):
+    def forward(self, x):
+        x = F.conv2d(F.interpolate(x, scale_factor=2), self.weight, self.bias, padding=1)
+        return F.avg_pool2d(F.conv2d(x.sigmoid(), self.weight), 2)
+
+
+class BareOtherwise(Bare):
+    """What no operator does: images in three dimensions, a norm's weight without a bias, running statistics of planes."""
+
+    def forward(self, x):
+        y = F.batch_norm(x.flatten(2), None, None, self.gain, self.bias, True).view_as(x)
+        y = F.batch_norm(y, self.mean, self.var, self.gain, None, self.training)
+        return F.relu(F.instance_norm(y, self.mean * 1, self.var * 1, None, None, self.training))
+
+
 class Generator(nn.Module):
     """Hand-written blocks in a chain in a hand-written forward."""
 
@@ -164,6 +209,9 @@ FORWARDS = {
     Shares: [UNIT, UNIT],
     Drops: [UNIT, "conv2d"],
     Shuffles: ["conv2d", "pixel_shuffle_act", "conv2d", "pixel_shuffle_act", "conv2d"],
+    Bare: [UNIT, "conv_transpose2d_batch_norm_act", "conv2d", "instance_norm_act"],
+    BareSum: ["conv2d", "batch_norm_act"],
+    BareResampled: ["upsample_conv2d", "conv2d_avg_pool2d"],
     Generator: ["conv2d", *ADDS, *ADDS, "conv2d", "batch_norm_act", "conv2d"],
 }
 
@@ -178,6 +226,13 @@ def test_a_forward_that_calls_layers_computes_the_same(kind, layout, training, r
     expected = FORWARDS[kind] if training else _folded(FORWARDS[kind])
     assert ran == expected * 4
     assert type(unfuse(fused)) is kind
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_functions_that_no_operator_computes_run_as_they_are(training, ran):
+    stock, fused = (model.train(training) for model in twins(BareOtherwise))
+    assert_agree(stock, fused, batch())
+    assert ran == []
 
 
 @pytest.mark.parametrize("count", [1, 6])
@@ -216,6 +271,22 @@ def test_a_layer_with_a_hook_is_called(ran):
     assert ran == ["conv2d", "conv2d", "batch_norm_act"] * 4
 
 
+@pytest.mark.parametrize("name", ["weight", "gain", "mean", "slope"])
+@pytest.mark.parametrize("becomes", ["wider", "none"])
+def test_an_error_in_a_function_is_stock_s_own(name, becomes):
+    stock, fused = twins(Bare)
+    errors = []
+    for model in (stock, fused):
+        tensor = getattr(model, name)
+        wider = type(tensor)(torch.cat([tensor.detach()] * 2, 1 if name == "weight" else 0))
+        setattr(model, name, wider if becomes == "wider" else None)
+        try:
+            errors.append(model(batch()).shape)
+        except (RuntimeError, TypeError, ValueError) as error:
+            errors.append((type(error), str(error)))
+    assert errors[0] == errors[1]
+
+
 def test_a_layer_that_is_replaced_later_is_seen(ran):
     stock, fused = twins(Block)
     assert_agree(stock, fused, batch())
@@ -248,6 +319,16 @@ def _hook(module, args, output):
 
 def test_a_sum_with_an_input_that_a_called_layer_changes():
     assert_agree(*twins(lambda: nn.Sequential(nn.Conv2d(C, C, 3, padding=1), ChangesInput())), batch())
+
+
+def test_an_activation_of_a_residual_sum_is_the_norm_s(monkeypatch):
+    given = []
+    run = ops.batch_norm_act
+    monkeypatch.setattr(ops, "batch_norm_act", lambda *args, **kwargs: given.append(kwargs) or run(*args, **kwargs))
+    for make in (AddsInPlace, BareSum):
+        fuse(make())(batch(torch.float32))
+    assert [kwargs["act"] for kwargs in given] == ["relu", "prelu"]
+    assert all(kwargs["residual"] is not None for kwargs in given)
 
 
 class Doubles(Block):
@@ -285,6 +366,7 @@ def test_explain_names_the_layers_and_why_others_are_not_fused():
 
     model = nn.Module()
     model.block, model.functions, model.steps, model.asks, model.shows = Block(), Functions(), Steps(), Asks(), Shows()
+    model.bare = Bare()
     model.block.bn1.register_forward_hook(lambda *_: None)
     not_yet = [row for row in explain(model) if row.fused]
     assert not_yet == []
@@ -305,4 +387,7 @@ def test_explain_names_the_layers_and_why_others_are_not_fused():
             (f"shows.{name}", kind, False, "the forward of Shows looks into bn1")
             for name, kind in (("conv1", "Conv2d"), ("bn1", "BatchNorm2d"), ("conv2", "Conv2d"), ("bn2", "BatchNorm2d"))
         ],
+        ("bare", "F.conv2d → F.batch_norm → F.prelu", True, ""),
+        ("bare", "F.conv_transpose2d → F.batch_norm → ReLU", True, ""),
+        ("bare", "F.conv2d → F.instance_norm", True, ""),
     ]

@@ -1,21 +1,25 @@
 """The shape of the house: which way imports point, one name at every level, and what the wheel holds."""
 
 import ast
+import configparser
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
+
+from fastgan.dynamo import compile_graph
 
 ROOT = Path(__file__).parents[1]
 
 # A package may import those further down only, and itself.
 LAYERS = [
-    "cli", "doctor", "training", "penalties", "lean", "fuse", "graph_patterns", "chains", "tracing", "models", "nn",
-    "compat", "ops", "backend", "_C", "_cuda",
+    "cli", "doctor", "training", "penalties", "lean", "dynamo", "fuse", "graph_patterns", "layer_functions", "chains",
+    "tracing", "models", "nn", "compat", "ops", "backend", "_C", "_cuda",
 ]  # fmt: skip
 BESIDE = {("training", "models"), ("fuse", "models")}
 
@@ -119,6 +123,16 @@ def test_the_wheel_holds_two_packages_and_the_built_modules(wheel):
     assert any(re.fullmatch(r"fastgan/_C\..*(so|pyd)", name) for name in names)
     assert not shutil.which("nvcc") or any(re.fullmatch(r"fastgan/_cuda\..*(so|pyd)", name) for name in names)
     assert {"fastgan/py.typed", "fastgan/ops/norm_act.py", "fastgan_kernels/norm_act.py"} <= set(names)
+
+
+def test_the_wheel_names_the_backend_of_torch_compile(wheel):
+    points = configparser.ConfigParser()
+    points.read_string(
+        wheel.read(next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))).decode()
+    )
+    ((name, value),) = points["torch_dynamo_backends"].items()
+    assert name == "fastgan"
+    assert EntryPoint(name, value, "torch_dynamo_backends").load() is compile_graph
 
 
 def test_the_wheel_asks_for_no_particular_torch(wheel):
