@@ -20,7 +20,7 @@ from fastgan.nn.gradient_reversal import GradientReversal, WarmStartGradientReve
 from fastgan.nn.group_norm_act import instance_norm_act, tracks_planes
 from fastgan.nn.norm_act import Activation, attachment, batch_norm_act
 from fastgan.ops._autograd import is_transformed
-from fastgan.ops._tensors import DTYPES, dense, is_channels_last
+from fastgan.ops._tensors import DTYPES, in_layout, lies_in_both, suggests_channels_last
 from fastgan.ops.conv import is_autocast
 
 # ── Patterns ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -286,21 +286,21 @@ def run_chain(
             run = _RUNS[classes[:length]]
         if run is not None and not isinstance(head, REVERSAL):
             if stock is None:
-                stock = torch.channels_last if is_channels_last(x) else torch.contiguous_format
-            if any(isinstance(layer, CONV) and is_channels_last(layer.weight) for layer in layers[:length]):
+                stock = torch.channels_last if suggests_channels_last(x) else torch.contiguous_format
+            if any(isinstance(layer, CONV) and suggests_channels_last(layer.weight) for layer in layers[:length]):
                 stock = torch.channels_last
             if any(isinstance(layer, INSTANCE) for layer in layers[:length]):
                 stock = torch.contiguous_format  # which stock torch makes of any layout
             is_added = is_last and length == len(layers) and stock == layout and _can_add(x, residual)
             x = run(x, head, residual=residual) if is_added else run(x, *layers[:length])
-            if x.is_contiguous(memory_format=stock):
-                stock = None
+            if any(map(_makes_anew, layers[:length])) and lies_in_both(x):
+                stock = torch.contiguous_format
         elif head_class is not None and isinstance(head, FusedModule) and (chain := head.chain(x)) is not None:
             if chain.order is None:
                 added = residual if len(layers) == 1 else None
                 x, stock, is_added = run_chain(chain.layers, x, stock, added, layout)
             else:
-                if _may_change_input(chain.layers[0]):  # and then the sum is of what it leaves
+                if _may_change_input(chain.layers, x):  # and then the sum is of what it leaves
                     x, stock = restore(x, stock), None
                 x, stock = _plus_owing(chain.layers, x, x, stock, chain.order)
         elif (resampled := _find_resampled(x, layers, classes)) is not None:
@@ -309,13 +309,24 @@ def run_chain(
             if head_class not in LAYOUT_BLIND:
                 x, stock = restore(x, stock), None
             x = head(x) if run is None else run(x, *layers[:length])
+        if stock is not None and x.is_contiguous(memory_format=stock):
+            x, stock = restore(x, stock), None
         layers, classes = layers[length:], classes[length:]
     return x, stock, is_added
 
 
-def _may_change_input(layer: nn.Module) -> bool:
-    """Whether a layer may work in place, and would be called on a copy where its input owes a layout."""
-    return not isinstance(layer, (*CONV, *NORM, FusedModule)) and classes_of([layer])[0] not in LAYOUT_BLIND
+def _makes_anew(layer: nn.Module) -> bool:
+    """Whether stock's output is contiguous where that and channels_last are the same: not after a convolution or a shuffle,
+    nor what works in place on that."""
+    return isinstance(layer, (*NORM, *ACT_OR_PRELU)) and not getattr(layer, "inplace", False)
+
+
+def _may_change_input(layers: list[nn.Module], x: Any) -> bool:
+    """Whether layers may work in place on their input, of which they would get a copy where it owes a layout."""
+    first, (kind,) = layers[0], classes_of(layers[:1])
+    if kind is not None and isinstance(first, FusedModule) and (chain := first.chain(x)) is not None:
+        return _may_change_input(chain.layers, x)
+    return not isinstance(first, (*CONV, *NORM)) and (kind not in LAYOUT_BLIND or kind is nn.Identity)
 
 
 def _adds(layer: nn.Module) -> bool:
@@ -343,7 +354,7 @@ def _find_resampled(x: Any, layers: list[nn.Module], classes: Classes) -> Callab
 
 
 def restore(x: Any, stock: torch.memory_format | None) -> Any:
-    return x if stock is None else dense(x, stock == torch.channels_last)
+    return x if stock is None else in_layout(x, stock == torch.channels_last)
 
 
 # ── Sums ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
