@@ -7,6 +7,7 @@ import time
 import pytest
 import safetensors.torch
 import torch
+import two_processes
 from fusing import assert_agree, batch, replicate, twins
 from oracle import Errors
 from torch import nn
@@ -69,6 +70,7 @@ class UNet(nn.Module):
 
 
 MODELS = {"chain": chain, "residual": Residual, "unet": UNet}
+NORMS = {"chain": 2, "residual": 5, "unet": 2}
 of_each_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 of_each_forward = pytest.mark.parametrize("make", [Residual, UNet])
 
@@ -253,6 +255,32 @@ def test_a_parametrization_that_is_removed_leaves_a_fused_layer(make, ran):
     ran.clear()
     fused(batch())
     assert ran == before
+
+
+# ── Two processes ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What two processes have found, of each the outcomes of the cases in `two_processes`."""
+    return two_processes.run(tmp_path_factory.mktemp("processes"))
+
+
+@pytest.mark.parametrize("case", two_processes.CASES)
+@pytest.mark.parametrize("kind", MODELS)
+def test_two_processes_compute_what_they_do_in_stock(kind, case, found):
+    for outcomes in found:
+        stock, fused, ran = outcomes[kind, case]
+        torch.testing.assert_close(fused, stock)
+        fused_norms = sum("batch_norm_act" in name for name in ran)
+        # Each forward, but for norms that wait for those of the other process: there is no pattern for them.
+        assert fused_norms == {"distributed": 2, "synchronised": 0}.get(case, 1) * NORMS[kind]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_synchronised_norms_raise_stock_s_error_in_training_on_the_cpu(kind, found):
+    stock, fused, _ = found[0][kind, "refused"]
+    assert fused == stock and "SyncBatchNorm" in stock
 
 
 # ── Copies and files ─────────────────────────────────────────────────────────────────────────────────────────────────
