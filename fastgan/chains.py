@@ -21,7 +21,9 @@ from fastgan.nn.group_norm_act import instance_norm_act, tracks_planes
 from fastgan.nn.norm_act import Activation, attachment, batch_norm_act
 from fastgan.ops._autograd import is_transformed
 from fastgan.ops._tensors import DTYPES, in_layout, lies_in_both, suggests_channels_last
+from fastgan.ops._types import Act
 from fastgan.ops.conv import is_autocast
+from fastgan.ops.norm_act import stock_is_faster
 
 # ── Patterns ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -193,13 +195,15 @@ def _fits(x: Any, layers: list[nn.Module]) -> bool:
     return True
 
 
-def _choose(x: Any, layers: list[nn.Module], classes: Classes) -> tuple[int, Callable[..., Tensor] | None]:
+def _choose(x: Any, layers: list[nn.Module], classes: Classes, owes: bool) -> tuple[int, Callable[..., Tensor] | None]:
     """How many layers to compute next, and what computes them: None where one layer is to be called."""
+    if _is_little(x, layers, owes):
+        return 1, None
     for length, run in matches(layers, classes):
         if _is_resampling(layers[:length]) and _has_few_pixels(x, isinstance(layers[0], UP)):
             continue
         if _fits(x, layers[:length]):
-            return (1, None) if _is_little(x, layers[0]) else (length, run)
+            return length, run
     return 1, None
 
 
@@ -223,12 +227,16 @@ def _pixels(x: Tensor) -> int:
 _FEW_PRODUCTS, _FEW_ELEMENTS = 1 << 25, 1 << 17
 
 
-def _is_little(x: Tensor, layer: nn.Module) -> bool:
-    """Whether `layer` is a convolution that had better be called. The norms' operators decide for themselves."""
-    if not isinstance(layer, CONV) or x.device.type != "cpu":
+def _is_little(x: Any, layers: list[nn.Module], owes: bool) -> bool:
+    """Whether a convolution comes first, or a batch norm of what `owes` no layout, that had better be called."""
+    layer = layers[0]
+    if not isinstance(layer, (*CONV, *BATCH)) or not backend.is_automatic() or torch.compiler.is_compiling():
         return False
-    if torch.compiler.is_compiling() or not backend.is_automatic():
+    if type(x) is not Tensor or x.dim() != 4 or x.device.type != "cpu":
         return False
+    if isinstance(layer, BATCH):  # an operator that leaves x to stock has looked at all its arguments
+        act: Act = "prelu" if isinstance(layers[1] if len(layers) > 1 else None, nn.PReLU) else "none"
+        return not owes and stock_is_faster(x, layer.training, act)
     positions, spread = _pixels(x), math.prod(layer.stride)
     pixels = positions * spread  # that come out
     if isinstance(layer, nn.Conv2d):
@@ -279,7 +287,7 @@ def run_chain(
     classes: Classes = (None,) * len(layers) if is_observed() else classes_of(layers)
     while layers:
         head, head_class = layers[0], classes[0]
-        length, run = _choose(x, layers, classes)
+        length, run = _choose(x, layers, classes, stock is not None)
         is_last = residual is not None and length == len(layers) and _adds(layers[-1])
         if is_last and length > 1:
             length -= 1  # the norm comes alone, and adds

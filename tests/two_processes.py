@@ -1,6 +1,6 @@
-"""One of two processes that train together over gloo, the stock model and the fused one: `python two_processes.py rank folder`.
+"""One of two processes that train together over gloo, the stock model and the fused one.
 
-What each case finds is saved in the folder, for the tests to compare. `run` starts both.
+What each case finds is saved in a folder, for the tests to compare. `run` starts both.
 """
 
 import functools
