@@ -200,7 +200,7 @@ def distance(found, expected):
 
 @given(networks((C, 8, 9)), st.booleans(), st.sampled_from(LAYOUTS), st.sampled_from(LAYOUTS))
 @settings(
-    max_examples=40, derandomize=True, deadline=None, database=None,
+    max_examples=30, derandomize=True, deadline=None, database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
 )  # fmt: skip
 def test_a_network_trains_as_it_does_unfused(stock, with_penalty, layout, weight_layout):
