@@ -20,8 +20,10 @@ from fastgan.nn.gradient_reversal import GradientReversal, WarmStartGradientReve
 from fastgan.nn.group_norm_act import instance_norm_act, tracks_planes
 from fastgan.nn.norm_act import Activation, attachment, batch_norm_act
 from fastgan.ops._autograd import is_transformed
-from fastgan.ops._tensors import DTYPES, dense, is_channels_last
+from fastgan.ops._tensors import DTYPES, in_layout, lies_in_both, suggests_channels_last
+from fastgan.ops._types import Act
 from fastgan.ops.conv import is_autocast
+from fastgan.ops.norm_act import stock_is_faster
 
 # ── Patterns ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -212,13 +214,15 @@ def _fits(x: Any, layers: list[nn.Module]) -> bool:
     return True
 
 
-def _choose(x: Any, layers: list[nn.Module], classes: Classes) -> tuple[int, Callable[..., Tensor] | None]:
+def _choose(x: Any, layers: list[nn.Module], classes: Classes, owes: bool) -> tuple[int, Callable[..., Tensor] | None]:
     """How many layers to compute next, and what computes them: None where one layer is to be called."""
+    if _is_little(x, layers, owes):
+        return 1, None
     for length, run in matches(layers, classes):
         if _is_resampling(layers[:length]) and _has_few_pixels(x, isinstance(layers[0], UP)):
             continue
         if _fits(x, layers[:length]):
-            return (1, None) if _is_little(x, layers[0]) else (length, run)
+            return length, run
     return 1, None
 
 
@@ -242,12 +246,16 @@ def _pixels(x: Tensor) -> int:
 _FEW_PRODUCTS, _FEW_ELEMENTS = 1 << 25, 1 << 17
 
 
-def _is_little(x: Tensor, layer: nn.Module) -> bool:
-    """Whether `layer` is a convolution that had better be called. The norms' operators decide for themselves."""
-    if not isinstance(layer, CONV) or x.device.type != "cpu":
+def _is_little(x: Any, layers: list[nn.Module], owes: bool) -> bool:
+    """Whether a convolution comes first, or a batch norm of what `owes` no layout, that had better be called."""
+    layer = layers[0]
+    if not isinstance(layer, (*CONV, *BATCH)) or not backend.is_automatic() or torch.compiler.is_compiling():
         return False
-    if torch.compiler.is_compiling() or not backend.is_automatic():
+    if type(x) is not Tensor or x.dim() != 4 or x.device.type != "cpu":
         return False
+    if isinstance(layer, BATCH):  # an operator that leaves x to stock has looked at all its arguments
+        act: Act = "prelu" if isinstance(layers[1] if len(layers) > 1 else None, nn.PReLU) else "none"
+        return not owes and stock_is_faster(x, layer.training, act)
     positions, spread = _pixels(x), math.prod(layer.stride)
     pixels = positions * spread  # that come out
     if isinstance(layer, nn.Conv2d):
@@ -313,15 +321,15 @@ def run_chain(
     classes: Classes = (None,) * len(layers) if is_observed() else classes_of(layers)
     while layers:
         head, head_class = layers[0], classes[0]
-        length, run = _choose(x, layers, classes)
+        length, run = _choose(x, layers, classes, stock is not None)
         added = residual if length == len(layers) and _adds(layers[-1]) else None
         if added is not None and length > 1:
             length -= 1  # the norm comes alone, and adds
             run = _RUNS[classes[:length]]
         if run is not None and not isinstance(head, REVERSAL):
             if stock is None:
-                stock = torch.channels_last if is_channels_last(x) else torch.contiguous_format
-            if any(isinstance(layer, CONV) and is_channels_last(layer.weight) for layer in layers[:length]):
+                stock = torch.channels_last if suggests_channels_last(x) else torch.contiguous_format
+            if any(isinstance(layer, CONV) and suggests_channels_last(layer.weight) for layer in layers[:length]):
                 stock = torch.channels_last
             if any(isinstance(layer, INSTANCE) for layer in layers[:length]):
                 stock = torch.contiguous_format  # which stock torch makes of any layout
@@ -329,13 +337,13 @@ def run_chain(
                 x, is_added = run(x, head, added.act, residual=added.tensor), True
             else:
                 x = run(x, *layers[:length])
-            if x.is_contiguous(memory_format=stock):
-                stock = None
+            if any(map(_makes_anew, layers[:length])) and lies_in_both(x):
+                stock = torch.contiguous_format
         elif head_class is not None and isinstance(head, FusedModule) and (chain := head.chain(x)) is not None:
             if chain.sum is None:
                 x, stock, is_added = run_chain(chain.layers, x, stock, residual if len(layers) == 1 else None)
             else:
-                if _may_change_input(chain.layers[0]):  # and then the sum is of what it leaves
+                if _may_change_input(chain.layers, x):  # and then the sum is of what it leaves
                     x, stock = restore(x, stock), None
                 x, stock = _plus_owing(chain.layers, x, x, stock, chain.sum)
         elif (resampled := _find_resampled(x, layers, classes)) is not None:
@@ -344,13 +352,24 @@ def run_chain(
             if head_class not in LAYOUT_BLIND:
                 x, stock = restore(x, stock), None
             x = head(x) if run is None else run(x, *layers[:length])
+        if stock is not None and x.is_contiguous(memory_format=stock):
+            x, stock = restore(x, stock), None
         layers, classes = layers[length:], classes[length:]
     return x, stock, is_added
 
 
-def _may_change_input(layer: nn.Module) -> bool:
-    """Whether a layer may work in place, and would be called on a copy where its input owes a layout."""
-    return not isinstance(layer, (*CONV, *NORM, FusedModule)) and classes_of([layer])[0] not in LAYOUT_BLIND
+def _makes_anew(layer: nn.Module) -> bool:
+    """Whether stock's output is contiguous where that and channels_last are the same: not after a convolution or a shuffle,
+    nor what works in place on that."""
+    return isinstance(layer, (*NORM, *ACT_OR_PRELU)) and not getattr(layer, "inplace", False)
+
+
+def _may_change_input(layers: list[nn.Module], x: Any) -> bool:
+    """Whether layers may work in place on their input, of which they would get a copy where it owes a layout."""
+    first, (kind,) = layers[0], classes_of(layers[:1])
+    if kind is not None and isinstance(first, FusedModule) and (chain := first.chain(x)) is not None:
+        return _may_change_input(chain.layers, x)
+    return not isinstance(first, (*CONV, *NORM)) and (kind not in LAYOUT_BLIND or kind is nn.Identity)
 
 
 def _adds(layer: nn.Module) -> bool:
@@ -378,7 +397,7 @@ def _find_resampled(x: Any, layers: list[nn.Module], classes: Classes) -> Callab
 
 
 def restore(x: Any, stock: torch.memory_format | None) -> Any:
-    return x if stock is None else dense(x, stock == torch.channels_last)
+    return x if stock is None else in_layout(x, stock == torch.channels_last)
 
 
 # ── Sums ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

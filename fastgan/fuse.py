@@ -124,8 +124,8 @@ class FusedForward(_Made):
 
 
 def _find_run(module: FusedForward, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, list[Tensor]]:
-    """A class that others have made of a fused one runs as it is written."""
-    if type(module) is not _FUSED.get(module._unfused):
+    """A class that others have made of a fused one, as FSDP does, may have a forward of its own."""
+    if type(module).forward is not _FUSED[module._unfused].forward:
         return None, []
     return module._traces.find(module, args, kwargs)
 

@@ -47,3 +47,17 @@ def assert_agree(stock, fused, x, steps=2):
         for name, expected in found[0].items():
             torch.testing.assert_close(found[1][name], expected, rtol=1e-7, atol=1e-9, msg=f"{name}: {{}}".format)
         assert found[1]["y"].stride() == found[0]["y"].stride()
+
+
+def replicate(model):
+    """What nn.DataParallel does for each device."""
+    replicas = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, replica in replicas.items():
+        for name, child in module._modules.items():
+            setattr(replica, name, replicas[child])
+            replica._modules[name] = replicas[child]
+        for name, parameter in module._parameters.items():
+            setattr(replica, name, None if parameter is None else parameter.clone())
+        for name, buffer in module._buffers.items():
+            replica._buffers[name] = buffer
+    return replicas[model]

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from fusing import assert_agree, batch, twins
+from fusing import assert_agree, batch, replicate, twins
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
@@ -307,6 +307,30 @@ def test_the_layout_of_the_output_is_stock_s(place):
     outputs = [model(x) for model in (stock, fused)]
     assert outputs[1].stride() == outputs[0].stride()
     torch.testing.assert_close(outputs[1], outputs[0])
+
+
+BETWEEN = {
+    "nothing": lambda channels: [],
+    "in place": lambda channels: [nn.LeakyReLU(0.2, True)],
+    "an activation": lambda channels: [nn.ReLU()],
+    "a norm": lambda channels: [nn.BatchNorm2d(channels), nn.ReLU(True)],
+}
+
+
+@pytest.mark.parametrize("place", ["model", "input"])
+@pytest.mark.parametrize(("channels", "kernel"), [(1, 3), (6, 8)], ids=["one channel", "one pixel"])
+@pytest.mark.parametrize("between", BETWEEN.values(), ids=BETWEEN)
+def test_what_lies_in_two_layouts_is_taken_for_the_one_that_stock_takes_it_for(between, channels, kernel, place):
+    """The next convolution gives that one, and dropout draws in the order of memory."""
+    make = [nn.Conv2d(4, channels, kernel), *between(channels), nn.ConvTranspose2d(channels, 4, 3), nn.Dropout(0.5)]
+    stock, fused = twins(lambda: nn.Sequential(*make))
+    x = torch.randn(3, 4, 8, 8, dtype=torch.float64)
+    if place == "model":
+        stock, fused = (model.to(memory_format=torch.channels_last) for model in (stock, fused))
+    else:
+        x = x.contiguous(memory_format=torch.channels_last)
+    assert_agree(stock, fused, x, steps=1)
+    assert fused[:-2](x).stride() == stock[:-2](x).stride()
 
 
 def test_outputs_and_gradients_can_be_viewed():
@@ -638,20 +662,6 @@ def test_a_forward_put_on_a_layer_is_called():
 
 
 # ── Parallel and averaged models ─────────────────────────────────────────────────────────────────────────────────────
-
-
-def replicate(model):
-    """What nn.DataParallel does for each device."""
-    replicas = {module: module._replicate_for_data_parallel() for module in model.modules()}
-    for module, replica in replicas.items():
-        for name, child in module._modules.items():
-            setattr(replica, name, replicas[child])
-            replica._modules[name] = replicas[child]
-        for name, parameter in module._parameters.items():
-            setattr(replica, name, None if parameter is None else parameter.clone())
-        for name, buffer in module._buffers.items():
-            replica._buffers[name] = buffer
-    return replicas[model]
 
 
 def test_replicas_of_data_parallel_compute_the_same(ran):

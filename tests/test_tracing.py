@@ -398,6 +398,18 @@ def test_a_forward_that_is_not_certain_to_do_the_same_again_is_left_alone(kind):
     assert not CALLS
 
 
+def tripled(self, x):
+    return 3 * x
+
+
+def test_a_class_made_of_a_fused_one_may_have_other_methods():
+    stock, fused = twins(Calls)
+    assert_agree(stock, fused, batch())
+    for model in (stock, fused):
+        model.__class__ = type("Triples", (type(model),), {"scaled": tripled})
+    assert_agree(stock, fused, batch())
+
+
 def test_tracing_changes_nothing():
     model = Block()
     before = copy.deepcopy(model.__dict__)

@@ -1,5 +1,7 @@
 """What the operators share about tensors: memory layouts, accumulation types, addresses, and what autograd will use."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,40 @@ def is_channels_last(x: Tensor) -> bool:
     if x.dim() not in (4, 5) or x.is_contiguous():
         return False
     return x.stride(1) == 1
+
+
+def lies_in_both(x: Tensor) -> bool:
+    """Whether an image is contiguous and channels_last: of one channel, or of one pixel."""
+    return x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def suggests_channels_last(x: Tensor) -> bool:
+    """Whether torch's convolutions take a 4-d tensor for channels_last. Of one that lies in both layouts the strides of what
+    is 1 decide, which say how it was made (`c10::is_channels_last_strides_2d`)."""
+    if is_channels_last(x):
+        return True
+    if x.stride(1) != 1 or x.numel() == 0 or torch.compiler.is_compiling():
+        return False
+    least = 0
+    for size, stride in zip([x.shape[i] for i in _ROWS], [x.stride(i) for i in _ROWS], strict=True):
+        if stride < least:
+            return False
+        least = stride * size
+    return math.prod(x.shape[1:]) > 1  # else there is no difference
+
+
+_ROWS = (1, 3, 2, 0)  # the axes in channels_last, from the innermost
+
+
+def in_layout(x: Tensor, channels_last: bool) -> Tensor:
+    """`dense` with the strides that torch's own operations give a 4-d tensor, also of what is 1."""
+    x = dense(x, channels_last)
+    if torch.compiler.is_compiling() or suggests_channels_last(x) == channels_last:
+        return x
+    if not channels_last:
+        return x.reshape(-1).view(x.shape)
+    n, c, h, w = x.shape
+    return x.reshape(n, h, w, c).permute(0, 3, 1, 2)
 
 
 def dense(x: Tensor, channels_last: bool) -> Tensor:

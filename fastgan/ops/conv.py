@@ -16,7 +16,16 @@ from fastgan import backend
 from fastgan.ops import _conv_cpu
 from fastgan.ops._autograd import is_transformed, operators, register_gradient
 from fastgan.ops._kernels import register_kernel
-from fastgan.ops._tensors import check_dtype, check_is_tensor, dense, is_channels_last, remember_edges, will_use
+from fastgan.ops._tensors import (
+    check_dtype,
+    check_is_tensor,
+    dense,
+    in_layout,
+    is_channels_last,
+    remember_edges,
+    suggests_channels_last,
+    will_use,
+)
 
 Size2 = int | Sequence[int]
 
@@ -284,13 +293,18 @@ def convolve(prepared: Prepared, keep_layout: bool) -> Tensor:
     x, weight, bias, settings, _, runs_as_stock = prepared
     if runs_as_stock:
         return reference(x, weight, bias, *settings)
-    stock_is_channels_last = is_channels_last(x) or is_channels_last(weight)
+    given = x
     if _prefers_rows(x):
         if x.requires_grad and not is_channels_last(x):
             x = x.reshape(-1).view(x.shape)  # whose gradient is contiguous, as stock's is: penalties call .view on it
         x = dense(x, channels_last=True)
     y = operators.convolution(x, weight, bias, *settings)
-    return dense(y, stock_is_channels_last) if keep_layout else y
+    return in_stock_s_layout(y, given, weight) if keep_layout else y
+
+
+def in_stock_s_layout(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """y, that a convolution of x gave, as stock torch would give it."""
+    return in_layout(y, suggests_channels_last(x) or suggests_channels_last(weight))
 
 
 def _prefers_rows(x: Tensor) -> bool:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastgan.ops import conv, norm_act
 from fastgan.ops._norm import with_zero_gradient
-from fastgan.ops._tensors import accumulation_dtype, dense, is_channels_last
+from fastgan.ops._tensors import accumulation_dtype, in_layout, lies_in_both
 from fastgan.ops._types import Act
 from fastgan.ops.conv import Size2
 
@@ -141,7 +141,6 @@ def _conv_norm_act(
         return norm_act.normalise(
             y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps, act, negative_slope, prelu_weight
         )
-    stock_is_channels_last = is_channels_last(x) or is_channels_last(weight)
     if training:
         y = conv.convolve(convolution._replace(bias=None), keep_layout=False)
         y = norm_act.normalise(
@@ -158,7 +157,10 @@ def _conv_norm_act(
         folded = _fold(weight, bias, running_mean, running_var, bn_weight, bn_bias, eps, convolution.settings)
         y = conv.convolve(conv.prepare(convolution.x, *folded, convolution.settings), keep_layout=False)
         y = norm_act.activate_(y, act, negative_slope, prelu_weight)
-    return dense(y, stock_is_channels_last) if keep_layout else y
+    if not keep_layout:
+        return y
+    # What lies in both layouts a norm gives as contiguous.
+    return in_layout(y, False) if lies_in_both(y) else conv.in_stock_s_layout(y, x, weight)
 
 
 def _costs_more_to_fold(convolution: conv.Prepared) -> bool:

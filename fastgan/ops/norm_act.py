@@ -338,7 +338,7 @@ def normalise(
         x.numel() == 0
         or is_transformed()
         or backend.serving(x.device.type) == "reference"
-        or (not lean and _stock_is_faster(x, training, act))
+        or (not lean and stock_is_faster(x, training, act))
     ):
         return reference(
             x, running_mean, running_var, weight, bias, training, momentum, eps,
@@ -366,7 +366,8 @@ _SMALL, _SMALL_TRAINING, _SMALL_TRAINING_CHANNELS_LAST, _SMALL_TRAINING_FLOAT = 
 _SMALL_TRAINING_FLOAT_NARROW = 1 << 17, 1 << 20
 
 
-def _stock_is_faster(x: Tensor, training: bool, act: Act) -> bool:
+def stock_is_faster(x: Tensor, training: bool, act: Act) -> bool:
+    """Whether `batch_norm_act` leaves x to stock torch."""
     if x.device.type != "cpu" or torch.compiler.is_compiling() or not backend.is_automatic():
         return False
     small = _SMALL

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgan.ops._tensors import dense, is_channels_last
-from fastgan.ops.conv import Size2, conv2d, conv_transpose2d, is_autocast
+from fastgan.ops.conv import Size2, conv2d, conv_transpose2d, in_stock_s_layout, is_autocast
 
 # ── Definitions ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -78,7 +77,7 @@ def conv2d_avg_pool2d(
     16 at every fourth are left, 2.25 times fewer products, forward and backward. Else as `conv2d`, to every order.
     """
     y = conv2d(x, down_weight(weight), bias, 2, padding, 1, groups, keep_layout=False)
-    return dense(y, is_channels_last(x) or is_channels_last(weight)) if keep_layout else y
+    return in_stock_s_layout(y, x, weight) if keep_layout else y
 
 
 def upsample_conv2d(
@@ -103,4 +102,4 @@ def upsample_conv2d(
     if min(height, width) < 0:
         raise ValueError(f"padding must be below weight's {weight.shape[2]}×{weight.shape[3]} taps, not {padding}")
     y = conv_transpose2d(x, up_weight(weight, groups), bias, 2, (height, width), 0, groups, keep_layout=False)
-    return dense(y, is_channels_last(x) or is_channels_last(weight)) if keep_layout else y
+    return in_stock_s_layout(y, x, weight) if keep_layout else y

@@ -1,0 +1,104 @@
+"""One of two processes that train together over gloo, the stock model and the fused one.
+
+What each case finds is saved in a folder, for the tests to compare. `run` starts both.
+"""
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from fastgan import backend, ops
+
+
+def run(folder: Path) -> list[dict]:
+    """What the two processes have found: of each case (outcome of stock, outcome of fused, the operators that ran)."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    started = [subprocess.Popen([sys.executable, __file__, str(rank), folder], env=env) for rank in range(2)]
+    assert [process.wait(timeout=300) for process in started] == [0, 0]
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def distributed(model: nn.Module) -> list[torch.Tensor]:
+    """Real and fake images in two forwards, between which the buffers of the first process are handed to the other."""
+    parallel = DistributedDataParallel(model)
+    real, fake = images(), images()
+    (parallel(real).mean() - parallel(fake).square().mean()).backward()
+    return [*(p.grad for p in model.parameters()), *model.buffers()]
+
+
+def sharded(model: nn.Module) -> list[torch.Tensor]:
+    """FSDP2, the model as one group of parameters."""
+    fully_shard(model)
+    x = images().requires_grad_()
+    y = model(x)
+    y.square().sum().backward()
+    return [y.detach(), x.grad, *(p.grad.full_tensor() for p in model.parameters()), *model.buffers()]
+
+
+def sharded_in_parts(model: nn.Module) -> list[torch.Tensor]:
+    """FSDP2, each chain and each block a group of its own, which makes a class of its own for it."""
+    for module in list(model.modules())[1:]:
+        if not isinstance(module, nn.ModuleList) and any(True for _ in module.children()):
+            fully_shard(module)
+    return sharded(model)
+
+
+def synchronised(model: nn.Module) -> list[torch.Tensor]:
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return [model.eval()(images()).detach()]
+
+
+def refused(model: nn.Module) -> str:
+    """What stock says of synchronised norms, which train on GPUs only."""
+    try:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)(images())
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+CASES = {case.__name__: case for case in (distributed, sharded, sharded_in_parts, synchronised)}
+
+
+def images() -> torch.Tensor:
+    return torch.randn(2, 4, 8, 8, dtype=torch.float64)
+
+
+def main(rank: int, folder: Path) -> None:
+    from fusing import twins
+    from test_fuse_with_torch import MODELS
+
+    backend.is_automatic = functools.cache(lambda: False)  # type: ignore[assignment]
+    torch.set_num_threads(1)
+    ran: list[str] = []
+    for name in ops.__all__:
+        setattr(ops, name, functools.partial(note, ran, name, getattr(ops, name)))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    found = {}
+    for kind, make in MODELS.items():
+        for name, case in {**CASES, "refused": refused}.items():
+            outcomes = []
+            for model in twins(make):
+                ran.clear()
+                torch.manual_seed(10 + rank)
+                outcomes.append(case(model))
+            found[kind, name] = (*outcomes, ran[:])
+    torch.save(found, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def note(ran, name, op, *args, **kwargs):
+    ran.append(name)
+    return op(*args, **kwargs)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))
