@@ -6,6 +6,8 @@ whenever it runs, as layers may have changed; what is in no pattern, or must be 
 
 import math
 import operator
+import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
@@ -122,6 +124,8 @@ _RUNS: dict[Classes, Callable[..., Tensor]] = {
     classes: run for pattern, run in PATTERNS for classes in product(*pattern)
 }
 _LONGEST = max(map(len, _RUNS))
+# Where a layer of these is called, it may be for a reason that passes: a hook (None), a tensor of another dtype.
+_GAINING = {None, *(kind for classes in _RUNS for kind in classes)} - LAYOUT_BLIND
 
 
 class FunctionLayer(nn.Module):
@@ -214,10 +218,8 @@ def _fits(x: Any, layers: list[nn.Module]) -> bool:
     return True
 
 
-def _choose(x: Any, layers: list[nn.Module], classes: Classes, owes: bool) -> tuple[int, Callable[..., Tensor] | None]:
+def _choose(x: Any, layers: list[nn.Module], classes: Classes) -> tuple[int, Callable[..., Tensor] | None]:
     """How many layers to compute next, and what computes them: None where one layer is to be called."""
-    if _is_little(x, layers, owes):
-        return 1, None
     for length, run in matches(layers, classes):
         if _is_resampling(layers[:length]) and _has_few_pixels(x, isinstance(layers[0], UP)):
             continue
@@ -263,6 +265,45 @@ def _is_little(x: Any, layers: list[nn.Module], owes: bool) -> bool:
     threads = torch.get_num_threads()
     is_quick = layer.weight.numel() * positions < _FEW_PRODUCTS * threads
     return is_quick and pixels * layer.out_channels <= _FEW_ELEMENTS * threads
+
+
+class _Work(threading.local):
+    count = 0
+
+
+_work = _Work()
+
+
+def note_work() -> None:
+    """An operator has run, or may run when the same layers are called next."""
+    _work.count += 1
+
+
+# Of modules, by id, the inputs for which all that they hold is too little to gain, and how many to remember of each. Asking
+# every layer takes longer than what small layers do. Calling them is always right: that they have changed makes it slow at
+# worst.
+_LITTLE: dict[int, set[tuple]] = {}
+_MOST_LITTLE = 64
+
+
+class LittleWork:
+    """What `module` does with inputs of these shapes: whether that is known to be little, and a `with` block to find out."""
+
+    def __init__(self, module: nn.Module, inputs: Sequence[Any]):
+        self.module, self.key = module, (module.training, *[x.shape if type(x) is Tensor else None for x in inputs])
+        self.is_known = backend.is_automatic() and self.key in _LITTLE.get(id(module), ())
+
+    def __enter__(self) -> None:
+        self.before = _work.count
+
+    def __exit__(self, *error: object) -> None:
+        if self.before != _work.count or error != (None, None, None) or not backend.is_automatic() or is_observed():
+            return
+        if id(self.module) not in _LITTLE:
+            weakref.finalize(self.module, _LITTLE.pop, id(self.module), None).atexit = False
+        known = _LITTLE.setdefault(id(self.module), set())
+        if len(known) < _MOST_LITTLE:
+            known.add(self.key)
 
 
 class FusedModule(nn.Module):
@@ -321,7 +362,10 @@ def run_chain(
     classes: Classes = (None,) * len(layers) if is_observed() else classes_of(layers)
     while layers:
         head, head_class = layers[0], classes[0]
-        length, run = _choose(x, layers, classes, stock is not None)
+        is_little = _is_little(x, layers, stock is not None)
+        length, run = (1, None) if is_little else _choose(x, layers, classes)
+        if run is not None or (not is_little and head_class in _GAINING):
+            note_work()
         added = residual if length == len(layers) and _adds(layers[-1]) else None
         if added is not None and length > 1:
             length -= 1  # the norm comes alone, and adds
@@ -347,6 +391,7 @@ def run_chain(
                     x, stock = restore(x, stock), None
                 x, stock = _plus_owing(chain.layers, x, x, stock, chain.sum)
         elif (resampled := _find_resampled(x, layers, classes)) is not None:
+            note_work()
             x, stock, length = resampled(restore(x, stock)), None, 2
         else:
             if head_class not in LAYOUT_BLIND:

@@ -25,6 +25,7 @@ from fastgan.chains import (
     REVERSAL,
     Chain,
     FusedModule,
+    LittleWork,
     classes_of,
     is_chain,
     is_observed,
@@ -76,7 +77,7 @@ class Fused(_Made, nn.Sequential):
                 input = module(input)
             return input
         else:
-            return run_whole(list(self), input)
+            return _run_layers(self, input)
 
     forward.is_of_chain = True  # type: ignore[attr-defined]
 
@@ -123,6 +124,18 @@ class FusedForward(_Made):
         return "\n".join([*filter(None, [super().extra_repr()]), *fused])
 
 
+def _run_layers(module: Fused, input: Any) -> Any:
+    if torch.compiler.is_compiling():
+        return run_whole(list(module), input)
+    work = LittleWork(module, (input,))
+    if work.is_known:
+        for layer in module:
+            input = layer(input)
+        return input
+    with work:
+        return run_whole(list(module), input)
+
+
 def _find_run(module: FusedForward, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, list[Tensor]]:
     """A class that others have made of a fused one, as FSDP does, may have a forward of its own."""
     if type(module).forward is not _FUSED[module._unfused].forward:
@@ -132,9 +145,11 @@ def _find_run(module: FusedForward, args: tuple, kwargs: dict[str, Any]) -> tupl
 
 def _run_forward(module: FusedForward, args: tuple, kwargs: dict[str, Any]) -> Any:
     if not (is_observed() or torch.compiler.is_compiling()):
-        run, tensors = _find_run(module, args, kwargs)
+        work = LittleWork(module, (*args, *kwargs.values()))
+        run, tensors = (None, []) if work.is_known else _find_run(module, args, kwargs)
         if run is not None:
-            return run.function(module, *tensors)
+            with work:
+                return run.function(module, *tensors)
     return module._unfused.forward(module, *args, **kwargs)
 
 

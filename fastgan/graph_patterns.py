@@ -30,6 +30,7 @@ from fastgan.chains import (
     Sum,
     is_chain,
     matches,
+    note_work,
     plus,
     run_whole,
 )
@@ -186,6 +187,7 @@ def _adain_of(
     stock = _compiled_part(nodes, inputs, layer)
 
     def adain(*values: Any) -> Tensor:
+        note_work()
         of = dict(zip(inputs, values, strict=True))
         eps, features = (norm, None) if layer is None else _plain_settings(of[layer])
         found = None

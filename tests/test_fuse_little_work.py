@@ -1,0 +1,108 @@
+"""Where layers have too little to do to gain, fused modules call them, and do not ask each of them again."""
+
+import copy
+import gc
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastgan import backend, chains, fuse
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return x + F.relu(self.norm(self.conv(x)))
+
+
+def chain():
+    return nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+
+
+LITTLE = torch.randn(2, 4, 5, 5)
+MUCH = torch.randn(8, 4, 128, 128)
+makers = pytest.mark.parametrize("make", [chain, Block])
+
+
+@pytest.fixture(autouse=True)
+def automatic(monkeypatch):
+    monkeypatch.setattr(backend, "is_automatic", lambda: True)
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """The shapes of what chains are looked at for."""
+    shapes = []
+    run_chain = chains.run_chain
+
+    def noting(layers, x, *args):
+        shapes.append(x.shape)
+        return run_chain(layers, x, *args)
+
+    monkeypatch.setattr(chains, "run_chain", noting)
+    return shapes
+
+
+@makers
+def test_little_work_is_looked_at_once_for_every_shape_and_mode(make, looks):
+    stock = make()
+    fused = fuse(copy.deepcopy(stock))
+    for training, x in ((True, LITTLE), (False, LITTLE), (True, LITTLE[..., :4])):
+        stock.train(training), fused.train(training)
+        looks.clear()
+        for _ in range(3):
+            assert torch.equal(fused(x), stock(x))
+        assert looks == [x.shape]
+
+
+@makers
+def test_what_gains_is_looked_at_every_time(make, looks):
+    fused = fuse(make())
+    for _ in range(3):
+        fused(MUCH)
+    assert looks == [MUCH.shape] * 3
+
+
+@makers
+def test_hooks_that_come_later_are_called(make):
+    fused = fuse(make())
+    fused(LITTLE)
+    seen = []
+    next(fused.children()).register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    fused(LITTLE)
+    assert seen == [LITTLE.shape]
+
+
+@makers
+def test_what_was_called_for_a_hook_is_fused_without_it(make, looks):
+    fused = fuse(make())
+    hooks = [layer.register_forward_hook(lambda *args: None) for layer in fused.children()]
+    fused(MUCH)
+    for hook in hooks:
+        hook.remove()
+    looks.clear()
+    fused(MUCH)
+    assert looks == [MUCH.shape]
+
+
+def test_what_is_known_of_a_module_goes_with_it():
+    fused = fuse(chain())
+    fused(LITTLE)
+    key = id(fused)
+    assert key in chains._LITTLE
+    del fused
+    gc.collect()
+    assert key not in chains._LITTLE
+
+
+@makers
+def test_many_shapes_are_not_all_remembered(make):
+    fused = fuse(make())
+    for width in range(1, 80):
+        fused(torch.randn(1, 4, 2, width))
+    assert len(chains._LITTLE[id(fused)]) == chains._MOST_LITTLE
