@@ -73,10 +73,11 @@ struct Planes : Slices {
   static constexpr int64_t block_elements = 8192;
   int64_t piece, pieces, together, blocks; // blocks: of a slice
 
-  explicit Planes(const NormAct& a) : Slices(a) {
+  // Without sums a block is of one image, so that `run_planes` can go through memory in its order.
+  explicit Planes(const NormAct& a, bool reduces = true) : Slices(a) {
     piece = smaller(S, block_elements);
     pieces = ceil_div(S, larger(piece, 1));
-    together = larger(1, block_elements / larger(S, 1));
+    together = reduces ? larger(1, block_elements / larger(S, 1)) : 1;
     blocks = ceil_div(images, together) * pieces;
   }
   int64_t size(int64_t b) const {
@@ -208,14 +209,24 @@ constexpr int64_t channel_group = 64; // channels that Rows merges together, so 
 template <class Reduce, class Finish, class Apply>
 void run_planes(const Planes& planes, bool reduces, Reduce reduce, Finish finish, Apply apply) {
   const int64_t blocks = planes.blocks, group = planes.group;
+  if (!reduces) {
+    // Of one slice after the other, small planes lie on a page each.
+#pragma omp parallel if (planes.threads())
+    {
+#pragma omp for schedule(static)
+      for (int64_t unit = 0; unit < planes.units; ++unit) finish(unit);
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < planes.count * blocks; ++i) apply(i % planes.count, i / planes.count);
+    }
+    return;
+  }
   if (planes.many(planes.units)) {
     // A unit whose planes fit in the L2 cache is read from memory once.
 #pragma omp parallel for schedule(static) if (planes.threads())
     for (int64_t unit = 0; unit < planes.units; ++unit) {
       const int64_t first = unit * group, last = first + group;
-      if (reduces)
-        for (int64_t slice = first; slice < last; ++slice)
-          for (int64_t b = 0; b < blocks; ++b) reduce(slice, b);
+      for (int64_t slice = first; slice < last; ++slice)
+        for (int64_t b = 0; b < blocks; ++b) reduce(slice, b);
       finish(unit);
       for (int64_t slice = first; slice < last; ++slice)
         for (int64_t b = 0; b < blocks; ++b) apply(slice, b);
@@ -224,10 +235,8 @@ void run_planes(const Planes& planes, bool reduces, Reduce reduce, Finish finish
   }
 #pragma omp parallel if (planes.threads())
   {
-    if (reduces) {
 #pragma omp for schedule(static)
-      for (int64_t i = 0; i < planes.count * blocks; ++i) reduce(i / blocks, i % blocks);
-    }
+    for (int64_t i = 0; i < planes.count * blocks; ++i) reduce(i / blocks, i % blocks);
 #pragma omp for schedule(static)
     for (int64_t unit = 0; unit < planes.units; ++unit) finish(unit);
 #pragma omp for schedule(static)
@@ -323,7 +332,7 @@ void sum_finish_apply(const NormAct& a, acc_t<T>* table, bool reduces, ReduceBod
         });
     for (int k = 0; k < A; ++k) add_samples<Acc>(rows, applied, totals[k], rows.blocks, A, k);
   } else {
-    const Planes planes(a);
+    const Planes planes(a, reduces);
     const int64_t slice_sums = planes.blocks * K;
     const Scratch<double> partial(reduces ? planes.count * slice_sums : 0);
     const Scratch<double> applied(planes.count * planes.blocks * A);
