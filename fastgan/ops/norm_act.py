@@ -362,21 +362,26 @@ def normalise(
 # tensor to read. Its training pass is slow enough to be beaten sooner, in float32 first, and in channels_last before NCHW;
 # its second order always.
 _SMALL, _SMALL_TRAINING, _SMALL_TRAINING_CHANNELS_LAST, _SMALL_TRAINING_FLOAT = 1 << 19, 1 << 18, 1 << 17, 1 << 16
-# With AVX2, in NCHW and channels_last. (Not with PReLU, of which stock computes the gradient slowly.)
-_SMALL_TRAINING_FLOAT_NARROW = 1 << 17, 1 << 20
+# With AVX2, in NCHW and channels_last. (In training not with PReLU, of which stock computes the gradient slowly.)
+_SMALL_NARROW_FLOAT, _SMALL_NARROW = (1 << 20, 1 << 22), (1 << 22, 1 << 22)
+_SMALL_TRAINING_NARROW_FLOAT, _SMALL_TRAINING_NARROW = (1 << 17, 1 << 20), (1 << 21, 1 << 21)
 
 
 def stock_is_faster(x: Tensor, training: bool, act: Act) -> bool:
     """Whether `batch_norm_act` leaves x to stock torch."""
     if x.device.type != "cpu" or torch.compiler.is_compiling() or not backend.is_automatic():
         return False
-    small = _SMALL
-    if training and x.dtype == torch.float32:
+    is_float, last = x.dtype == torch.float32, is_channels_last(x)
+    if not backend.has_wide_lanes() and x.dtype != torch.float64 and not (training and act == "prelu"):
+        narrow = _SMALL_TRAINING_NARROW if training else _SMALL_NARROW
+        narrow_float = _SMALL_TRAINING_NARROW_FLOAT if training else _SMALL_NARROW_FLOAT
+        small = (narrow_float if is_float else narrow)[last]
+    elif not training:
+        small = _SMALL
+    elif is_float:
         small = _SMALL_TRAINING_FLOAT
-        if act != "prelu" and not backend.has_wide_lanes():
-            small = _SMALL_TRAINING_FLOAT_NARROW[is_channels_last(x)]
-    elif training:
-        small = _SMALL_TRAINING_CHANNELS_LAST if is_channels_last(x) else _SMALL_TRAINING
+    else:
+        small = _SMALL_TRAINING_CHANNELS_LAST if last else _SMALL_TRAINING
     return x.numel() <= small * torch.get_num_threads()
 
 
