@@ -3,6 +3,7 @@
 import copy
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fastgan.fuse import fuse
@@ -10,6 +11,20 @@ from fastgan.fuse import fuse
 
 def batch(dtype=torch.float64, n=3, channels=4, size=8):
     return torch.randn(n, channels, size, size + 1, dtype=dtype)
+
+
+class UNet(nn.Module):
+    """What is seen twice ends a chain."""
+
+    def __init__(self, channels=4):
+        super().__init__()
+        self.down, self.norm = nn.Conv2d(channels, 6, 3, 2, 1), nn.BatchNorm2d(6)
+        self.inner, self.up = nn.Conv2d(6, 6, 3, 1, 1), nn.ConvTranspose2d(12, channels, 4, 2, 1)
+
+    def forward(self, x):
+        down = self.norm(self.down(x))
+        inner = F.relu(self.inner(F.leaky_relu(down, 0.2)), inplace=True)
+        return self.up(torch.cat([down, inner], 1))
 
 
 def twins(make, dtype=torch.float64):

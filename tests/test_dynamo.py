@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
-from fusing import assert_agree, batch, penalised_loss, twins
+from fusing import UNet, assert_agree, batch, penalised_loss, twins
 from torch import fx, nn
 
 from fastgan import gradient_penalty
@@ -57,18 +57,6 @@ def layers():
 
 
 LAYERS = [UNIT, UP, "conv2d", "instance_norm_act", "conv2d", "pixel_shuffle_act", "batch_norm_act", "conv2d_avg_pool2d"]
-
-
-class UNet(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.down, self.norm = nn.Conv2d(C, 6, 3, 2, 1), nn.BatchNorm2d(6)
-        self.inner, self.up = nn.Conv2d(6, 6, 3, 1, 1), nn.ConvTranspose2d(12, C, 4, 2, 1)
-
-    def forward(self, x):
-        down = self.norm(self.down(x))
-        inner = F.relu(self.inner(F.leaky_relu(down, 0.2)), inplace=True)
-        return self.up(torch.cat([down, inner], 1))
 
 
 class Block(nn.Module):

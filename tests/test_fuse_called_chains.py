@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from fusing import assert_agree, batch, twins
+from fusing import UNet, assert_agree, batch, twins
 from oracle import Errors
 from torch import nn
 
@@ -85,20 +85,6 @@ class Steps(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return x
-
-
-class Skips(nn.Module):
-    """A U-Net: what is seen twice ends a chain."""
-
-    def __init__(self):
-        super().__init__()
-        self.down, self.norm = nn.Conv2d(C, 6, 3, 2, 1), nn.BatchNorm2d(6)
-        self.inner, self.up = nn.Conv2d(6, 6, 3, 1, 1), nn.ConvTranspose2d(12, C, 4, 2, 1)
-
-    def forward(self, x):
-        down = self.norm(self.down(x))
-        inner = F.relu(self.inner(F.leaky_relu(down, 0.2)), inplace=True)
-        return self.up(torch.cat([down, inner], 1))
 
 
 class Changes(Block):
@@ -207,7 +193,7 @@ FORWARDS = {
     Functions: [UNIT, UNIT],
     Resamples: ["conv_transpose2d_batch_norm_act", "conv2d_avg_pool2d"],
     Steps: [UNIT, "conv_transpose2d"],
-    Skips: [UNIT, "conv2d", "conv_transpose2d"],
+    UNet: [UNIT, "conv2d", "conv_transpose2d"],
     Changes: ["conv2d", "conv2d", "batch_norm_act"],
     Shares: [UNIT, UNIT],
     Drops: [UNIT, "conv2d"],
