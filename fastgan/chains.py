@@ -276,7 +276,8 @@ _work = _Work()
 
 def note_work() -> None:
     """An operator has run, or may run when the same layers are called next."""
-    _work.count += 1
+    if not torch.compiler.is_compiling():  # Dynamo would keep a guard on the count
+        _work.count += 1
 
 
 # Of modules, by id, the inputs for which all that they hold is too little to gain, and how many to remember of each. Asking
