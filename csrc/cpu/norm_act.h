@@ -161,19 +161,23 @@ struct Rows : Slices {
   template <class T, int P, int K, class F, class Flush>
   inline __attribute__((always_inline)) void walk(const acc_t<T>* table, int64_t stride, int64_t sample, int64_t b, F f,
                                                   Flush flush) const {
-    constexpr int W = lanes<acc_t<T>>;
+    // 256 bytes of a row side by side: shorter runs, with gaps between them, come slowly from memory. More sums than two for
+    // each vector do not find room in the registers.
+    constexpr int W = lanes<acc_t<T>>, wide = K > 2 || FASTGAN_VECTOR_BYTES == 64 ? unroll : 2 * unroll;
     int64_t c = 0;
     if (C % W) columns<T, P, K, 1>(table, stride, sample, b, C / W * W, static_cast<int>(C % W), f, flush);
-    for (; c + unroll * W <= C; c += unroll * W) columns<T, P, K, unroll>(table, stride, sample, b, c, W, f, flush);
+    for (; c + wide * W <= C; c += wide * W) columns<T, P, K, wide>(table, stride, sample, b, c, W, f, flush);
+    if constexpr (wide > unroll)
+      for (; c + unroll * W <= C; c += unroll * W) columns<T, P, K, unroll>(table, stride, sample, b, c, W, f, flush);
     for (; c + W <= C; c += W) columns<T, P, K, 1>(table, stride, sample, b, c, W, f, flush);
   }
 
 private:
-  // `Wide` vectors side by side, in unroll / Wide rows at a time.
+  // `Wide` vectors side by side, or of one, several rows at a time.
   template <class T, int P, int K, int Wide, class F, class Flush>
   inline __attribute__((always_inline)) void columns(const acc_t<T>* table, int64_t stride, int64_t sample, int64_t b,
                                                      int64_t c, int n, F f, Flush flush) const {
-    constexpr int W = lanes<acc_t<T>>, tall = unroll / Wide;
+    constexpr int W = lanes<acc_t<T>>, tall = Wide == 1 ? unroll : 1;
     Channel<T, P> channel[Wide];
     for (int u = 0; u < Wide; ++u)
       for (int i = 0; i < P; ++i) channel[u].p[i] = load(table + i * stride + c + u * W, n);
@@ -186,8 +190,8 @@ private:
       for (; r + tall <= smaller(last, whole); r += tall)
         for (int v = 0; v < tall; ++v)
           for (int u = 0; u < Wide; ++u) f(sums[v][u], channel[u], (r + v) * C + c + u * W, W, OnePixel{r + v});
-      for (; r < last; ++r)
-        for (int u = 0; u < Wide; ++u) f(sums[0][u], channel[u], r * C + c + u * W, n, OnePixel{r});
+      if constexpr (Wide == 1)
+        for (; r < last; ++r) f(sums[0][0], channel[0], r * C + c, n, OnePixel{r});
       for (int v = 0; v < tall; ++v)
         for (int u = 0; u < Wide; ++u)
           for (int k = 0; k < K; ++k) totals[u][k] += __builtin_convertvector(sums[v][u][k], doubles<acc_t<T>>);

@@ -51,12 +51,16 @@ template <class V, class T> FASTGAN_INLINE V read(const T* p) {
   __builtin_memcpy(&v, p, sizeof v);
   return v;
 }
+// As the element type, which cannot lie over pointers and sizes: after a memcpy the compiler reads all of these again.
+template <class V, class T> FASTGAN_INLINE void write(T* p, V v) {
+  typedef V unaligned __attribute__((aligned(sizeof(T))));
+  *reinterpret_cast<unaligned*>(p) = v;
+}
 FASTGAN_INLINE u32v read_u16(const void* p) {
   return __builtin_convertvector(read<u16v>(static_cast<const uint16_t*>(p)), u32v);
 }
 FASTGAN_INLINE void write_u16(void* p, u32v bits) {
-  const u16v half = __builtin_convertvector(bits, u16v);
-  __builtin_memcpy(p, &half, sizeof half);
+  write(static_cast<uint16_t*>(p), __builtin_convertvector(bits, u16v));
 }
 
 FASTGAN_INLINE f32v load(const float* p) { return read<f32v>(p); }
@@ -73,8 +77,8 @@ FASTGAN_INLINE f32v widen(float16, u32v half) {
 FASTGAN_INLINE f32v load(const bfloat16* p) { return widen(bfloat16{}, read_u16(p)); }
 FASTGAN_INLINE f32v load(const float16* p) { return widen(float16{}, read_u16(p)); }
 
-FASTGAN_INLINE void store(float* p, f32v v) { __builtin_memcpy(p, &v, sizeof v); }
-FASTGAN_INLINE void store(double* p, f64v v) { __builtin_memcpy(p, &v, sizeof v); }
+FASTGAN_INLINE void store(float* p, f32v v) { write(p, v); }
+FASTGAN_INLINE void store(double* p, f64v v) { write(p, v); }
 // Both round to nearest, ties to even.
 FASTGAN_INLINE u32v narrow(bfloat16, f32v v) {
   const u32v bits = bits_as<u32v>(v);
