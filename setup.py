@@ -75,7 +75,7 @@ class BuildKernels(build_ext):
 
 kernels = Pybind11Extension(
     "fastgan._C",
-    ["csrc/bindings.cpp", *(f"csrc/cpu/{isa}.cpp" for isa in ("baseline", "avx2", "avx512", "amx"))],
+    ["csrc/bindings.cpp", *(f"csrc/cpu/{isa}.cpp" for isa in ("avx512", "avx2", "baseline", "amx"))],
     depends=[str(path) for pattern in ("*.h", "*.inc") for path in Path("csrc").rglob(pattern)],
     cxx_std=17,
     # Without a working compiler the package still installs; `fastgan doctor` then says what is missing.

@@ -7,6 +7,10 @@
 #include <cstring>
 #include <vector>
 
+#if defined(__x86_64__) && !defined(__clang__)
+#pragma GCC optimize("O2") // no x86-64 of the last ten years runs these kernels, which take a third less time to compile
+#endif
+
 #define FASTGAN_ISA baseline
 #define FASTGAN_VECTOR_BYTES 16
 #include "kernels.inc"

@@ -11,6 +11,15 @@
 //                     g_x      = c1·v + c2·g + c3·t + c4
 
 constexpr int unroll = 4; // independent accumulators, to cover the latency of an addition
+// Of the walks below: those that pay. Of float64 and float16, and of x86-64 without AVX2, nobody asks speed; with one there is
+// half as much to compile.
+#if defined(__x86_64__) && FASTGAN_VECTOR_BYTES == 16
+template <class T> constexpr int accumulators = 1;
+#else
+template <class T> constexpr int accumulators = unroll;
+template <> constexpr int accumulators<double> = 1;
+template <> constexpr int accumulators<float16> = 1;
+#endif
 constexpr int run = 64;   // additions to one accumulator before a double takes over: long float32 sums lose digits
 
 FASTGAN_INLINE double fixed_slope(const NormAct& a) {
@@ -100,29 +109,31 @@ struct Planes : Slices {
   template <class T, int P, int K, class F, class Flush>
   inline __attribute__((always_inline)) void walk(const acc_t<T>* table, int64_t stride, int64_t slice, int64_t b, F f,
                                                   Flush flush) const {
-    constexpr int W = lanes<acc_t<T>>;
+    constexpr int W = lanes<acc_t<T>>, tall = accumulators<T>;
     Channel<T, P> channel;
     channel.start = slice * S;
     for (int i = 0; i < P; ++i) channel.p[i] = broadcast<acc_t<T>>(table[i * stride]);
     doubles<acc_t<T>> totals[K ? K : 1] = {};
     const int64_t n0 = b / pieces * together, n1 = smaller(n0 + together, images), s = b % pieces * piece;
-    const int64_t length = smaller(s + piece, S) - s, segment = run * unroll * W;
-    const int64_t sharing = larger(1, run / (length / (unroll * W) + unroll)); // small planes that share accumulators
+    const int64_t length = smaller(s + piece, S) - s, segment = run * tall * W;
+    const int64_t sharing = larger(1, run / (length / (tall * W) + tall)); // small planes that share accumulators
     for (int64_t image = n0; image < n1; image += sharing)
       for (int64_t first = 0; first < length; first += segment) {
-        vec_t<T> sums[unroll][K ? K : 1] = {};
+        vec_t<T> sums[tall][K ? K : 1] = {};
         const int64_t last = smaller(first + segment, length);
         for (int64_t n = image; n < smaller(image + sharing, n1); ++n) {
           // Where samples are apart n is 0; else slice / C is.
           const int64_t offset = (n * C + slice) * S + s, pixel = (n + slice / C) * S + s;
           int64_t i = first;
-          for (; i + unroll * W <= last; i += unroll * W)
-            for (int u = 0; u < unroll; ++u) f(sums[u], channel, offset + i + u * W, W, Pixels{pixel + i + u * W});
-          for (; i + W <= last; i += W) f(sums[0], channel, offset + i, W, Pixels{pixel + i});
+          for (; i + tall * W <= last; i += tall * W)
+            for (int u = 0; u < tall; ++u) f(sums[u], channel, offset + i + u * W, W, Pixels{pixel + i + u * W});
+          if constexpr (tall > 1)
+            for (; i + W <= last; i += W) f(sums[0], channel, offset + i, W, Pixels{pixel + i});
           if (i < last) f(sums[0], channel, offset + i, static_cast<int>(last - i), Pixels{pixel + i});
         }
         for (int k = 0; k < K; ++k) {
-          const vec_t<T> all = (sums[0][k] + sums[1][k]) + (sums[2][k] + sums[3][k]);
+          vec_t<T> all = sums[0][k];
+          for (int u = 1; u < tall; ++u) all += sums[u][k];
           totals[k] += __builtin_convertvector(all, doubles<acc_t<T>>);
         }
       }
@@ -163,12 +174,14 @@ struct Rows : Slices {
                                                   Flush flush) const {
     // 256 bytes of a row side by side: shorter runs, with gaps between them, come slowly from memory. More sums than two for
     // each vector do not find room in the registers.
-    constexpr int W = lanes<acc_t<T>>, wide = K > 2 || FASTGAN_VECTOR_BYTES == 64 ? unroll : 2 * unroll;
+    constexpr int W = lanes<acc_t<T>>, most = accumulators<T>;
+    constexpr int wide = most == 1 || K > 2 || FASTGAN_VECTOR_BYTES == 64 ? most : 2 * most;
     int64_t c = 0;
     if (C % W) columns<T, P, K, 1>(table, stride, sample, b, C / W * W, static_cast<int>(C % W), f, flush);
-    for (; c + wide * W <= C; c += wide * W) columns<T, P, K, wide>(table, stride, sample, b, c, W, f, flush);
-    if constexpr (wide > unroll)
-      for (; c + unroll * W <= C; c += unroll * W) columns<T, P, K, unroll>(table, stride, sample, b, c, W, f, flush);
+    if constexpr (wide > most)
+      for (; c + wide * W <= C; c += wide * W) columns<T, P, K, wide>(table, stride, sample, b, c, W, f, flush);
+    if constexpr (most > 1)
+      for (; c + most * W <= C; c += most * W) columns<T, P, K, most>(table, stride, sample, b, c, W, f, flush);
     for (; c + W <= C; c += W) columns<T, P, K, 1>(table, stride, sample, b, c, W, f, flush);
   }
 
@@ -177,7 +190,7 @@ private:
   template <class T, int P, int K, int Wide, class F, class Flush>
   inline __attribute__((always_inline)) void columns(const acc_t<T>* table, int64_t stride, int64_t sample, int64_t b,
                                                      int64_t c, int n, F f, Flush flush) const {
-    constexpr int W = lanes<acc_t<T>>, tall = Wide == 1 ? unroll : 1;
+    constexpr int W = lanes<acc_t<T>>, tall = Wide == 1 ? accumulators<T> : 1;
     Channel<T, P> channel[Wide];
     for (int u = 0; u < Wide; ++u)
       for (int i = 0; i < P; ++i) channel[u].p[i] = load(table + i * stride + c + u * W, n);
