@@ -57,7 +57,14 @@ template <class V, class T> FASTGAN_INLINE void write(T* p, V v) {
   *reinterpret_cast<unaligned*>(p) = v;
 }
 FASTGAN_INLINE u32v read_u16(const void* p) {
-  return __builtin_convertvector(read<u16v>(static_cast<const uint16_t*>(p)), u32v);
+  const u16v half = read<u16v>(static_cast<const uint16_t*>(p));
+#if defined(__clang__) || FASTGAN_VECTOR_BYTES == 16
+  return __builtin_convertvector(half, u32v);
+#elif FASTGAN_VECTOR_BYTES == 32 // GCC converts in two halves
+  return bits_as<u32v>(__builtin_ia32_pmovzxwd256(bits_as<VectorOf<int16_t, 16>::type>(half)));
+#else
+  return bits_as<u32v>(__builtin_ia32_pmovzxwd512_mask(bits_as<VectorOf<int16_t, 32>::type>(half), i32v{}, 0xffff));
+#endif
 }
 FASTGAN_INLINE void write_u16(void* p, u32v bits) {
   write(static_cast<uint16_t*>(p), __builtin_convertvector(bits, u16v));
