@@ -363,8 +363,8 @@ def normalise(
 # its second order always.
 _SMALL, _SMALL_TRAINING, _SMALL_TRAINING_CHANNELS_LAST, _SMALL_TRAINING_FLOAT = 1 << 19, 1 << 18, 1 << 17, 1 << 16
 # With AVX2, in NCHW and channels_last. (In training not with PReLU, of which stock computes the gradient slowly.)
-_SMALL_NARROW_FLOAT, _SMALL_NARROW = (1 << 20, 1 << 22), (1 << 22, 1 << 22)
-_SMALL_TRAINING_NARROW_FLOAT, _SMALL_TRAINING_NARROW = (1 << 17, 1 << 20), (1 << 21, 1 << 21)
+_SMALL_NARROW_FLOAT, _SMALL_NARROW = (1 << 20, 1 << 19), (1 << 21, 1 << 20)
+_SMALL_TRAINING_NARROW_FLOAT, _SMALL_TRAINING_NARROW = (1 << 16, 1 << 18), (1 << 21, 1 << 19)
 
 
 def stock_is_faster(x: Tensor, training: bool, act: Act) -> bool:
