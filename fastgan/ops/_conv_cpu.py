@@ -64,6 +64,8 @@ class Geometry(NamedTuple):
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple) -> Tensor:
     """`fastgan::convolution`."""
     x = dense(x, channels_last=True)
+    if not _vendor_takes(x.dtype):
+        return convolution(x.float(), weight.float(), None if bias is None else bias.float(), settings).to(x.dtype)
     geometry, form, is_turned = _plan(x.dtype, x.shape, weight.shape, *map(_hashable, settings))
     transposed = settings[3] and not is_turned
     if is_turned:
@@ -79,6 +81,15 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple)
         y = _image_of(geometry, x, weight) if transposed else _positions_of(geometry, x, weight)
         return y if bias is None else y.add_(bias.view(-1, 1, 1))
     return dense(torch.convolution(x, weight, bias, *settings), channels_last=True)
+
+
+@functools.cache
+def _vendor_takes(dtype: torch.dtype) -> bool:
+    """Whether oneDNN convolves these elements on this CPU. Where it does not, torch's own sums take twenty times as long as
+    float32's: for bfloat16 without AVX-512, and for float16 without its instructions."""
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype != torch.float16 or torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
 class _Plan(NamedTuple):
@@ -114,6 +125,8 @@ def _hashable(setting: Any) -> Any:
 def weight_grad(grad_y: Tensor, x: Tensor, weight_shape: Sequence[int], settings: tuple) -> Tensor:
     """`fastgan::convolution_weight_grad`."""
     grad_y, x = dense(grad_y, channels_last=True), dense(x, channels_last=True)
+    if not _vendor_takes(x.dtype):
+        return weight_grad(grad_y.float(), x.float(), weight_shape, settings).to(x.dtype)
     outputs, inputs, *taps = weight_shape
     is_few = outputs <= _FEW_CHANNELS < inputs and max(taps) > 1 and x.dtype == torch.float32
     if is_few and not settings[3] and _turns(weight_shape, settings) and backend.serving("cpu") == "cpp":
@@ -191,6 +204,8 @@ def stock_is_faster(x: Tensor, weight: Tensor, size: Sequence[int], settings: tu
         return False
     c, h, w = weight.shape[1:]
     products = (x.numel() if settings[3] else math.prod(size)) * c * h * w
+    if not _vendor_takes(x.dtype):
+        return products < _TINY
     threads = torch.get_num_threads()
     small = _SMALL if backend.has_wide_lanes() or not is_channels_last(x) else _SMALL_NARROW
     if products >= small * threads or products < _TINY * threads:

@@ -68,6 +68,20 @@ def form(request, monkeypatch):
     monkeypatch.setattr(_conv_cpu, "choose_form", choose_form)
 
 
+@pytest.mark.parametrize("function", [conv2d, conv_transpose2d])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_that_the_vendor_does_not_convolve_are_convolved_in_float32(dtype, function, monkeypatch):
+    monkeypatch.setattr(_conv_cpu, "_vendor_takes", lambda dtype: dtype.itemsize > 2)
+    inputs = [torch.randn(shape).to(dtype).requires_grad_() for shape in ((2, 6, 8, 8), (6, 6, 4, 4), (6,))]
+    wide = [t.detach().float().requires_grad_() for t in inputs]
+    y, expected = function(*inputs, stride=2, padding=1), function(*wide, stride=2, padding=1)
+    grad_y = torch.randn_like(y)
+    grads, of_wide = (torch.autograd.grad(z, at, grad_y.to(z.dtype)) for z, at in ((y, inputs), (expected, wide)))
+    for ours, once_rounded in zip((y, *grads), (expected, *of_wide), strict=True):
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours, once_rounded.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
 @pytest.mark.parametrize("transposed", [False, True], ids=["conv2d", "conv_transpose2d"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
