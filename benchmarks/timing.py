@@ -13,6 +13,8 @@ import torch
 from benchmarks.case import Run
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
+PATIENCE_SECONDS = 60.0
+"""After which one round is enough: calls may take minutes."""
 BLOCK_SECONDS = 0.03
 """A contender is called for about so long before it is the next one's turn."""
 
@@ -36,9 +38,10 @@ def interleave(contenders: dict[str, Run], seconds: float, device: torch.device,
             samples[name] = _sampler(run, device, captured)
     times: dict[str, list[float]] = {name: [] for name in samples}
     names = list(samples)
-    end = time.perf_counter() + seconds
+    start = time.perf_counter()
     for turn in range(MAX_ROUNDS):
-        if turn >= MIN_ROUNDS and time.perf_counter() > end:
+        passed = time.perf_counter() - start
+        if passed > seconds and (turn >= MIN_ROUNDS or (turn and passed > PATIENCE_SECONDS)):
             break
         first = turn % len(names)
         for name in names[first:] + names[:first]:
