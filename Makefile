@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test check bench gpu clean
+.PHONY: train test check bench kernels gpu clean
 
 # torch first: with one installed, `torch>=2.10` is satisfied and pip replaces nothing.
 $(BIN)/python:
@@ -38,6 +38,10 @@ check: $(VENV)/editable
 
 bench: $(VENV)/editable
 	$(BIN)/python -m benchmarks
+
+# Compiles the Triton kernels for every GPU, and writes down what became of them; the tests ask for it when a kernel changes.
+kernels: $(VENV)/editable
+	$(BIN)/python tests/ahead_of_time.py
 
 # On a machine with CUDA where nothing can be downloaded: uses the Python that is there.
 gpu:

@@ -264,8 +264,8 @@ class Plan:
             "count": self.count, "steps": steps, "blocks": channel_blocks, "WHOLE": self.whole, **common
         }  # fmt: skip
         # All the registers that there are: of its own accord ptxas spills, to have more warps at a time.
-        self.registers = min(255, 2048 // common["num_warps"])
-        self.sum_options = {"samples": n, "parameters": self.parameters, "units": self.units, "maxnreg": self.registers}
+        self.registers = {"maxnreg": min(255, 2048 // common["num_warps"])} if torch.version.hip is None else {}
+        self.sum_options = {"samples": n, "parameters": self.parameters, "units": self.units, **self.registers}
 
     def dense(self, *tensors: Tensor | None) -> list[Any]:
         """The tensors, copied where their memory is not in the plan's order."""

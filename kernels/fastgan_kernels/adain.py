@@ -327,7 +327,7 @@ def adain_forward(
         if not plan.whole:
             partial = x.new_empty((4, plan.splits, plan.units), dtype=plan.dtype)
             _moments_kernel[plan.reduce_grid](
-                x, noise_weight, bias, noise, partial, maxnreg=plan.registers, **settings, **plan.reduce_options
+                x, noise_weight, bias, noise, partial, **plan.registers, **settings, **plan.reduce_options
             )
             combine(partial, mean, var)
         _forward_kernel[plan.apply_grid](
@@ -436,7 +436,7 @@ def _split_sums(plan: Plan, inputs: tuple, seeds: tuple, eps: float, settings: d
     """Every plane's sums, (2 or 5, planes)."""
     partial = inputs[1].new_empty((fields, plan.splits, plan.units), dtype=plan.dtype)
     _sums_kernel[plan.reduce_grid](
-        *inputs, *seeds, partial, eps, count=plan.count, DOUBLE=fields == 5, maxnreg=plan.registers,
-        **settings, **plan.reduce_options,
+        *inputs, *seeds, partial, eps, count=plan.count, DOUBLE=fields == 5, **plan.registers, **settings,
+        **plan.reduce_options,
     )  # fmt: skip
     return partial.sum(1) if plan.splits > 1 else partial
