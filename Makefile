@@ -29,7 +29,7 @@ train: $(VENV)/installed
 # A file of tests stays together, as some share what took long to set up. Threads that spin while they wait would slow the
 # other processes down.
 test: $(VENV)/editable
-	OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses auto --dist loadfile
+	OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/editable
 	$(BIN)/ruff check .

@@ -10,6 +10,13 @@ if not torch.cuda.is_available():
 
 from fastgan import backend, ops
 
+# Files that take minutes. They begin first, so that no process is left alone with one at the end.
+LONG = ("test_ahead_of_time.py", "test_instruction_sets.py", "test_run.py", "test_cli.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _interpreter_patches_its_language_once():
