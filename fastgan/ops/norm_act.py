@@ -361,28 +361,29 @@ def normalise(
 # On the CPU stock torch is faster up to so many elements a thread: an operator in Python takes longer to call than a small
 # tensor to read. Its training pass is slow enough to be beaten sooner, in float32 first, and in channels_last before NCHW;
 # its second order always.
-_SMALL, _SMALL_TRAINING, _SMALL_TRAINING_CHANNELS_LAST, _SMALL_TRAINING_FLOAT = 1 << 19, 1 << 18, 1 << 17, 1 << 16
-# With AVX2, in NCHW and channels_last. (In training not with PReLU, of which stock computes the gradient slowly.)
-_SMALL_NARROW_FLOAT, _SMALL_NARROW = (1 << 20, 1 << 19), (1 << 21, 1 << 20)
-_SMALL_TRAINING_NARROW_FLOAT, _SMALL_TRAINING_NARROW = (1 << 16, 1 << 18), (1 << 21, 1 << 19)
+_Small = dict[tuple[bool, bool], tuple[int, int]]  # by (training, float32): in NCHW and channels_last
+_SMALL: _Small = {
+    (False, True): (1 << 19, 1 << 19),
+    (False, False): (1 << 19, 1 << 19),
+    (True, True): (1 << 16, 1 << 16),
+    (True, False): (1 << 18, 1 << 17),
+}
+# With AVX2. (In training not with PReLU, of which stock computes the gradient slowly.)
+_SMALL_NARROW: _Small = {
+    (False, True): (1 << 20, 1 << 19),
+    (False, False): (1 << 21, 1 << 20),
+    (True, True): (1 << 16, 1 << 18),
+    (True, False): (1 << 21, 1 << 19),
+}
 
 
 def stock_is_faster(x: Tensor, training: bool, act: Act) -> bool:
     """Whether `batch_norm_act` leaves x to stock torch."""
     if x.device.type != "cpu" or torch.compiler.is_compiling() or not backend.is_automatic():
         return False
-    is_float, last = x.dtype == torch.float32, is_channels_last(x)
-    if not backend.has_wide_lanes() and x.dtype != torch.float64 and not (training and act == "prelu"):
-        narrow = _SMALL_TRAINING_NARROW if training else _SMALL_NARROW
-        narrow_float = _SMALL_TRAINING_NARROW_FLOAT if training else _SMALL_NARROW_FLOAT
-        small = (narrow_float if is_float else narrow)[last]
-    elif not training:
-        small = _SMALL
-    elif is_float:
-        small = _SMALL_TRAINING_FLOAT
-    else:
-        small = _SMALL_TRAINING_CHANNELS_LAST if last else _SMALL_TRAINING
-    return x.numel() <= small * torch.get_num_threads()
+    is_narrow = not backend.has_wide_lanes() and x.dtype != torch.float64 and not (training and act == "prelu")
+    small = (_SMALL_NARROW if is_narrow else _SMALL)[training, x.dtype == torch.float32]
+    return x.numel() <= small[is_channels_last(x)] * torch.get_num_threads()
 
 
 def _move_at_once(
