@@ -22,6 +22,7 @@ from fastgan.nn.gradient_reversal import GradientReversal, WarmStartGradientReve
 from fastgan.nn.group_norm_act import instance_norm_act, tracks_planes
 from fastgan.nn.norm_act import Activation, attachment, batch_norm_act
 from fastgan.ops._autograd import is_transformed
+from fastgan.ops._conv_cpu import FEW_CHANNELS
 from fastgan.ops._tensors import DTYPES, in_layout, lies_in_both, suggests_channels_last
 from fastgan.ops._types import Act
 from fastgan.ops.conv import is_autocast
@@ -243,13 +244,18 @@ def _pixels(x: Tensor) -> int:
     return x.shape[0] * x.shape[2] * x.shape[3]
 
 
-# Multiplications of a thread in a convolution, and elements that come out: with fewer of both an operator's call in Python,
-# and the change of the layout, take longer on the CPU than the operator gains.
+# Multiplications of a thread in a convolution, and elements that come out: with fewer of both an operator's call in Python
+# takes longer on the CPU than the operator gains, which is little with AVX2. Some convolutions are slow in stock sooner.
 _FEW_PRODUCTS, _FEW_ELEMENTS = 1 << 25, 1 << 17
+_FEW_PRODUCTS_NARROW, _FEW_ELEMENTS_NARROW = 1 << 27, 1 << 20
+_FEW_PRODUCTS_SLOW = 1 << 22
+# Multiplications of a thread from which stock's own convolutions gain in channels_last: looking at each layer takes time.
+# And elements of a weight, for each of the larger image, above which oneDNN's copies of it in that layout cost more.
+_PRODUCTS_IN_ROWS, _PRODUCTS_IN_ROWS_SLOW, _WEIGHT_PER_IMAGE = 1 << 22, 1 << 19, 2
 
 
-def _is_little(x: Any, layers: list[nn.Module], owes: bool) -> bool:
-    """Whether a convolution comes first, or a batch norm of what `owes` no layout, that had better be called."""
+def _is_little(x: Any, layers: list[nn.Module]) -> bool:
+    """Whether a convolution comes first, or a batch norm, that had better be called."""
     layer = layers[0]
     if not isinstance(layer, (*CONV, *BATCH)) or not backend.is_automatic() or torch.compiler.is_compiling():
         return False
@@ -257,14 +263,49 @@ def _is_little(x: Any, layers: list[nn.Module], owes: bool) -> bool:
         return False
     if isinstance(layer, BATCH):  # an operator that leaves x to stock has looked at all its arguments
         act: Act = "prelu" if isinstance(layers[1] if len(layers) > 1 else None, nn.PReLU) else "none"
-        return not owes and stock_is_faster(x, layer.training, act)
-    positions, spread = _pixels(x), math.prod(layer.stride)
-    pixels = positions * spread  # that come out
-    if isinstance(layer, nn.Conv2d):
-        pixels = positions = positions // spread
+        return stock_is_faster(x, layer.training, act)
+    products, elements = _size(x, layer)
+    few, most = _FEW_PRODUCTS, _FEW_ELEMENTS
+    if not backend.has_wide_lanes():
+        few, most = _FEW_PRODUCTS_NARROW, _FEW_ELEMENTS_NARROW
+    if _is_slow(x, layer):
+        few = _FEW_PRODUCTS_SLOW
     threads = torch.get_num_threads()
-    is_quick = layer.weight.numel() * positions < _FEW_PRODUCTS * threads
-    return is_quick and pixels * layer.out_channels <= _FEW_ELEMENTS * threads
+    return products < few * threads and elements <= most * threads
+
+
+def _is_slow(x: Tensor, conv: Any) -> bool:
+    """Whether oneDNN's vectors are empty for the most part: of few channels, and where an image is one patch."""
+    is_patch = x.shape[2:] == (1, 1) if isinstance(conv, nn.ConvTranspose2d) else conv.kernel_size == x.shape[2:]
+    return is_patch or min(conv.in_channels, conv.out_channels) <= FEW_CHANNELS
+
+
+def _size(x: Tensor, conv: Any) -> tuple[int, int]:
+    """Multiplications of a convolution, and elements that come out."""
+    positions, spread = _pixels(x), math.prod(conv.stride)
+    pixels = positions * spread
+    if isinstance(conv, nn.Conv2d):
+        pixels = positions = positions // spread
+    return conv.weight.numel() * positions, pixels * conv.out_channels
+
+
+def _call_little(x: Any, layer: Any, kind: type[nn.Module] | None, owes: bool) -> Callable[..., Tensor] | None:
+    """What calls a layer that `_is_little` where x owes a layout, or is faster in the other one; else None."""
+    if kind is None or isinstance(layer, BATCH):
+        return _call if owes and kind is not None else None
+    products, elements = _size(x, layer)
+    if layer.weight.numel() > _WEIGHT_PER_IMAGE * max(x.numel(), elements):
+        return None
+    least = _PRODUCTS_IN_ROWS_SLOW if _is_slow(x, layer) else _PRODUCTS_IN_ROWS
+    return _call_in_rows if owes or products >= least * torch.get_num_threads() else None
+
+
+def _call(x: Tensor, layer: nn.Module) -> Tensor:
+    return layer(x)
+
+
+def _call_in_rows(x: Tensor, conv: nn.Module) -> Tensor:
+    return conv(in_layout(x, channels_last=True))
 
 
 class _Work(threading.local):
@@ -363,8 +404,10 @@ def run_chain(
     classes: Classes = (None,) * len(layers) if is_observed() else classes_of(layers)
     while layers:
         head, head_class = layers[0], classes[0]
-        is_little = _is_little(x, layers, stock is not None)
-        length, run = (1, None) if is_little else _choose(x, layers, classes)
+        if is_little := _is_little(x, layers):
+            length, run = 1, _call_little(x, head, head_class, stock is not None)
+        else:
+            length, run = _choose(x, layers, classes)
         if run is not None or (not is_little and head_class in _GAINING):
             note_work()
         added = residual if length == len(layers) and _adds(layers[-1]) else None

@@ -193,6 +193,8 @@ class CountConvolutions(TorchDispatchMode):
         name = func._schema.name
         if name == "aten::convolution_backward":
             self.calls[name] += sum(args[-1][:2])
+        elif name == "fastgan::convolution_backward":
+            self.calls[name] += 2
         elif name in ("aten::convolution", "fastgan::convolution", "fastgan::convolution_weight_grad"):
             self.calls[name] += 1
         return func(*args, **(kwargs or {}))

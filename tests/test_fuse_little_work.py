@@ -106,3 +106,47 @@ def test_many_shapes_are_not_all_remembered(make):
     for width in range(1, 80):
         fused(torch.randn(1, 4, 2, width))
     assert len(chains._LITTLE[id(fused)]) == chains._MOST_LITTLE
+
+
+@pytest.fixture
+def layouts(monkeypatch):
+    """Of the images that stock convolutions are called on, whether they lie in channels_last. Any of them gains by it."""
+    found = []
+    convolve = F.conv2d
+
+    def noting(x, *args):
+        found.append(x.is_contiguous(memory_format=torch.channels_last))
+        return convolve(x, *args)
+
+    monkeypatch.setattr(F, "conv2d", noting)
+    for limit in ("_PRODUCTS_IN_ROWS", "_PRODUCTS_IN_ROWS_SLOW"):
+        monkeypatch.setattr(chains, limit, 0)
+    return found
+
+
+@makers
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
+def test_stock_convolutions_are_called_in_the_layout_that_is_fast(make, training, layout, layouts):
+    stock = make().train(training)
+    fused, x = fuse(copy.deepcopy(stock)), LITTLE.contiguous(memory_format=layout)
+    expected = stock(x)
+    layouts.clear()
+    for _ in range(2):
+        found = fused(x)
+        torch.testing.assert_close(found, expected)
+        assert found.stride() == expected.stride()
+    assert layouts == [True] * 2
+
+
+def test_stock_convolutions_with_heavy_weights_are_called_in_the_layout_they_have(layouts):
+    fuse(nn.Sequential(nn.Conv2d(4, 64, 3), nn.BatchNorm2d(64)))(torch.randn(1, 4, 4, 4))
+    assert layouts == [False]
+
+
+def test_hooks_see_the_layout_of_stock(layouts):
+    fused = fuse(nn.Sequential(*chain(), *chain()))
+    seen = []
+    fused[3].register_forward_hook(lambda module, args, output: seen.append(args[0].is_contiguous()))
+    fused(LITTLE)
+    assert seen == [True] and layouts == [True, False]

@@ -34,7 +34,7 @@ class _Operators:
     """What `torch.ops.fastgan` is, but that plain tensors in eager mode do not go through PyTorch's dispatcher: it would
     come back to Python twice, which takes longer than a small kernel, and find what is known."""
 
-    def __getattr__(self, name: str) -> Any:  # only of what `register_gradient` has not set
+    def __getattr__(self, name: str) -> Any:  # only of what has not been registered below
         return getattr(torch.ops.fastgan, name)
 
 
@@ -129,6 +129,16 @@ def _direct(operator: str, backward: Callable, save: Callable) -> Callable:
         return kernel(*inputs)
 
     return call
+
+
+def register_without_gradient(operator: str) -> None:
+    """Of an operator that is only called where nobody differentiates: that it is called as directly as the others."""
+    kernels, packet = KERNELS.setdefault(operator, {}), getattr(torch.ops.fastgan, operator)
+
+    def call(*inputs):
+        return (_kernel_for(kernels, inputs) or packet)(*inputs)
+
+    setattr(operators, operator, call)
 
 
 def _requires_grad(value: Any) -> bool:

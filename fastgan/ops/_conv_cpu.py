@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastgan import backend
-from fastgan.ops._tensors import DTYPES, address, dense, is_channels_last
+from fastgan.ops._tensors import DTYPES, address, dense, in_layout, is_channels_last
 
 Form = Literal["vendor", "patches", "few", "tiles", "winograd"]
 Result = Literal["positions", "image", "weight"]
@@ -80,6 +80,7 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple)
     if form == "patches":
         y = _image_of(geometry, x, weight) if transposed else _positions_of(geometry, x, weight)
         return y if bias is None else y.add_(bias.view(-1, 1, 1))
+    x = in_layout(x, channels_last=True)  # of one channel torch would give NCHW
     return dense(torch.convolution(x, weight, bias, *settings), channels_last=True)
 
 
@@ -127,9 +128,8 @@ def weight_grad(grad_y: Tensor, x: Tensor, weight_shape: Sequence[int], settings
     grad_y, x = dense(grad_y, channels_last=True), dense(x, channels_last=True)
     if not _vendor_takes(x.dtype):
         return weight_grad(grad_y.float(), x.float(), weight_shape, settings).to(x.dtype)
-    outputs, inputs, *taps = weight_shape
-    is_few = outputs <= _FEW_CHANNELS < inputs and max(taps) > 1 and x.dtype == torch.float32
-    if is_few and not settings[3] and _turns(weight_shape, settings) and backend.serving("cpu") == "cpp":
+    if _is_summed_turned(x.dtype, weight_shape, settings):
+        outputs, inputs, *taps = weight_shape
         turned = _turned_settings(weight_shape, settings, transposed=False)
         return _turned(weight_grad(x, grad_y, (inputs, outputs, *taps), turned)).contiguous()
     image, positions = (grad_y, x) if settings[3] else (x, grad_y)
@@ -149,6 +149,51 @@ def weight_grad(grad_y: Tensor, x: Tensor, weight_shape: Sequence[int], settings
     return grad.to(x.dtype).contiguous()
 
 
+def backward(grad_y: Tensor, x: Tensor, weight: Tensor, settings: tuple) -> tuple[Tensor, Tensor]:
+    """`fastgan::convolution_backward`."""
+    grad_y, x = dense(grad_y, channels_last=True), dense(x, channels_last=True)
+    if _backward_is_vendor_s(x.dtype, x.shape, grad_y.shape, weight.shape, *map(_hashable, settings)):
+        grad_y, x = in_layout(grad_y, channels_last=True), in_layout(x, channels_last=True)
+        mask = [True, True, False]
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(grad_y, x, weight, None, *settings, mask)
+        return dense(grad_x, channels_last=True), grad_weight.contiguous()
+    of_input = settings_of_input_grad(grad_y.shape, weight.shape, x.shape[2:], settings)
+    return convolution(grad_y, weight, None, of_input), weight_grad(grad_y, x, weight.shape, settings)
+
+
+def _backward_is_vendor_s(dtype: torch.dtype, *shapes_and_settings: Any) -> bool:
+    return _vendor_takes(dtype) and _plan_backward(backend.serving("cpu"), dtype, *shapes_and_settings)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan_backward(_serving: str, dtype: torch.dtype, *shapes_and_settings: Any) -> bool:
+    """Whether the vendor's form is the one for both gradients."""
+    x_shape, y_shape, weight_shape, settings = *shapes_and_settings[:3], shapes_and_settings[3:]
+    of_input = settings_of_input_grad(y_shape, weight_shape, x_shape[2:], settings)
+    geometry = _geometry(dtype, x_shape, weight_shape, y_shape, settings)
+    return (
+        _plan(dtype, y_shape, weight_shape, *of_input).form == "vendor"
+        and choose_form(geometry, "weight") == "vendor"
+        and not _is_summed_turned(dtype, weight_shape, settings)
+        and (dtype.itemsize > 2 or geometry.every_tap_meets())  # see `weight_grad`
+    )
+
+
+def settings_of_input_grad(
+    grad_shape: Sequence[int], weight_shape: Sequence[int], input_size: Sequence[int], settings: tuple
+) -> tuple:
+    """Of the convolution that goes the other way."""
+    stride, padding, dilation, transposed, _, groups = settings
+    output_padding = (0, 0)
+    if not transposed:
+        output_padding = tuple(
+            input_size[i]
+            - ((grad_shape[2 + i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (weight_shape[2 + i] - 1) + 1)
+            for i in range(2)
+        )
+    return stride, padding, dilation, not transposed, output_padding, groups
+
+
 # A convolution at every pixel goes the other way just as well, its taps turned around: what it takes for the image is then
 # what it gives.
 
@@ -157,6 +202,13 @@ def _turns(weight_shape: Sequence[int], settings: tuple) -> bool:
     stride, padding, dilation, _, _, groups = settings
     is_plain = groups == 1 and all(step == 1 for step in (*stride, *dilation))
     return is_plain and all(p < tap for p, tap in zip(padding, weight_shape[2:], strict=True))
+
+
+def _is_summed_turned(dtype: torch.dtype, weight_shape: Sequence[int], settings: tuple) -> bool:
+    """Whether the gradient of a weight to few channels is computed as of the convolution that goes the other way."""
+    outputs, inputs, *taps = weight_shape
+    is_few = outputs <= FEW_CHANNELS < inputs and max(taps) > 1 and dtype == torch.float32
+    return is_few and not settings[3] and _turns(weight_shape, settings) and backend.serving("cpu") == "cpp"
 
 
 def _turned(weight: Tensor) -> Tensor:
@@ -195,7 +247,7 @@ def _geometry(
 
 # Multiplications of a thread: in fewer of them an operator's call in Python is felt, or is all that is. (With AVX2 it is
 # felt longer; but an image that is not in channels_last gains from being laid out anew.)
-_SMALL, _SMALL_NARROW, _SMALL_FEW, _TINY = 1 << 25, 1 << 26, 1 << 22, 1 << 20
+_SMALL, _SMALL_NARROW, _SMALL_FEW, _TINY = 1 << 25, 1 << 27, 1 << 22, 1 << 20
 
 
 def stock_is_faster(x: Tensor, weight: Tensor, size: Sequence[int], settings: tuple) -> bool:
@@ -208,10 +260,11 @@ def stock_is_faster(x: Tensor, weight: Tensor, size: Sequence[int], settings: tu
         return products < _TINY
     threads = torch.get_num_threads()
     small = _SMALL if backend.has_wide_lanes() or not is_channels_last(x) else _SMALL_NARROW
+    if min(weight.shape[:2]) <= FEW_CHANNELS:
+        small = _SMALL_FEW
     if products >= small * threads or products < _TINY * threads:
         return products < _TINY * threads
-    form = _plan(x.dtype, x.shape, weight.shape, *settings).form
-    return form == "vendor" or (form == "few" and products < _SMALL_FEW * threads)
+    return _plan(x.dtype, x.shape, weight.shape, *settings).form in ("vendor", "few")
 
 
 # Patches pay where the matrix of them has at most this many times the elements of the weight. Above, writing it costs more
@@ -226,7 +279,7 @@ _FILL = 0.75  # part of the tiles that has to be real
 _PATCH_OF_PHASE = (
     192  # elements of a patch, on average over the phases of a transposed convolution: their sums are read back
 )
-_FEW_CHANNELS = 4  # images for which the transposed convolution of oneDNN leaves most vector lanes empty
+FEW_CHANNELS = 4  # images for which the transposed convolution of oneDNN leaves most vector lanes empty
 
 
 def choose_form(geometry: Geometry, result: Result) -> Form:
@@ -246,7 +299,7 @@ def _fastest(geometry: Geometry, result: Result) -> Form:
         return "winograd"
     if _tiles_pay(geometry, result):
         return "tiles"
-    if result == "image" and geometry.image[1] <= _FEW_CHANNELS and geometry.patch <= 3 * geometry.positions[1]:
+    if result == "image" and geometry.image[1] <= FEW_CHANNELS and geometry.patch <= 3 * geometry.positions[1]:
         return "patches"
     if result != "weight" and math.prod(geometry.positions) * geometry.patch < _FEW_PRODUCTS:
         return "vendor"
@@ -259,20 +312,30 @@ def _fastest(geometry: Geometry, result: Result) -> Form:
 
 def _is_few(geometry: Geometry) -> bool:
     few, many = geometry.positions[1], geometry.image[1]
-    return few <= _FEW_CHANNELS and many >= _LANES and geometry.dtype == torch.float32 and geometry.dilation[1] == 1
+    return few <= FEW_CHANNELS and many >= _LANES and geometry.dtype == torch.float32 and geometry.dilation[1] == 1
 
 
 _LANES = 16  # of a vector, at most
-_MANY_CHANNELS, _LARGE_PATCH = 64, 192
+_MANY_CHANNELS, _VERY_MANY_CHANNELS = 64, 256
+_HEAVY_WEIGHT = 1 << 19  # elements: too many for oneDNN to sum in the cache
+_LARGE_IMAGE, _PATCH_PER_CHANNEL = 24 * 24, 16
 
 
 def _vendor_sums_slowly(geometry: Geometry) -> bool:
     """Whether a float32 weight's gradient is faster as a matrix product, and more exact: with AVX2, oneDNN's sums reach half
-    the speed of its convolutions, and products of matrices three quarters."""
-    is_large = geometry.positions[1] >= _MANY_CHANNELS and (
-        geometry.image[1] >= _MANY_CHANNELS or (geometry.image[1] <= _FEW_CHANNELS and geometry.patch >= _LARGE_PATCH)
+    the speed of its convolutions where the weight or the image is large, and products of matrices three quarters. Each
+    element of a patch is written once, and is to be multiplied with many channels."""
+    if backend.has_wide_lanes() or geometry.dtype != torch.float32:
+        return False
+    (_, outputs, *size), inputs = geometry.positions, geometry.image[1]
+    if min(inputs, outputs) < _LANES:
+        return False
+    is_large = min(inputs, outputs) >= _MANY_CHANNELS and math.prod(size) >= _LARGE_IMAGE
+    return (
+        outputs >= _VERY_MANY_CHANNELS
+        or outputs * geometry.patch >= _HEAVY_WEIGHT
+        or (is_large and geometry.patch <= _PATCH_PER_CHANNEL * outputs)
     )
-    return is_large and not backend.has_wide_lanes() and geometry.dtype == torch.float32
 
 
 # Channels, and tiles, with which Winograd's form pays: below, the transforms and the calls cost more than the products that
@@ -422,7 +485,7 @@ def _images(geometry: Geometry) -> int:
 # ── Patches ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 # A row for each position of the kernel, a column for each element under it: (N·OH·OW, kh·kw·C).
 
-_PATCH_ELEMENTS = 1 << 24  # of a weight's gradient at a time, for the sake of memory
+_PATCH_ELEMENTS = 1 << 21  # of a weight's gradient at a time: what malloc does not ask the system for at every call
 
 
 def _positions_of(geometry: Geometry, image: Tensor, weight: Tensor) -> Tensor:

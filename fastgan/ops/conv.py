@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastgan import backend
 from fastgan.ops import _conv_cpu
-from fastgan.ops._autograd import is_transformed, operators, register_gradient
+from fastgan.ops._autograd import is_transformed, operators, register_gradient, register_without_gradient
 from fastgan.ops._kernels import register_kernel
 from fastgan.ops._tensors import (
     check_dtype,
@@ -62,6 +62,12 @@ torch.library.define(
     f"(Tensor grad_y, Tensor x, SymInt[] weight_shape, {_SETTINGS}) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
+# Both at once, of a pass that nobody differentiates.
+torch.library.define(
+    "fastgan::convolution_backward",
+    f"(Tensor grad_y, Tensor x, Tensor weight, {_SETTINGS}) -> (Tensor grad_x, Tensor grad_weight)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
 
 
 @torch.library.register_fake("fastgan::convolution")
@@ -75,23 +81,22 @@ def _(grad_y, x, weight_shape, *settings):
     return x.new_empty(weight_shape)
 
 
+@torch.library.register_fake("fastgan::convolution_backward")
+def _(grad_y, x, weight, *settings):
+    grad_x, grad_weight = _vendor_backward(grad_y, x, weight, *settings)
+    if x.device.type == "cpu":
+        return dense(grad_x, channels_last=True), grad_weight.contiguous()
+    return grad_x, grad_weight
+
+
 # ── Gradient ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 # y = convolution(x, w) is bilinear. Its gradient in x is the other kind of convolution of grad_y with w, its gradient in w
 # is convolution_weight_grad(grad_y, x), which is bilinear too: <ggw, weight_grad(g, x)> = <g, convolution(x, ggw)>.
 
 
 def _input_grad(grad_y: Tensor, weight: Tensor, input_size, settings) -> Tensor:
-    stride, padding, dilation, transposed, _, groups = settings
-    output_padding = [0, 0]
-    if not transposed:
-        output_padding = [
-            input_size[i]
-            - ((grad_y.shape[2 + i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (weight.shape[2 + i] - 1) + 1)
-            for i in range(2)
-        ]
-    return operators.convolution(
-        grad_y, weight, None, stride, padding, dilation, not transposed, output_padding, groups
-    )
+    turned = _conv_cpu.settings_of_input_grad(grad_y.shape, weight.shape, input_size, settings)
+    return operators.convolution(grad_y, weight, None, *turned)
 
 
 def _save_convolution(ctx, inputs, output) -> None:
@@ -106,9 +111,12 @@ def _backward(ctx, grad_y):
         return None, None, None, *[None] * len(ctx.settings)
     x, weight = ctx.saved_tensors
     grad_x = grad_weight = grad_bias = None
-    if will_use(ctx, 0):
+    uses_x, uses_weight = will_use(ctx, 0), will_use(ctx, 1)
+    if uses_x and uses_weight and not torch.is_grad_enabled():
+        grad_x, grad_weight = operators.convolution_backward(grad_y, x, weight, *ctx.settings)
+    elif uses_x:
         grad_x = _input_grad(grad_y, weight, x.shape[2:], ctx.settings)
-    if will_use(ctx, 1):
+    if uses_weight and grad_weight is None:
         grad_weight = operators.convolution_weight_grad(grad_y, x, weight.shape, *ctx.settings)
     if will_use(ctx, 2):
         grad_bias = grad_y.sum((0, 2, 3))
@@ -138,6 +146,7 @@ def _weight_grad_backward(ctx, ggw):
 
 
 register_gradient("convolution_weight_grad", _weight_grad_backward, _save_weight_grad)
+register_without_gradient("convolution_backward")
 
 
 # ── Kernels ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -153,6 +162,10 @@ def _vendor_weight_grad(grad_y, x, weight_shape, *settings):
     return torch.ops.aten.convolution_backward(grad_y, x, weight, None, *settings, mask)[1]
 
 
+def _vendor_backward(grad_y, x, weight, *settings):
+    return torch.ops.aten.convolution_backward(grad_y, x, weight, None, *settings, [True, True, False])[:2]
+
+
 def _cpu_convolution(x, weight, bias, *settings):
     return _conv_cpu.convolution(x, weight, bias, settings)
 
@@ -161,10 +174,16 @@ def _cpu_weight_grad(grad_y, x, weight_shape, *settings):
     return _conv_cpu.weight_grad(grad_y, x, weight_shape, settings)
 
 
+def _cpu_backward(grad_y, x, weight, *settings):
+    return _conv_cpu.backward(grad_y, x, weight, settings)
+
+
 torch.library.impl("fastgan::convolution", "CompositeExplicitAutograd", _vendor_convolution)
 register_kernel("convolution", "cpu", _cpu_convolution)
 torch.library.impl("fastgan::convolution_weight_grad", "CompositeExplicitAutograd", _vendor_weight_grad)
 register_kernel("convolution_weight_grad", "cpu", _cpu_weight_grad)
+torch.library.impl("fastgan::convolution_backward", "CompositeExplicitAutograd", _vendor_backward)
+register_kernel("convolution_backward", "cpu", _cpu_backward)
 
 
 # ── The functions ────────────────────────────────────────────────────────────────────────────────────────────────────

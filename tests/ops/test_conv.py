@@ -47,9 +47,12 @@ HAS_MATRIX_UNIT = backend.obstacle("cpp", "cpu") is None and importlib.import_mo
 
 @pytest.fixture(autouse=True)
 def _forms_are_chosen_anew():
-    _conv_cpu._plan_for.cache_clear()
+    plans = (_conv_cpu._plan_for, _conv_cpu._plan_backward)
+    for plan in plans:
+        plan.cache_clear()
     yield
-    _conv_cpu._plan_for.cache_clear()
+    for plan in plans:
+        plan.cache_clear()
 
 
 @pytest.fixture(params=["its own choice", "vendor", "patches", "tiles"])
@@ -159,11 +162,13 @@ def test_opcheck(transposed):
     torch.library.opcheck(torch.ops.fastgan.convolution, (x, weight, bias, *settings))
     y = torch.ops.fastgan.convolution(x, weight, bias, *settings).detach().requires_grad_()
     torch.library.opcheck(torch.ops.fastgan.convolution_weight_grad, (y, x, weight.shape, *settings))
+    inputs = [t.detach() for t in (y, x, weight)]
+    torch.library.opcheck(torch.ops.fastgan.convolution_backward, (*inputs, *settings))
 
 
 def count_calls(function):
     """How often each operator of a convolution runs; changes of layout do not count."""
-    calls = {"convolution": 0, "convolution_weight_grad": 0}
+    calls = {"convolution": 0, "convolution_weight_grad": 0, "convolution_backward": 0}
 
     class Counter(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -181,7 +186,7 @@ def test_no_weight_gradient_is_computed_for_a_gradient_in_the_input():
     weight = torch.randn(4, 3, 3, 3, requires_grad=True)
     x = torch.randn(2, 3, 6, 6, requires_grad=True)
     calls = count_calls(lambda: torch.autograd.grad(conv2d(x, weight).sum(), x))
-    assert calls == {"convolution": 2, "convolution_weight_grad": 0}
+    assert calls == {"convolution": 2, "convolution_weight_grad": 0, "convolution_backward": 0}
 
 
 def test_a_gradient_penalty_costs_one_tangent_and_one_weight_gradient(monkeypatch):
@@ -194,7 +199,25 @@ def test_a_gradient_penalty_costs_one_tangent_and_one_weight_gradient(monkeypatc
         grad.pow(2).sum().backward(inputs=[weight])
 
     calls = count_calls(penalty)
-    assert calls["convolution_weight_grad"] == 2 and calls["convolution"] == 3
+    # The tangent forward and its weight's gradient are one backward pass, of the convolution that gave the input gradient.
+    assert calls == {"convolution": 2, "convolution_weight_grad": 1, "convolution_backward": 1}
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["conv2d", "conv_transpose2d"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_both_gradients_at_once_are_those_that_come_one_by_one(case, dtype, transposed, form):
+    inputs, settings = inputs_of(case, transposed, dtype)
+    x, weight, bias = leaves(inputs, dtype)
+    y = (conv_transpose2d if transposed else conv2d)(x, weight, bias, **settings)
+    grad_y = torch.randn_like(y)
+
+    def gradients(*inputs):
+        return torch.autograd.grad(y, inputs, grad_y, retain_graph=True)
+
+    for both, one in zip(gradients(x, weight), (*gradients(x), *gradients(weight)), strict=True):
+        torch.testing.assert_close(both, one, rtol=16 * torch.finfo(dtype).eps, atol=16 * torch.finfo(dtype).eps)
+        assert both.stride() == one.stride()
 
 
 @pytest.mark.parametrize("weight_layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
