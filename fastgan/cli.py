@@ -110,7 +110,7 @@ def dcgan(
     image_size: ImageSize = None,
     batch_size: BatchSize = None,
     steps: Steps = None,
-    epochs: Epochs = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the data.", show_default="12")] = None,
     lr: Annotated[float | None, typer.Option(help="Adam's learning rate.", show_default="0.0002")] = None,
     d_steps: Annotated[
         int | None, typer.Option(help="Discriminator updates per generator update.", show_default="1")
