@@ -5,22 +5,24 @@ TRITON ?= triton==3.6.0
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Python compiles what it imports, which is little of what torch and its like hold.
+PIP := $(BIN)/pip install --quiet --no-compile
 
 .PHONY: train test check bench kernels gpu clean
 
 # torch first: with one installed, `torch>=2.10` is satisfied and pip replaces nothing.
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "$(TORCH)"
+	$(PIP) "$(TORCH)"
 
 $(VENV)/installed: $(BIN)/python pyproject.toml setup.py $(shell find csrc fastgan kernels -name '*.py' -o -name '*.h' -o -name '*.inc' -o -name '*.cpp')
-	$(BIN)/pip install --quiet .
+	$(PIP) .
 	touch $@
 
 # The tests and benchmarks run from the checkout, so it is installed in place, with its kernels built there.
 $(VENV)/editable: $(BIN)/python pyproject.toml setup.py $(shell find csrc -type f)
-	$(BIN)/pip install --quiet "$(TRITON)"
-	$(BIN)/pip install --quiet --editable ".[test,check,bench]"
+	$(PIP) "$(TRITON)"
+	$(PIP) --editable ".[test,check,bench]"
 	touch $@
 
 train: $(VENV)/installed

@@ -42,6 +42,7 @@ class BuildKernels(build_ext):
         super().finalize_options()
         # Where editable installs and wheels find each other's objects: compiling takes minutes.
         self.build_temp = str(Path("build", f"temp.{self.plat_name}-{sys.implementation.cache_tag}"))
+        self.parallel = self.parallel or 2  # C++ beside CUDA C++
 
     def build_extension(self, extension) -> None:
         if extension.name != "fastgan._cuda":
@@ -73,9 +74,11 @@ class BuildKernels(build_ext):
         super().build_extensions()
 
 
+# Those that take longest to compile come first.
+UNITS = ("avx2_norms", "avx512_norms", "avx512", "avx2", "baseline_norms", "baseline", "amx")
 kernels = Pybind11Extension(
     "fastgan._C",
-    ["csrc/bindings.cpp", *(f"csrc/cpu/{isa}.cpp" for isa in ("avx512", "avx2", "baseline", "amx"))],
+    ["csrc/bindings.cpp", *(f"csrc/cpu/{unit}.cpp" for unit in UNITS)],
     depends=[str(path) for pattern in ("*.h", "*.inc") for path in Path("csrc").rglob(pattern)],
     cxx_std=17,
     # Without a working compiler the package still installs; `fastgan doctor` then says what is missing.

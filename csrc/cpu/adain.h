@@ -1,4 +1,4 @@
-// adain: the engine of norm_act.h for planes whose values are y = act(p), p = x + noise_weight·noise + bias, and whose scale
+// adain: the engine of slices.h for planes whose values are y = act(p), p = x + noise_weight·noise + bias, and whose scale
 // and shift belong to a channel of one sample. With t = y - mean, r = 1 / sqrt(var + eps), ŷ = r·t, m = act'(p) and
 // P(v) = r·(v - E v - ŷ·E[v ŷ]):
 //   forward           out    = scale·ŷ + shift

@@ -234,3 +234,11 @@ template <class T> struct Scratch {
 
 // Starting a parallel region costs microseconds: below this many elements one thread is faster.
 constexpr int64_t parallel_threshold = 32768;
+
+#define FASTGAN_BY_DTYPE(function, arguments, dtype)                         \
+  switch (dtype) {                                                           \
+    case DType::float32: return function<float> arguments;                   \
+    case DType::float64: return function<double> arguments;                  \
+    case DType::bfloat16: return function<bfloat16> arguments;               \
+    case DType::float16: return function<float16> arguments;                 \
+  }

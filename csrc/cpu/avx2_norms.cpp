@@ -1,0 +1,4 @@
+#if defined(__x86_64__)
+#include "avx2.h"
+#include "norms.inc"
+#endif

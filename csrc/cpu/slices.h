@@ -1,0 +1,568 @@
+// The engine of the norms: sums over the slices of a tensor, and an elementwise pass with coefficients made from them.
+//
+// A slice is what has coefficients of its own: a channel of the batch, or a channel of a sample. A unit is the slices that
+// share their statistics: one of them, or a group. Every order has one shape: sums per slice over blocks of a fixed size, a
+// finish per unit that merges the blocks in order (so the bits do not depend on the number of threads), and one elementwise
+// pass with the coefficients of each slice.
+
+constexpr int unroll = 4; // independent accumulators, to cover the latency of an addition
+// Of the walks below: those that pay. Of float64 and float16, and of x86-64 without AVX2, nobody asks speed; with one there is
+// half as much to compile.
+#if defined(__x86_64__) && FASTGAN_VECTOR_BYTES == 16
+template <class T> constexpr int accumulators = 1;
+#else
+template <class T> constexpr int accumulators = unroll;
+template <> constexpr int accumulators<double> = 1;
+template <> constexpr int accumulators<float16> = 1;
+#endif
+constexpr int run = 64;   // additions to one accumulator before a double takes over: long float32 sums lose digits
+
+FASTGAN_INLINE double fixed_slope(const NormAct& a) {
+  return a.act == Act::none ? 1 : a.act == Act::relu ? 0 : a.negative_slope;
+}
+
+template <class T> struct Activation {
+  using vec = vec_t<T>;
+  using mask = typename Lanes<acc_t<T>>::mask;
+  vec slope; // of all slices, where they have none of their own
+  mask rectify; // all ones for relu, whose negative side is 0 whatever comes in
+
+  explicit Activation(const NormAct& a)
+      : slope(broadcast<acc_t<T>>(fixed_slope(a))),
+        rectify(mask{} - (a.act == Act::relu)) {}
+
+  inline __attribute__((always_inline)) vec value(vec pre, vec slope) const {
+    return pre <= 0 ? keep(~rectify, pre * slope) : pre;
+  }
+  inline __attribute__((always_inline)) vec value(vec pre) const { return value(pre, slope); }
+  // torch's conventions at NaN: relu passes the gradient, leaky_relu and prelu multiply it by the slope.
+  inline __attribute__((always_inline)) mask below(vec pre) const { return (pre <= 0) | ((pre != pre) & ~rectify); }
+  inline __attribute__((always_inline)) vec gradient(vec pre, vec g, vec slope) const {
+    return below(pre) ? keep(~rectify, g * slope) : g;
+  }
+  inline __attribute__((always_inline)) vec gradient(vec pre, vec g) const { return gradient(pre, g, slope); }
+};
+
+// A slice's numbers: a table of P rows of as many columns as there are slices, of which a kernel holds one vector each.
+template <class T, int P> struct Channel {
+  vec_t<T> p[P ? P : 1];
+  int64_t start; // of the slice in memory, where it lies in one piece
+};
+
+// Which elements belong together.
+struct Slices {
+  int64_t samples, images, C, S; // samples with statistics of their own, and the images of each
+  int64_t group, count, units;   // slices that share statistics, all slices, count / group
+
+  explicit Slices(const NormAct& a) : samples(a.groups ? a.N : 1), images(a.groups ? 1 : a.N), C(a.C), S(a.S) {
+    group = a.groups ? C / a.groups : 1;
+    count = samples * C;
+    units = count / group;
+  }
+  double unit_size() const { return static_cast<double>(group) * images * S; }
+  bool threads() const { return count * images * S > parallel_threshold; }
+  bool many(int64_t pieces) const { return pieces >= 2 * omp_get_max_threads(); }
+};
+
+// Which pixels, of all images one after the other, the lanes of a vector hold: consecutive ones, or channels of the same one.
+struct Pixels {
+  int64_t first;
+};
+struct OnePixel {
+  int64_t index;
+};
+
+// Memory (samples, images, C, S). A block is some images of one slice, or a piece of one large plane.
+struct Planes : Slices {
+  static constexpr int64_t block_elements = 8192;
+  int64_t piece, pieces, together, blocks; // blocks: of a slice
+
+  // Without sums a block is of one image, so that `run_planes` can go through memory in its order.
+  explicit Planes(const NormAct& a, bool reduces = true) : Slices(a) {
+    piece = smaller(S, block_elements);
+    pieces = ceil_div(S, larger(piece, 1));
+    together = reduces ? larger(1, block_elements / larger(S, 1)) : 1;
+    blocks = ceil_div(images, together) * pieces;
+  }
+  int64_t size(int64_t b) const {
+    const int64_t n = b / pieces * together, s = b % pieces * piece;
+    return (smaller(n + together, images) - n) * (smaller(s + piece, S) - s);
+  }
+
+  // The mean of the first values of block b of a slice.
+  template <class T, class Value> acc_t<T> first_mean(const Value& value, int64_t slice, int64_t b) const {
+    constexpr int W = lanes<acc_t<T>>;
+    const int64_t s = b % pieces * piece, n = smaller(smaller(s + piece, S) - s, unroll * W);
+    const int64_t image = b / pieces * together, offset = (image * C + slice) * S + s, pixel = (image + slice / C) * S + s;
+    vec_t<T> total = {};
+    for (int64_t i = 0; i < n; i += W)
+      total += value(offset + i, static_cast<int>(smaller(W, n - i)), Pixels{pixel + i});
+    return static_cast<acc_t<T>>(sum<acc_t<T>>(__builtin_convertvector(total, doubles<acc_t<T>>)) / n);
+  }
+
+  // f(sums, channel, offset, n, pixels) for every vector of block b of a slice; then flush(k, sum).
+  template <class T, int P, int K, class F, class Flush>
+  inline __attribute__((always_inline)) void walk(const acc_t<T>* table, int64_t stride, int64_t slice, int64_t b, F f,
+                                                  Flush flush) const {
+    constexpr int W = lanes<acc_t<T>>, tall = accumulators<T>;
+    Channel<T, P> channel;
+    channel.start = slice * S;
+    for (int i = 0; i < P; ++i) channel.p[i] = broadcast<acc_t<T>>(table[i * stride]);
+    doubles<acc_t<T>> totals[K ? K : 1] = {};
+    const int64_t n0 = b / pieces * together, n1 = smaller(n0 + together, images), s = b % pieces * piece;
+    const int64_t length = smaller(s + piece, S) - s, segment = run * tall * W;
+    const int64_t sharing = larger(1, run / (length / (tall * W) + tall)); // small planes that share accumulators
+    for (int64_t image = n0; image < n1; image += sharing)
+      for (int64_t first = 0; first < length; first += segment) {
+        vec_t<T> sums[tall][K ? K : 1] = {};
+        const int64_t last = smaller(first + segment, length);
+        for (int64_t n = image; n < smaller(image + sharing, n1); ++n) {
+          // Where samples are apart n is 0; else slice / C is.
+          const int64_t offset = (n * C + slice) * S + s, pixel = (n + slice / C) * S + s;
+          int64_t i = first;
+          for (; i + tall * W <= last; i += tall * W)
+            for (int u = 0; u < tall; ++u) f(sums[u], channel, offset + i + u * W, W, Pixels{pixel + i + u * W});
+          if constexpr (tall > 1)
+            for (; i + W <= last; i += W) f(sums[0], channel, offset + i, W, Pixels{pixel + i});
+          if (i < last) f(sums[0], channel, offset + i, static_cast<int>(last - i), Pixels{pixel + i});
+        }
+        for (int k = 0; k < K; ++k) {
+          vec_t<T> all = sums[0][k];
+          for (int u = 1; u < tall; ++u) all += sums[u][k];
+          totals[k] += __builtin_convertvector(all, doubles<acc_t<T>>);
+        }
+      }
+    for (int k = 0; k < K; ++k) flush(k, sum<acc_t<T>>(totals[k]));
+  }
+};
+
+// Memory (samples, images·S, C). A block is some rows of all channels.
+struct Rows : Slices {
+  // Few enough blocks, and tall enough ones, that merging them is cheap; small enough ones that a second pass over a block
+  // finds it in the L2.
+  static constexpr int64_t block_elements = 8192, least_height = 128, most_blocks = 128;
+  int64_t M, height, blocks; // rows of a sample, of a block; blocks of a sample
+
+  explicit Rows(const NormAct& a) : Slices(a), M(images * S) {
+    height = larger(larger(least_height, block_elements / larger(C, 1)), ceil_div(M, most_blocks));
+    blocks = ceil_div(M, height);
+  }
+  int64_t size(int64_t b) const { return smaller((b + 1) * height, M) - b * height; }
+
+  // The mean of the values in the first rows of block b of a sample, for every channel: value(c, offset, n, pixel).
+  template <class T, class Value> void first_mean(const Value& value, int64_t sample, int64_t b, acc_t<T>* mean) const {
+    constexpr int W = lanes<acc_t<T>>;
+    const int64_t begin = sample * M + b * height, rows = smaller(size(b), 8);
+    for (int64_t c = 0; c < C; c += W) {
+      const int n = static_cast<int>(smaller(W, C - c));
+      vec_t<T> total = {};
+      for (int64_t r = begin; r < begin + rows; ++r) total += value(c, r * C + c, n, OnePixel{r});
+      store(mean + c, total / static_cast<acc_t<T>>(rows), n);
+    }
+  }
+
+  // f(sums, channel, offset, n, pixel) for every vector of block b of a sample; then flush(k, c, sums, n) for every vector
+  // of channels. Where C is no multiple of a vector, the last channels come first, as whole vectors that reach into the next
+  // row: what f stores there is overwritten when the row's own turn comes, and what it adds up there is not flushed.
+  template <class T, int P, int K, class F, class Flush>
+  inline __attribute__((always_inline)) void walk(const acc_t<T>* table, int64_t stride, int64_t sample, int64_t b, F f,
+                                                  Flush flush) const {
+    // 256 bytes of a row side by side: shorter runs, with gaps between them, come slowly from memory. More sums than two for
+    // each vector do not find room in the registers.
+    constexpr int W = lanes<acc_t<T>>, most = accumulators<T>;
+    constexpr int wide = most == 1 || K > 2 || FASTGAN_VECTOR_BYTES == 64 ? most : 2 * most;
+    int64_t c = 0;
+    if (C % W) columns<T, P, K, 1>(table, stride, sample, b, C / W * W, static_cast<int>(C % W), f, flush);
+    if constexpr (wide > most)
+      for (; c + wide * W <= C; c += wide * W) columns<T, P, K, wide>(table, stride, sample, b, c, W, f, flush);
+    if constexpr (most > 1)
+      for (; c + most * W <= C; c += most * W) columns<T, P, K, most>(table, stride, sample, b, c, W, f, flush);
+    for (; c + W <= C; c += W) columns<T, P, K, 1>(table, stride, sample, b, c, W, f, flush);
+  }
+
+private:
+  // `Wide` vectors side by side, or of one, several rows at a time.
+  template <class T, int P, int K, int Wide, class F, class Flush>
+  inline __attribute__((always_inline)) void columns(const acc_t<T>* table, int64_t stride, int64_t sample, int64_t b,
+                                                     int64_t c, int n, F f, Flush flush) const {
+    constexpr int W = lanes<acc_t<T>>, tall = Wide == 1 ? accumulators<T> : 1;
+    Channel<T, P> channel[Wide];
+    for (int u = 0; u < Wide; ++u)
+      for (int i = 0; i < P; ++i) channel[u].p[i] = load(table + i * stride + c + u * W, n);
+    doubles<acc_t<T>> totals[Wide][K ? K : 1] = {};
+    const int64_t begin = sample * M + b * height, end = begin + size(b), whole = end - ceil_div(W - n, C);
+    for (int64_t first = begin; first < end; first += run * tall) {
+      vec_t<T> sums[tall][Wide][K ? K : 1] = {};
+      const int64_t last = smaller(first + run * tall, end);
+      int64_t r = first;
+      for (; r + tall <= smaller(last, whole); r += tall)
+        for (int v = 0; v < tall; ++v)
+          for (int u = 0; u < Wide; ++u) f(sums[v][u], channel[u], (r + v) * C + c + u * W, W, OnePixel{r + v});
+      if constexpr (Wide == 1)
+        for (; r < last; ++r) f(sums[0][0], channel[0], r * C + c, n, OnePixel{r});
+      for (int v = 0; v < tall; ++v)
+        for (int u = 0; u < Wide; ++u)
+          for (int k = 0; k < K; ++k) totals[u][k] += __builtin_convertvector(sums[v][u][k], doubles<acc_t<T>>);
+    }
+    for (int u = 0; u < Wide; ++u)
+      for (int k = 0; k < K; ++k) flush(k, c + u * W, totals[u][k], n);
+  }
+};
+
+struct Nothing {
+  template <class... A> void operator()(A...) const {}
+};
+
+constexpr int64_t channel_group = 64; // channels that Rows merges together, so that merging is vectorised
+
+// The three phases of every order.
+//   planes: reduce(slice, b), finish(unit), apply(slice, b)
+//   rows:   reduce(sample, b), finish(sample, first channel, count) of whole units, apply(sample, b)
+template <class Reduce, class Finish, class Apply>
+void run_planes(const Planes& planes, bool reduces, Reduce reduce, Finish finish, Apply apply) {
+  const int64_t blocks = planes.blocks, group = planes.group;
+  if (!reduces) {
+    // Of one slice after the other, small planes lie on a page each.
+#pragma omp parallel if (planes.threads())
+    {
+#pragma omp for schedule(static)
+      for (int64_t unit = 0; unit < planes.units; ++unit) finish(unit);
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < planes.count * blocks; ++i) apply(i % planes.count, i / planes.count);
+    }
+    return;
+  }
+  if (planes.many(planes.units)) {
+    // A unit whose planes fit in the L2 cache is read from memory once.
+#pragma omp parallel for schedule(static) if (planes.threads())
+    for (int64_t unit = 0; unit < planes.units; ++unit) {
+      const int64_t first = unit * group, last = first + group;
+      for (int64_t slice = first; slice < last; ++slice)
+        for (int64_t b = 0; b < blocks; ++b) reduce(slice, b);
+      finish(unit);
+      for (int64_t slice = first; slice < last; ++slice)
+        for (int64_t b = 0; b < blocks; ++b) apply(slice, b);
+    }
+    return;
+  }
+#pragma omp parallel if (planes.threads())
+  {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < planes.count * blocks; ++i) reduce(i / blocks, i % blocks);
+#pragma omp for schedule(static)
+    for (int64_t unit = 0; unit < planes.units; ++unit) finish(unit);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < planes.count * blocks; ++i) apply(i / blocks, i % blocks);
+  }
+}
+
+// The second pass runs backwards: it begins with what the first has read last, which is still in the thread's L2.
+template <class Reduce, class Finish, class Apply>
+void run_rows(const Rows& rows, bool reduces, Reduce reduce, Finish finish, Apply apply) {
+  const int64_t blocks = rows.blocks, group = rows.group, step = larger(1, channel_group / group) * group;
+  const int64_t steps = ceil_div(rows.C, step);
+  auto finish_step = [&](int64_t sample, int64_t i) { finish(sample, i * step, smaller(step, rows.C - i * step)); };
+  if (rows.many(rows.samples)) {
+#pragma omp parallel for schedule(static) if (rows.threads())
+    for (int64_t sample = 0; sample < rows.samples; ++sample) {
+      if (reduces)
+        for (int64_t b = 0; b < blocks; ++b) reduce(sample, b);
+      for (int64_t i = 0; i < steps; ++i) finish_step(sample, i);
+      for (int64_t b = blocks; b-- > 0;) apply(sample, b);
+    }
+    return;
+  }
+#pragma omp parallel if (rows.threads())
+  {
+    const int64_t all = rows.samples * blocks, threads = omp_get_num_threads(), thread = omp_get_thread_num();
+    const int64_t begin = all * thread / threads, end = all * (thread + 1) / threads;
+    if (reduces)
+      for (int64_t i = begin; i < end; ++i) reduce(i / blocks, i % blocks);
+#pragma omp barrier
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < rows.samples * steps; ++i) finish_step(i / steps, i % steps);
+    for (int64_t i = end; i-- > begin;) apply(i / blocks, i % blocks);
+  }
+}
+
+// The sums of a unit's slices: sums(i, k) is the k-th of its i-th slice.
+struct Sums {
+  const double* at; // null where nobody has added anything
+  int64_t slice_stride, sum_stride;
+  double operator()(int64_t i, int k) const { return at ? at[i * slice_stride + k * sum_stride] : 0; }
+};
+
+// What the blocks of a channel's slices contribute to its parameter's gradient, added over the samples: the k-th of `each`
+// parts of every block.
+template <class Acc>
+void add_samples(const Slices& slices, const Scratch<double>& parts, void* grad, int64_t blocks = 1, int each = 1, int k = 0) {
+  if (!grad) return;
+  for (int64_t c = 0; c < slices.C; ++c) {
+    double total = 0;
+    for (int64_t sample = 0; sample < slices.samples; ++sample)
+      for (int64_t b = 0; b < blocks; ++b) total += parts[((sample * slices.C + c) * blocks + b) * each + k];
+    static_cast<Acc*>(grad)[c] = static_cast<Acc>(total);
+  }
+}
+
+// Sums of K products per slice by `reduce_body`, then `finish(unit, sums)`, then `apply_body` with the coefficients that
+// finish left in `table`: P rows of all slices, of which the reduction reads the first R. What apply_body adds to A sums goes,
+// for each channel over all samples, to the arrays `totals`, any of which may be null.
+template <class T, int R, int K, int P, int A = 0, class ReduceBody, class Finish, class ApplyBody>
+void sum_finish_apply(const NormAct& a, acc_t<T>* table, bool reduces, ReduceBody reduce_body, Finish finish,
+                      ApplyBody apply_body, void* const* totals = nullptr) {
+  using Acc = acc_t<T>;
+  if (a.rows) {
+    const Rows rows(a);
+    const int64_t C = a.C, block = K * C; // the sums of a block: (K, C)
+    const Scratch<double> partial(reduces ? rows.samples * rows.blocks * block : 0);
+    const Scratch<double> applied(rows.count * rows.blocks * A);
+    run_rows(
+        rows, reduces,
+        [&](int64_t sample, int64_t b) {
+          double* sums = &partial[(sample * rows.blocks + b) * block];
+          rows.walk<T, R, K>(table + sample * C, rows.count, sample, b, reduce_body,
+                             [&](int k, int64_t c, const doubles<Acc>& of_lane, int n) {
+                               __builtin_memcpy(&sums[k * C + c], &of_lane, n * sizeof(double));
+                             });
+        },
+        [&](int64_t sample, int64_t first, int64_t count) {
+          double* sums = reduces ? &partial[sample * rows.blocks * block + first] : nullptr;
+          if (reduces)
+            for (int64_t b = 1; b < rows.blocks; ++b)
+              for (int k = 0; k < K; ++k)
+                for (int64_t i = 0; i < count; ++i) sums[k * C + i] += sums[b * block + k * C + i];
+          for (int64_t i = 0; i < count; i += rows.group)
+            finish((sample * C + first + i) / rows.group, Sums{reduces ? sums + i : nullptr, 1, C});
+        },
+        [&](int64_t sample, int64_t b) {
+          rows.walk<T, P, A>(table + sample * C, rows.count, sample, b, apply_body,
+                             [&](int k, int64_t c, const doubles<Acc>& of_lane, int n) {
+                               for (int i = 0; i < n; ++i)
+                                 applied[((sample * C + c + i) * rows.blocks + b) * A + k] = of_lane[i];
+                             });
+        });
+    for (int k = 0; k < A; ++k) add_samples<Acc>(rows, applied, totals[k], rows.blocks, A, k);
+  } else {
+    const Planes planes(a, reduces);
+    const int64_t slice_sums = planes.blocks * K;
+    const Scratch<double> partial(reduces ? planes.count * slice_sums : 0);
+    const Scratch<double> applied(planes.count * planes.blocks * A);
+    run_planes(
+        planes, reduces,
+        [&](int64_t slice, int64_t b) {
+          planes.walk<T, R, K>(table + slice, planes.count, slice, b, reduce_body,
+                               [&](int k, double total) { partial[slice * slice_sums + b * K + k] = total; });
+        },
+        [&](int64_t unit) {
+          double* sums = reduces ? &partial[unit * planes.group * slice_sums] : nullptr;
+          if (reduces)
+            for (int64_t i = 0; i < planes.group; ++i)
+              for (int64_t j = K; j < slice_sums; ++j) sums[i * slice_sums + j % K] += sums[i * slice_sums + j];
+          finish(unit, Sums{sums, slice_sums, 1});
+        },
+        [&](int64_t slice, int64_t b) {
+          planes.walk<T, P, A>(table + slice, planes.count, slice, b, apply_body,
+                               [&](int k, double total) { applied[(slice * planes.blocks + b) * A + k] = total; });
+        });
+    for (int k = 0; k < A; ++k) add_samples<Acc>(planes, applied, totals[k], planes.blocks, A, k);
+  }
+}
+
+// Whether n numbers' distances to a shift, and the squares of these, with the given sums, tell their variance well: where
+// the shift is no more than two standard deviations from the mean.
+FASTGAN_INLINE bool tells_variance(double n, double distances, double squares) {
+  return 5 * distances * distances <= 4 * n * squares;
+}
+
+// What `moments_finish_apply` takes the moments of, where that lies in memory as it is: a number for each element.
+template <class T> struct Stored {
+  static constexpr int P = 0; // numbers of its slice's that it is computed with
+  const T* x;
+  void fill(acc_t<T>*, int64_t, int64_t) const {}
+  template <class Where>
+  inline __attribute__((always_inline)) vec_t<T> operator()(const vec_t<T>*, int64_t offset, int n, Where) const {
+    return load(x + offset, n);
+  }
+};
+
+// Mean and biased variance of the values of every unit into a.mean, a.var, then finish(unit) and apply_body. Each block has
+// a shift near its mean, taken from its first elements, and sums about it, merged in the manner of Chan, Golub and LeVeque
+// (1983): exact for data far from zero. Where these elements were not like the rest, a second pass takes the mean itself.
+template <class T, int P, class Values, class Finish, class ApplyBody>
+void moments_finish_apply(const NormAct& a, acc_t<T>* table, Values values, Finish finish, ApplyBody apply_body) {
+  using Acc = acc_t<T>;
+  using vec = vec_t<T>;
+  constexpr int R = 1 + Values::P; // what a block's first pass reads: the shift, and what the values are computed with
+  const int64_t C = a.C;
+  auto add_about = [&](vec* sums, const Channel<T, R>& channel, int64_t offset, int n, auto where) __attribute__((always_inline)) {
+    vec t = values(channel.p + 1, offset, n, where) - channel.p[0];
+    if (n < lanes<Acc>) t = keep(first_lanes<Acc>(n), t);
+    sums[0] += t;
+    sums[1] += t * t;
+  };
+  const Slices slices(a);
+  const Scratch<double> means(slices.count), variances(slices.count); // of the slices
+  // The moments of `count` slices from those of their blocks: for block b the shift at shift[b * step], and at
+  // about[2 * b * stride], `apart` from each other, the sums of the distances to it and of their squares.
+  auto merge = [&](const auto& layout, const Acc* shift, int64_t step, const double* about, int64_t stride, int64_t apart,
+                   int64_t first, int64_t count) {
+    const double M = static_cast<double>(slices.images) * a.S, each = 1 / M;
+    double mean[channel_group], square[channel_group];
+    for (int64_t i = 0; i < count; ++i) mean[i] = square[i] = 0;
+    for (int64_t b = 0; b < layout.blocks; ++b) {
+      const double share = layout.size(b) / M; // divided, so that a mean that is an element of x comes out as that
+      for (int64_t i = 0; i < count; ++i) mean[i] += share * shift[b * step + i] + about[2 * b * stride + i] / M;
+    }
+    for (int64_t b = 0; b < layout.blocks; ++b) {
+      const double *distances = about + 2 * b * stride, *squares = distances + apart, share = layout.size(b) * each;
+      for (int64_t i = 0; i < count; ++i) {
+        const double away = shift[b * step + i] - mean[i];
+        square[i] += squares[i] * each + away * (2 * distances[i] * each + share * away);
+      }
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      means[first + i] = mean[i];
+      variances[first + i] = square[i] < 0 ? 0 : square[i];
+    }
+  };
+  auto finish_unit = [&](int64_t unit) {
+    const double *of_mean = &means[unit * slices.group], *of_var = &variances[unit * slices.group];
+    double mean = 0, var = 0;
+    for (int64_t i = 0; i < slices.group; ++i) mean += of_mean[i] / slices.group;
+    for (int64_t i = 0; i < slices.group; ++i) {
+      const double away = of_mean[i] - mean;
+      var += (of_var[i] + away * away) / slices.group;
+    }
+    a.mean[unit] = mean;
+    a.var[unit] = var;
+    finish(unit);
+  };
+  if (a.rows) {
+    const Rows rows(a);
+    const Scratch<Acc> shift(rows.blocks * rows.count * R); // of a block: (R, C)
+    const Scratch<double> about(rows.blocks * 2 * rows.count);
+    run_rows(
+        rows, true,
+        [&](int64_t sample, int64_t b) {
+          const int64_t at = (sample * rows.blocks + b) * C, size = rows.size(b);
+          double *distances = &about[2 * at], *squares = distances + C;
+          Acc *of_block = &shift[at * R], *numbers = of_block + C;
+          auto sum_about_shift = [&] {
+            rows.walk<T, R, 2>(of_block, C, sample, b, add_about,
+                               [&](int k, int64_t c, const doubles<Acc>& totals, int n) {
+                                 __builtin_memcpy(&distances[k * C + c], &totals, n * sizeof(double));
+                               });
+          };
+          for (int64_t c = 0; c < C; ++c) values.fill(numbers + c, C, c);
+          rows.first_mean<T>(
+              [&](int64_t c, int64_t offset, int n, auto where) __attribute__((always_inline)) {
+                vec p[R];
+                for (int i = 0; i < Values::P; ++i) p[i] = load(numbers + i * C + c, n);
+                return values(p, offset, n, where);
+              },
+              sample, b, of_block);
+          sum_about_shift();
+          bool good = true;
+          for (int64_t c = 0; c < C; ++c) good &= tells_variance(size, distances[c], squares[c]);
+          if (good) return;
+          for (int64_t c = 0; c < C; ++c) of_block[c] = static_cast<Acc>(of_block[c] + distances[c] / size);
+          sum_about_shift();
+        },
+        [&](int64_t sample, int64_t first, int64_t count) {
+          const int64_t at = sample * rows.blocks * C;
+          for (int64_t c = first; c < first + count; c += channel_group)
+            merge(rows, &shift[at * R + c], R * C, &about[2 * at + c], C, C, sample * C + c,
+                  smaller(channel_group, first + count - c));
+          for (int64_t c = first; c < first + count; c += rows.group) finish_unit((sample * C + c) / rows.group);
+        },
+        [&](int64_t sample, int64_t b) {
+          rows.walk<T, P, 0>(table + sample * C, rows.count, sample, b, apply_body, Nothing());
+        });
+  } else {
+    const Planes planes(a);
+    const int64_t blocks = planes.blocks;
+    const Scratch<Acc> shift(planes.count * blocks * R); // of a block: (R,)
+    const Scratch<double> about(planes.count * blocks * 2);
+    run_planes(
+        planes, true,
+        [&](int64_t slice, int64_t b) {
+          const int64_t at = slice * blocks + b;
+          const double *distances = &about[2 * at], *squares = distances + 1;
+          Acc* of_block = &shift[at * R];
+          auto sum_about_shift = [&] {
+            planes.walk<T, R, 2>(of_block, 1, slice, b, add_about,
+                                 [&](int k, double total) { about[2 * at + k] = total; });
+          };
+          values.fill(of_block + 1, 1, slice % C);
+          vec p[R];
+          for (int i = 0; i < Values::P; ++i) p[i] = broadcast<Acc>(of_block[1 + i]);
+          *of_block = planes.first_mean<T>(
+              [&](int64_t offset, int n, auto where) __attribute__((always_inline)) {
+                const vec value = values(p, offset, n, where);
+                return n < lanes<Acc> ? keep(first_lanes<Acc>(n), value) : value;
+              },
+              slice, b);
+          sum_about_shift();
+          if (tells_variance(planes.size(b), *distances, *squares)) return;
+          *of_block = static_cast<Acc>(*of_block + *distances / planes.size(b));
+          sum_about_shift();
+        },
+        [&](int64_t unit) {
+          for (int64_t slice = unit * planes.group; slice < (unit + 1) * planes.group; ++slice)
+            merge(planes, &shift[slice * blocks * R], R, &about[2 * slice * blocks], 1, 1, slice, 1);
+          finish_unit(unit);
+        },
+        [&](int64_t slice, int64_t b) {
+          planes.walk<T, P, 0>(table + slice, planes.count, slice, b, apply_body, Nothing());
+        });
+  }
+}
+
+// A unit's 1 / sqrt(var + eps), and what rounding took from its mean. In a group of one element, which is its mean, 0 gives
+// the same values and gradients that are exactly 0.
+FASTGAN_INLINE double inverse_deviation(const NormAct& a, int64_t unit) {
+  return a.groups == a.C && a.S == 1 ? 0 : 1 / __builtin_sqrt(a.var[unit] + a.eps);
+}
+template <class Acc> double mean_remainder(const NormAct& a, int64_t unit) {
+  return a.mean[unit] - static_cast<Acc>(a.mean[unit]);
+}
+// Element i of a vector that may be absent.
+template <class Acc> double element(const void* vector, int64_t i, double absent) {
+  return vector ? static_cast<const Acc*>(vector)[i] : absent;
+}
+template <class Acc, int N> FASTGAN_INLINE void store_column(Acc* table, int64_t stride, const double (&values)[N]) {
+  for (int i = 0; i < N; ++i) table[i * stride] = static_cast<Acc>(values[i]);
+}
+
+// Rows 0 to 3 of every table: the rounded mean, scale, bias less what rounding the mean adds, and the activation's slope.
+// `pre` below is computed from them in one way only, so that forward and backward agree on its sign to the bit.
+template <class Acc> void fill_affine(const NormAct& a, const Slices& slices, Acc* table, int64_t unit) {
+  const double r = inverse_deviation(a, unit), rest = mean_remainder<Acc>(a, unit);
+  const int64_t first = unit * slices.group, channel = first % slices.C;
+  for (int64_t i = 0; i < slices.group; ++i) {
+    const double scale = element<Acc>(a.weight, channel + i, 1) * r, bias = element<Acc>(a.bias, channel + i, 0);
+    const double slope = element<Acc>(a.prelu_weight, channel + i, fixed_slope(a));
+    store_column(table + first + i, slices.count, {a.mean[unit], scale, bias - rest * scale, slope});
+  }
+}
+template <class Acc> void fill_affine(const NormAct& a, const Slices& slices, Acc* table) {
+#pragma omp parallel for schedule(static) if (slices.count > 512)
+  for (int64_t unit = 0; unit < slices.units; ++unit) fill_affine(a, slices, table, unit);
+}
+template <class T, int P>
+FASTGAN_INLINE vec_t<T> preactivation(const NormAct& a, const Channel<T, P>& channel, vec_t<T> t, int64_t offset, int n) {
+  const vec_t<T> pre = t * channel.p[1] + channel.p[2];
+  return a.residual ? pre + load(static_cast<const T*>(a.residual) + offset, n) : pre;
+}
+
+// The double backward's means over a unit, where h = weight·g, v = ggx, m = ggw·g, and x in a name stands for ·x̂. With
+// P(v) = r·(v - E v - x̂·E[v x̂]), which is its own adjoint, and grad_x = P(h):
+//   g_grad_y = act'(pre)·(weight·P(v) + ggw·x̂ + ggb + u)
+//   g_x      = P(m - r·vx·h - r·hx·v) - r²·(vh - v·h - vx·hx)·x̂ = r·(z - E z - x̂·E[z x̂]) - r²·K·x̂
+struct Means {
+  double h = 0, hx = 0, v = 0, vx = 0, vh = 0, m = 0, mx = 0;
+  double K() const { return vh - v * h - vx * hx; }
+  double z(double r) const { return m - r * (vx * h + hx * v); }
+  double zx(double r) const { return mx - 2 * r * vx * hx; }
+};
