@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from fastgan import backend, ops
-from fastgan.nn.conv_norm_act import conv2d, conv_batch_norm_act, is_doubling, is_halving, slides
+from fastgan.nn.conv_norm_act import conv2d, conv_batch_norm_act, is_doubling, is_halving, slides, up_conv2d
 from fastgan.nn.gradient_reversal import GradientReversal, WarmStartGradientReversal, next_coeff
 from fastgan.nn.group_norm_act import instance_norm_act, tracks_planes
-from fastgan.nn.norm_act import Activation, attachment, batch_norm_act
+from fastgan.nn.norm_act import Activation, attachment, batch_norm_act, is_distributed
 from fastgan.ops._autograd import is_transformed
 from fastgan.ops._conv_cpu import FEW_CHANNELS
 from fastgan.ops._tensors import DTYPES, in_layout, lies_in_both, suggests_channels_last
@@ -54,7 +54,7 @@ def _up_conv_instance_norm_act(x: Tensor, _up: Any, conv: Any, norm: Any, act: n
 
 
 def _up_conv(x: Tensor, _up: Any, conv: Any) -> Tensor:
-    return ops.upsample_conv2d(x, conv.weight, conv.bias, padding=conv.padding, groups=conv.groups, keep_layout=False)
+    return up_conv2d(x, conv)
 
 
 def _conv_down(x: Tensor, conv: Any, _pool: Any) -> Tensor:
@@ -82,7 +82,7 @@ def _reversed_linear(x: Tensor, reversal: Any, linear: Any) -> Tensor:
 
 
 CONV = (nn.Conv2d, nn.ConvTranspose2d)
-BATCH, INSTANCE = (nn.BatchNorm2d,), (nn.InstanceNorm2d,)
+BATCH, INSTANCE = (nn.BatchNorm2d, nn.SyncBatchNorm), (nn.InstanceNorm2d,)
 NORM = BATCH + INSTANCE
 ACT = (nn.ReLU, nn.LeakyReLU)
 ACT_OR_PRELU = (*ACT, nn.PReLU)
@@ -201,6 +201,8 @@ def _fits(x: Any, layers: list[nn.Module]) -> bool:
         elif isinstance(layer, NORM):
             if layer.num_features not in (channels, None):  # None: of a function without parameters
                 return False
+            if isinstance(layer, nn.SyncBatchNorm) and layer.training and not _is_synchronised_on(x.device):
+                return False
             params = layer.running_mean if layer.weight is None else layer.weight  # None: of an instance norm
             if params is not None and params.dtype not in (x.dtype, torch.float32):
                 return False
@@ -217,6 +219,11 @@ def _fits(x: Any, layers: list[nn.Module]) -> bool:
         if params is not None and params.device != x.device:
             return False
     return True
+
+
+def _is_synchronised_on(device: torch.device) -> bool:
+    """Whether synchronised norms train there: on the CPU stock refuses to wait for other processes."""
+    return not is_distributed() or (device.type == "cuda" and not torch.compiler.is_compiling())
 
 
 def _choose(x: Any, layers: list[nn.Module], classes: Classes) -> tuple[int, Callable[..., Tensor] | None]:

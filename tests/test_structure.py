@@ -75,7 +75,7 @@ def test_no_torch_header_in_csrc():
 # penalties use and measure; composites are stock arithmetic; a reversal computes nothing that torch's matrix product does
 # not; a layout is part of what others do.
 LEAN = {"activation", "avg_pool"}
-COMPOSITE = {"minibatch_stddev", "pixel_norm"}
+COMPOSITE = {"minibatch_stddev", "pixel_norm", "sync_batch_norm_act"}
 MADE_OF_OTHERS = {"conv_norm_act", "gradient_reversal", "resampled_conv"}
 LEVELS = {
     "fastgan/nn/{}.py": {"bias_act", "conv", "layout", "penalty", "resampled_conv"} | LEAN | COMPOSITE,
@@ -85,8 +85,8 @@ LEVELS = {
     "benchmarks/bench_{}.py": {"conv", "layout"} | LEAN | COMPOSITE,
 }
 SHARED = {
-    "_layers", "_norm", "_units", "kernels", "simd", "tiles", "conv_tiles", "winograd", "__init__", "training",
-    "wgan_gp", "sngan", "stylegan", "cyclegan", "srgan", "equalized",
+    "_layers", "_norm", "_units", "kernels", "simd", "slices", "tiles", "conv_tiles", "winograd", "avx2", "avx512",
+    "baseline", "__init__", "training", "wgan_gp", "sngan", "stylegan", "cyclegan", "srgan", "equalized",
 }  # fmt: skip
 
 

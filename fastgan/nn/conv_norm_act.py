@@ -6,7 +6,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgan import ops
-from fastgan.nn.norm_act import Activation, attachment, new_prelu_weight, next_statistics
+from fastgan.nn.norm_act import (
+    Activation,
+    BatchNorm,
+    attachment,
+    batch_norm_act,
+    new_prelu_weight,
+    next_statistics,
+    waits_for_others,
+)
 from fastgan.ops._norm import activate
 from fastgan.ops._types import Act
 from fastgan.ops.conv import Size2
@@ -75,10 +83,16 @@ def conv2d(
     return op(x, conv.weight, conv.bias if with_bias else None, **settings, keep_layout=keep_layout)
 
 
+def up_conv2d(x: Tensor, conv: Conv) -> Tensor:
+    """conv of x at twice its size, by the operator, in the layout that is fast."""
+    padding: Any = conv.padding
+    return ops.upsample_conv2d(x, conv.weight, conv.bias, padding=padding, groups=conv.groups, keep_layout=False)
+
+
 def conv_batch_norm_act(
     x: Tensor,
     conv: Conv,
-    norm: nn.BatchNorm2d,
+    norm: BatchNorm,
     activation: Activation,
     output_size: list[int] | None = None,
     *,
@@ -86,6 +100,9 @@ def conv_batch_norm_act(
     keep_layout: bool = True,
 ) -> Tensor:
     """act(norm(conv(x))) by the operator, with all that `norm` does in a forward pass. `doubled`: of x at twice its size."""
+    if waits_for_others(norm):
+        y = up_conv2d(x, conv) if doubled else conv2d(x, conv, output_size, keep_layout=keep_layout)
+        return batch_norm_act(y, norm, activation)
     op = ops.conv2d_batch_norm_act if isinstance(conv, nn.Conv2d) else ops.conv_transpose2d_batch_norm_act
     weight = conv.weight
     x, settings = _prepare(x, conv, output_size)

@@ -1,14 +1,17 @@
 """`BatchNormAct2d`, and what every fused layer asks of an `nn.BatchNorm2d` and of an activation."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastgan import ops
 from fastgan.ops._norm import check_act
 from fastgan.ops._tensors import accumulation_dtype
 from fastgan.ops._types import Act, FixedAct
+
+BatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm
 
 
 class Activation(NamedTuple):
@@ -74,7 +77,7 @@ class Statistics(NamedTuple):
     momentum: float | Tensor
 
 
-def next_statistics(norm: nn.BatchNorm2d) -> Statistics:
+def next_statistics(norm: BatchNorm) -> Statistics:
     """Begin a forward pass as `nn.BatchNorm2d.forward` does: in training a tracked batch is counted.
 
     With `momentum=None` the running statistics are the plain mean over the batches so far, which is a momentum of
@@ -96,9 +99,29 @@ def next_statistics(norm: nn.BatchNorm2d) -> Statistics:
     )
 
 
-def batch_norm_act(x: Tensor, norm: nn.BatchNorm2d, activation: Activation, residual: Tensor | None = None) -> Tensor:
+def is_distributed() -> bool:
+    """Whether processes have been told of each other."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def waits_for_others(norm: BatchNorm) -> TypeGuard[nn.SyncBatchNorm]:
+    """Whether a norm's next forward pass is about the batches of several processes."""
+    is_synchronised = isinstance(norm, nn.SyncBatchNorm) and norm.training and is_distributed()
+    return is_synchronised and dist.get_world_size(_process_group(norm)) > 1
+
+
+def _process_group(norm: Any) -> "dist.ProcessGroup | None":
+    return norm.process_group
+
+
+def batch_norm_act(x: Tensor, norm: BatchNorm, activation: Activation, residual: Tensor | None = None) -> Tensor:
     """act(norm(x) + residual) by the operator, with all that `norm` does in a forward pass."""
     running_mean, running_var, training, momentum = next_statistics(norm)
+    if waits_for_others(norm):
+        return ops.sync_batch_norm_act(
+            x, running_mean, running_var, norm.weight, norm.bias, momentum, norm.eps,
+            process_group=_process_group(norm), **activation._asdict(), residual=residual,
+        )  # fmt: skip
     return ops.batch_norm_act(
         x, running_mean, running_var, norm.weight, norm.bias, training, momentum, norm.eps,
         **activation._asdict(), residual=residual,

@@ -16,6 +16,7 @@ from fastgan.ops.pixel_norm import pixel_norm
 from fastgan.ops.pixel_shuffle_act import pixel_shuffle_act
 from fastgan.ops.resampled_conv import conv2d_avg_pool2d, upsample_conv2d
 from fastgan.ops.spectral_norm import spectral_norm
+from fastgan.ops.sync_batch_norm_act import sync_batch_norm_act
 from fastgan.ops.upfirdn2d import downsample2d, filter2d, setup_filter, upfirdn2d, upsample2d
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "sample_squares",
     "setup_filter",
     "spectral_norm",
+    "sync_batch_norm_act",
     "upfirdn2d",
     "upsample2d",
     "upsample_conv2d",

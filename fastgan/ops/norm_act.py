@@ -353,8 +353,8 @@ def normalise(
         if mean_offset is not None:
             mean = mean + mean_offset.detach()
         if not _move_at_once(running_mean, running_var, mean, var, momentum, n / (n - 1)):
-            _move(running_mean, mean, momentum)
-            _move(running_var, var * (n / (n - 1)), momentum)
+            move(running_mean, mean, momentum)
+            move(running_var, var * (n / (n - 1)), momentum)
     return y
 
 
@@ -409,7 +409,8 @@ def _move_at_once(
     return True
 
 
-def _move(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:
+def move(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:
+    """A running statistic towards the batch's, in place."""
     if isinstance(momentum, Tensor):
         momentum = momentum.to(running.dtype).reshape(())
     running.lerp_(batch.to(running.dtype), momentum)
