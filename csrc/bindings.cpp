@@ -207,6 +207,24 @@ PYBIND11_MODULE(_C, m) {
   m.def("winograd_tiles_to_positions", [](const Winograd& a, Address tiles, Address bias, Address positions) {
     return kernels.winograd_tiles_to_positions(a, at<float>(tiles), at<float>(bias), at<float>(positions));
   }, release());
+  m.def("winograd_weight_to_phases", [](int64_t O, int64_t C, Address weight, Address phases) {
+    kernels.winograd_weight_to_phases(O, C, at<float>(weight), at<float>(phases));
+  }, release());
+  m.def("winograd_phases_to_weight", [](int64_t O, int64_t C, Address phases, Address weight) {
+    kernels.winograd_phases_to_weight(O, C, at<float>(phases), at<float>(weight));
+  }, release());
+  m.def("winograd_image_to_phases", [](const Winograd& a, Address image, Address tiles) {
+    kernels.winograd_image_to_phases(a, at<float>(image), at<float>(tiles));
+  }, release());
+  m.def("winograd_phases_to_image", [](const Winograd& a, Address tiles, Address image) {
+    return kernels.winograd_phases_to_image(a, at<float>(tiles), at<float>(image));
+  }, release());
+  m.def("winograd_positions_to_products", [](const Winograd& a, Address positions, Address products) {
+    kernels.winograd_positions_to_products(a, at<float>(positions), at<float>(products));
+  }, release());
+  m.def("winograd_products_to_positions", [](const Winograd& a, Address products, Address bias, Address positions) {
+    return kernels.winograd_products_to_positions(a, at<float>(products), at<float>(bias), at<float>(positions));
+  }, release());
 
   py::class_<Samples>(m, "Samples").def(py::init(&samples_of));
   m.def("sample_dot", [](const Samples& s, Address x, Address y, Address sums) {

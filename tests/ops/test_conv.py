@@ -370,16 +370,55 @@ def test_winograd_s_form_takes_a_large_batch_piece_by_piece(by_winograd, monkeyp
     errors.check()
 
 
+@pytest.fixture
+def by_phases(monkeypatch):
+    """Winograd's form of k4 s2, for the weight's gradient too."""
+    if backend.obstacle("cpp", "cpu") is not None:
+        pytest.skip("the C++ kernels are not there")
+    monkeypatch.setattr(_conv_cpu, "choose_form", lambda geometry, result: "winograd")
+
+
+@pytest.mark.parametrize("weight_layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("padding", [0, 1, 2, 3, (1, 0), (0, 3)], ids=str)
+@pytest.mark.parametrize(("inside", "outside"), [(16, 33), (40, 5)])
+def test_the_phases_of_k4_s2_are_as_exact_as_eager(inside, outside, padding, weight_layout, by_phases, poisoned):
+    errors = Errors()
+    for size in ((16, 17), (19, 14), (4, 5)):
+        inputs = [
+            torch.randn(3, inside, *size),
+            torch.randn(outside, inside, 4, 4).contiguous(memory_format=weight_layout),
+        ]
+        add_two_orders(errors, inputs, False, stride=2, padding=padding)
+        inputs[1] = inputs[1].transpose(0, 1)
+        for output_padding in (0, (1, 0)):
+            add_two_orders(errors, inputs, True, stride=2, padding=padding, output_padding=output_padding)
+    errors.check()
+
+
+def test_the_phases_of_a_large_batch_are_taken_piece_by_piece(by_phases, monkeypatch):
+    monkeypatch.setattr(_conv_cpu, "_WINOGRAD_ELEMENTS", 2 * 9 * 4 * 4 * 4 * 20)
+    errors = Errors()
+    add_two_orders(errors, [torch.randn(7, 20, 16, 17), torch.randn(8, 20, 4, 4)], False, stride=2, padding=1)
+    errors.check()
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (4, 2)], ids=["k3 s1", "k4 s2"])
 @pytest.mark.parametrize(
     ("where", "special"), [*itertools.product(("x", "weight"), (float("inf"), float("nan"))), ("x", 3.4e38)], ids=str
 )
-def test_numbers_that_would_spread_over_winograd_s_tiles_are_as_stock(where, special, by_winograd):
-    tensors = {"x": torch.randn(2, 3, 8, 8), "weight": torch.randn(4, 3, 3, 3)}
+def test_numbers_that_would_spread_over_winograd_s_tiles_are_as_stock(where, special, kernel, stride, monkeypatch):
+    if backend.obstacle("cpp", "cpu") is not None:
+        pytest.skip("the C++ kernels are not there")
+    takes_weight = kernel == 4
+    monkeypatch.setattr(
+        _conv_cpu, "choose_form", lambda _, result: "winograd" if result != "weight" or takes_weight else "vendor"
+    )
+    tensors = {"x": torch.randn(2, 3, 8, 8), "weight": torch.randn(4, 3, kernel, kernel)}
     tensors[where][0, 1, 2, 2] = special
     results = []
     for function in (conv2d, F.conv2d):
         x, weight = (t.clone().requires_grad_() for t in tensors.values())
-        y = function(x, weight, padding=1)
+        y = function(x, weight, stride=stride, padding=1)
         results.append([y, *torch.autograd.grad(y, (x, weight), torch.ones_like(y))])
     for ours, stock in zip(*results, strict=True):
         torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-5, equal_nan=True)
@@ -393,6 +432,18 @@ def test_winograd_s_form_is_taken_for_residual_blocks_and_never_in_16_bits():
     others = [{"dtype": torch.bfloat16}, {"stride": (2, 2)}, {"dilation": (2, 2)}, {"groups": 2}, {"kernel": (3, 1)}]
     for other in others:
         assert _conv_cpu.choose_form(geometry._replace(**other), "positions") != "winograd"
+
+
+def test_the_phases_are_taken_for_dcgan_s_layers_where_no_lanes_are_wide(monkeypatch):
+    if backend.obstacle("cpp", "cpu") is not None:
+        pytest.skip("the C++ kernels are not there")
+    results = ("positions", "image", "weight")
+    layer = _conv_cpu.Geometry(torch.float32, (64, 128, 16, 16), (64, 256, 8, 8), (4, 4), (2, 2), (1, 1), (1, 1), 1)
+    for is_wide in (False, True):
+        _conv_cpu._fastest.cache_clear()
+        monkeypatch.setattr(backend, "has_wide_lanes", lambda is_wide=is_wide: is_wide)
+        assert [_conv_cpu.choose_form(layer, result) == "winograd" for result in results] == [not is_wide] * 3
+    _conv_cpu._fastest.cache_clear()
 
 
 def test_compiled_whole():
