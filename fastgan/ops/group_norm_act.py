@@ -49,7 +49,10 @@ def reference(
     if _is_per_element(weight, bias):
         y = dense(F.layer_norm(x, x.shape[1:], weight, bias, eps), is_channels_last(x))
     else:
-        y = torch.group_norm(x, num_groups, weight, bias, eps)
+        # Of a channels_last x torch 2.13 crashes in a backward pass to the parameters alone.
+        y = torch.group_norm(x.contiguous(), num_groups, weight, bias, eps)
+        if is_channels_last(x):
+            y = y.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
     if residual is not None:
         y = y + residual
     return activate_(y, act, negative_slope)

@@ -159,6 +159,20 @@ def test_the_definition_has_a_gradient_for_a_bias_without_weight(norm):
         assert_same(found, expected)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_the_definition_has_gradients_for_the_parameters_alone(layout):
+    """Of a channels_last x torch 2.13 crashes there."""
+    x = torch.randn(4, 8, 8, 8).contiguous(memory_format=layout)
+    parameters = [torch.ones(8, requires_grad=True), torch.zeros(8, requires_grad=True)]
+    grad_y = torch.randn(4, 8, 8, 8)
+    for _ in range(20):
+        y = reference(x, 4, *parameters)
+        of_weight, of_bias = torch.autograd.grad(y, parameters, grad_y)
+    assert y.is_contiguous(memory_format=layout)
+    torch.testing.assert_close(of_bias, grad_y.sum((0, 2, 3)))
+    torch.testing.assert_close(of_weight, (grad_y * y.detach()).sum((0, 2, 3)))
+
+
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("affine", [True, False])
 def test_the_third_derivative_agrees_with_differences_of_the_second(norm, affine):
