@@ -65,7 +65,8 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple)
     """`fastgan::convolution`."""
     x = dense(x, channels_last=True)
     if not _vendor_takes(x.dtype):
-        return convolution(x.float(), weight.float(), None if bias is None else bias.float(), settings).to(x.dtype)
+        with _without_autocast():
+            return convolution(x.float(), weight.float(), None if bias is None else bias.float(), settings).to(x.dtype)
     geometry, form, is_turned = _plan(x.dtype, x.shape, weight.shape, *map(_hashable, settings))
     transposed = settings[3] and not is_turned
     if is_turned:
@@ -82,6 +83,10 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple)
         return y if bias is None else y.add_(bias.view(-1, 1, 1))
     x = in_layout(x, channels_last=True)  # of one channel torch would give NCHW
     return dense(torch.convolution(x, weight, bias, *settings), channels_last=True)
+
+
+# It would have the products of float32 matrices in 16 bits, which C++ takes for float32.
+_without_autocast = functools.partial(torch.autocast, "cpu", enabled=False)
 
 
 @functools.cache
@@ -127,7 +132,8 @@ def weight_grad(grad_y: Tensor, x: Tensor, weight_shape: Sequence[int], settings
     """`fastgan::convolution_weight_grad`."""
     grad_y, x = dense(grad_y, channels_last=True), dense(x, channels_last=True)
     if not _vendor_takes(x.dtype):
-        return weight_grad(grad_y.float(), x.float(), weight_shape, settings).to(x.dtype)
+        with _without_autocast():
+            return weight_grad(grad_y.float(), x.float(), weight_shape, settings).to(x.dtype)
     if _is_summed_turned(x.dtype, weight_shape, settings):
         outputs, inputs, *taps = weight_shape
         turned = _turned_settings(weight_shape, settings, transposed=False)

@@ -85,6 +85,26 @@ def test_16_bits_that_the_vendor_does_not_convolve_are_convolved_in_float32(dtyp
         torch.testing.assert_close(ours, once_rounded.to(dtype), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("form", ["patches", "winograd"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["conv2d", "conv_transpose2d"])
+def test_they_are_convolved_in_float32_under_autocast_too(transposed, form, monkeypatch):
+    if backend.obstacle("cpp", "cpu") is not None:
+        pytest.skip("the C++ kernels are not there")
+    monkeypatch.setattr(_conv_cpu, "_vendor_takes", lambda dtype: dtype.itemsize > 2)
+    monkeypatch.setattr(_conv_cpu, "choose_form", lambda geometry, result: form)
+    x, weight = torch.randn(2, 6, 8, 8).bfloat16(), torch.randn(6, 6, 4, 4).bfloat16()
+    settings = ((2, 2), (1, 1), (1, 1), transposed, (0, 0), 1)
+
+    def results():
+        y = _conv_cpu.convolution(x, weight, None, settings)
+        return y, _conv_cpu.weight_grad(y, x, weight.shape, settings)
+
+    expected = results()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = results()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("transposed", [False, True], ids=["conv2d", "conv_transpose2d"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
