@@ -424,6 +424,8 @@ def run_chain(
         if run is not None and not isinstance(head, REVERSAL):
             if stock is None:
                 stock = torch.channels_last if suggests_channels_last(x) else torch.contiguous_format
+            if any(getattr(layer, "padding_mode", None) == "circular" for layer in layers[:length]):
+                stock = torch.contiguous_format  # which torch's circular padding makes of any layout
             if any(isinstance(layer, CONV) and suggests_channels_last(layer.weight) for layer in layers[:length]):
                 stock = torch.channels_last
             if any(isinstance(layer, INSTANCE) for layer in layers[:length]):

@@ -150,3 +150,17 @@ def test_hooks_see_the_layout_of_stock(layouts):
     fused[3].register_forward_hook(lambda module, args, output: seen.append(args[0].is_contiguous()))
     fused(LITTLE)
     assert seen == [True] and layouts == [True, False]
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "circular", "reflect", "replicate"])
+@pytest.mark.parametrize("channels_last", ["neither", "images", "weights"])
+def test_padded_convolutions_give_the_layout_of_stock(padding_mode, channels_last, layouts):
+    stock = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1, padding_mode=padding_mode), nn.Conv2d(6, 5, 3, padding=1))
+    x = LITTLE
+    if channels_last == "images":
+        x = x.contiguous(memory_format=torch.channels_last)
+    if channels_last == "weights":
+        stock.to(memory_format=torch.channels_last)
+    expected, found = stock(x), fuse(copy.deepcopy(stock))(x)
+    torch.testing.assert_close(found, expected)
+    assert found.stride() == expected.stride()
