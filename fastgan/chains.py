@@ -296,10 +296,10 @@ def _size(x: Tensor, conv: Any) -> tuple[int, int]:
     return conv.weight.numel() * positions, pixels * conv.out_channels
 
 
-def _call_little(x: Any, layer: Any, kind: type[nn.Module] | None, owes: bool) -> Callable[..., Tensor] | None:
+def _call_little(x: Any, layer: Any, owes: bool) -> Callable[..., Tensor] | None:
     """What calls a layer that `_is_little` where x owes a layout, or is faster in the other one; else None."""
-    if kind is None or isinstance(layer, BATCH):
-        return _call if owes and kind is not None else None
+    if isinstance(layer, BATCH):
+        return _call if owes else None
     products, elements = _size(x, layer)
     if layer.weight.numel() > _WEIGHT_PER_IMAGE * max(x.numel(), elements):
         return None
@@ -312,6 +312,8 @@ def _call(x: Tensor, layer: nn.Module) -> Tensor:
 
 
 def _call_in_rows(x: Tensor, conv: nn.Module) -> Tensor:
+    if x.requires_grad and not suggests_channels_last(x):
+        x = x.reshape(-1).view(x.shape)  # whose gradient is contiguous, as stock's is
     return conv(in_layout(x, channels_last=True))
 
 
@@ -411,13 +413,14 @@ def run_chain(
     classes: Classes = (None,) * len(layers) if is_observed() else classes_of(layers)
     while layers:
         head, head_class = layers[0], classes[0]
-        if is_little := _is_little(x, layers):
-            length, run = 1, _call_little(x, head, head_class, stock is not None)
+        # What is to be called as it stands is not looked at: each look at a parametrized weight computes it.
+        if is_little := (head_class,) in _RUNS and _is_little(x, layers):
+            length, run = 1, _call_little(x, head, stock is not None)
         else:
             length, run = _choose(x, layers, classes)
         if run is not None or (not is_little and head_class in _GAINING):
             note_work()
-        added = residual if length == len(layers) and _adds(layers[-1]) else None
+        added = residual if not is_little and length == len(layers) and _adds(layers[-1]) else None
         if added is not None and length > 1:
             length -= 1  # the norm comes alone, and adds
             run = _RUNS[classes[:length]]

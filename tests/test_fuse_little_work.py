@@ -164,3 +164,32 @@ def test_padded_convolutions_give_the_layout_of_stock(padding_mode, channels_las
     expected, found = stock(x), fuse(copy.deepcopy(stock))(x)
     torch.testing.assert_close(found, expected)
     assert found.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_sum_behind_a_norm_of_little_work_is_as_stock(training, layouts):
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return x + self.norm(self.conv(x))
+
+    stock = nn.Sequential(Residual(), Residual()).train(training)
+    fused = fuse(copy.deepcopy(stock))
+    torch.testing.assert_close(fused(LITTLE), stock(LITTLE))
+
+
+def test_gradients_of_images_can_be_viewed_as_in_stock(layouts):
+    x = LITTLE.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(fuse(nn.Sequential(*chain()))(x).square().sum(), x, create_graph=True)
+    assert grad.view(len(x), -1).requires_grad
+
+
+def test_a_running_mean_counts_the_bias_where_the_norm_alone_is_little():
+    stock = nn.Sequential(nn.Conv2d(64, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU())
+    fused, x = fuse(copy.deepcopy(stock)), torch.randn(2, 64, 64, 64)
+    for model in (stock, fused):
+        model(x)
+    torch.testing.assert_close(fused[1].running_mean, stock[1].running_mean, rtol=1e-4, atol=1e-5)

@@ -10,7 +10,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -61,12 +61,25 @@ class Geometry(NamedTuple):
         )
 
 
+def _without_autocast(compute: Callable) -> Callable:
+    """It would have the products of float32 matrices in 16 bits, which C++ takes for float32."""
+
+    @functools.wraps(compute)
+    def run(*args):
+        if not torch.is_autocast_enabled("cpu"):
+            return compute(*args)
+        with torch.autocast("cpu", enabled=False):
+            return compute(*args)
+
+    return run
+
+
+@_without_autocast
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple) -> Tensor:
     """`fastgan::convolution`."""
     x = dense(x, channels_last=True)
     if not _vendor_takes(x.dtype):
-        with _without_autocast():
-            return convolution(x.float(), weight.float(), None if bias is None else bias.float(), settings).to(x.dtype)
+        return convolution(x.float(), weight.float(), None if bias is None else bias.float(), settings).to(x.dtype)
     geometry, form, is_turned = _plan(x.dtype, x.shape, weight.shape, *map(_hashable, settings))
     transposed = settings[3] and not is_turned
     if is_turned:
@@ -83,10 +96,6 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple)
         return y if bias is None else y.add_(bias.view(-1, 1, 1))
     x = in_layout(x, channels_last=True)  # of one channel torch would give NCHW
     return dense(torch.convolution(x, weight, bias, *settings), channels_last=True)
-
-
-# It would have the products of float32 matrices in 16 bits, which C++ takes for float32.
-_without_autocast = functools.partial(torch.autocast, "cpu", enabled=False)
 
 
 @functools.cache
@@ -128,12 +137,12 @@ def _hashable(setting: Any) -> Any:
     return tuple(setting) if isinstance(setting, list) else setting
 
 
+@_without_autocast
 def weight_grad(grad_y: Tensor, x: Tensor, weight_shape: Sequence[int], settings: tuple) -> Tensor:
     """`fastgan::convolution_weight_grad`."""
     grad_y, x = dense(grad_y, channels_last=True), dense(x, channels_last=True)
     if not _vendor_takes(x.dtype):
-        with _without_autocast():
-            return weight_grad(grad_y.float(), x.float(), weight_shape, settings).to(x.dtype)
+        return weight_grad(grad_y.float(), x.float(), weight_shape, settings).to(x.dtype)
     if _is_summed_turned(x.dtype, weight_shape, settings):
         outputs, inputs, *taps = weight_shape
         turned = _turned_settings(weight_shape, settings, transposed=False)
@@ -159,6 +168,7 @@ def weight_grad(grad_y: Tensor, x: Tensor, weight_shape: Sequence[int], settings
     return grad.to(x.dtype).contiguous()
 
 
+@_without_autocast
 def backward(grad_y: Tensor, x: Tensor, weight: Tensor, settings: tuple) -> tuple[Tensor, Tensor]:
     """`fastgan::convolution_backward`."""
     grad_y, x = dense(grad_y, channels_last=True), dense(x, channels_last=True)

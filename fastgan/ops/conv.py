@@ -1,7 +1,7 @@
 """2-d convolution and transposed convolution whose derivatives are convolutions again, to every order.
 
 The arithmetic is cuDNN's on CUDA. On the CPU it is oneDNN's, or one matrix product over patches, or C++ on the CPU's matrix
-unit, whichever is fastest for the shape: `_conv_cpu` has the three forms and the choice.
+unit, whichever is fastest for the shape: `_conv_cpu` has the forms and the choice.
 """
 
 import functools

@@ -340,10 +340,13 @@ def normalise(
         or backend.serving(x.device.type) == "reference"
         or (not lean and stock_is_faster(x, training, act))
     ):
-        return reference(
+        y = reference(
             x, running_mean, running_var, weight, bias, training, momentum, eps,
             act=act, negative_slope=negative_slope, prelu_weight=prelu_weight, residual=residual,
         )  # fmt: skip
+        if training and running_mean is not None and mean_offset is not None:
+            running_mean.add_(mean_offset.detach().to(running_mean.dtype) * momentum)
+        return y
     mean, var = (None, None) if training else (running_mean, running_var)
     y, mean, var = operators.batch_norm_act(
         x, weight, bias, residual, prelu_weight, mean, var, eps, act, negative_slope

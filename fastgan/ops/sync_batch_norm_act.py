@@ -115,16 +115,16 @@ def sync_batch_norm_act(
     as in Chan, Golub and LeVeque (1983): σ² = Σ nᵢ·(σᵢ² + (μᵢ − μ)²) / Σ nᵢ.
 
     Differentiable to every order. As with `torch.nn.SyncBatchNorm`, a gradient is that of the sum of what all processes
-    differentiate; with `autograd.grad(..., create_graph=True)` it has a gradient of its own. Each pass is one collective, of
-    2·C + 1 numbers from each process.
+    differentiate; with `autograd.grad(..., create_graph=True)` it has a gradient of its own. Each pass is one collective: 2·C + 1
+    numbers from each process forward, and as many for each of them backward.
 
     Raises:
-        TypeError, ValueError: what `batch_norm_act` raises.
+        TypeError, ValueError: what `batch_norm_act` raises, but for a batch that is too small: others may have more.
     """
     check_batch_norm(x, residual, running_mean, running_var, weight, bias, True, eps, act, prelu_weight)
     channels = x.shape[1]
     mean, var = _Moments.apply(x)
-    rows = _Gather.apply(torch.cat([mean, var, mean.new_tensor([x.numel() // channels])]), process_group)
+    rows = _Gather.apply(torch.cat([mean, var, mean.new_full((1,), x.numel() // channels)]), process_group)
     means, variances, counts = rows.split([channels, channels, 1], dim=1)
     total = counts.sum()
     shares = counts / total
