@@ -23,7 +23,7 @@ from fastgan.nn.group_norm_act import instance_norm_act, tracks_planes
 from fastgan.nn.norm_act import Activation, attachment, batch_norm_act, is_distributed
 from fastgan.ops._autograd import is_transformed
 from fastgan.ops._conv_cpu import FEW_CHANNELS
-from fastgan.ops._tensors import DTYPES, in_layout, lies_in_both, suggests_channels_last
+from fastgan.ops._tensors import DTYPES, in_layout, lies_in_both, suggests_channels_last, with_contiguous_gradient
 from fastgan.ops._types import Act
 from fastgan.ops.conv import is_autocast
 from fastgan.ops.norm_act import stock_is_faster
@@ -312,9 +312,7 @@ def _call(x: Tensor, layer: nn.Module) -> Tensor:
 
 
 def _call_in_rows(x: Tensor, conv: nn.Module) -> Tensor:
-    if x.requires_grad and not suggests_channels_last(x):
-        x = x.reshape(-1).view(x.shape)  # whose gradient is contiguous, as stock's is
-    return conv(in_layout(x, channels_last=True))
+    return conv(in_layout(with_contiguous_gradient(x), channels_last=True))
 
 
 class _Work(threading.local):

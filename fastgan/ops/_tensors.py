@@ -55,6 +55,11 @@ def in_layout(x: Tensor, channels_last: bool) -> Tensor:
     return x.reshape(n, h, w, c).permute(0, 3, 1, 2)
 
 
+def with_contiguous_gradient(x: Tensor) -> Tensor:
+    """x, whose gradient is contiguous as stock's is, if x is to be laid out anew: penalties call .view on it."""
+    return x.reshape(-1).view(x.shape) if x.requires_grad and not is_channels_last(x) else x
+
+
 def dense(x: Tensor, channels_last: bool) -> Tensor:
     """`x` itself where it lies densely in the layout, else a copy that does."""
     layout = torch.contiguous_format

@@ -21,10 +21,10 @@ from fastgan.ops._tensors import (
     check_is_tensor,
     dense,
     in_layout,
-    is_channels_last,
     remember_edges,
     suggests_channels_last,
     will_use,
+    with_contiguous_gradient,
 )
 
 Size2 = int | Sequence[int]
@@ -314,9 +314,7 @@ def convolve(prepared: Prepared, keep_layout: bool) -> Tensor:
         return reference(x, weight, bias, *settings)
     given = x
     if _prefers_rows(x):
-        if x.requires_grad and not is_channels_last(x):
-            x = x.reshape(-1).view(x.shape)  # whose gradient is contiguous, as stock's is: penalties call .view on it
-        x = dense(x, channels_last=True)
+        x = dense(with_contiguous_gradient(x), channels_last=True)
     y = operators.convolution(x, weight, bias, *settings)
     return in_stock_s_layout(y, given, weight) if keep_layout else y
 

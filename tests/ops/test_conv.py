@@ -85,11 +85,10 @@ def test_16_bits_that_the_vendor_does_not_convolve_are_convolved_in_float32(dtyp
         torch.testing.assert_close(ours, once_rounded.to(dtype), rtol=0, atol=0)
 
 
+@needs_cpp
 @pytest.mark.parametrize("form", ["patches", "winograd"])
 @pytest.mark.parametrize("transposed", [False, True], ids=["conv2d", "conv_transpose2d"])
 def test_they_are_convolved_in_float32_under_autocast_too(transposed, form, monkeypatch):
-    if backend.obstacle("cpp", "cpu") is not None:
-        pytest.skip("the C++ kernels are not there")
     monkeypatch.setattr(_conv_cpu, "_vendor_takes", lambda dtype: dtype.itemsize > 2)
     monkeypatch.setattr(_conv_cpu, "choose_form", lambda geometry, result: form)
     x, weight = torch.randn(2, 6, 8, 8).bfloat16(), torch.randn(6, 6, 4, 4).bfloat16()
@@ -393,11 +392,10 @@ def test_winograd_s_form_takes_a_large_batch_piece_by_piece(by_winograd, monkeyp
 @pytest.fixture
 def by_phases(monkeypatch):
     """Winograd's form of k4 s2, for the weight's gradient too."""
-    if backend.obstacle("cpp", "cpu") is not None:
-        pytest.skip("the C++ kernels are not there")
     monkeypatch.setattr(_conv_cpu, "choose_form", lambda geometry, result: "winograd")
 
 
+@needs_cpp
 @pytest.mark.parametrize("weight_layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
 @pytest.mark.parametrize("padding", [0, 1, 2, 3, (1, 0), (0, 3)], ids=str)
 @pytest.mark.parametrize(("inside", "outside"), [(16, 33), (40, 5)])
@@ -415,6 +413,7 @@ def test_the_phases_of_k4_s2_are_as_exact_as_eager(inside, outside, padding, wei
     errors.check()
 
 
+@needs_cpp
 def test_the_phases_of_a_large_batch_are_taken_piece_by_piece(by_phases, monkeypatch):
     monkeypatch.setattr(_conv_cpu, "_WINOGRAD_ELEMENTS", 2 * 9 * 4 * 4 * 4 * 20)
     errors = Errors()
@@ -422,13 +421,12 @@ def test_the_phases_of_a_large_batch_are_taken_piece_by_piece(by_phases, monkeyp
     errors.check()
 
 
+@needs_cpp
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (4, 2)], ids=["k3 s1", "k4 s2"])
 @pytest.mark.parametrize(
     ("where", "special"), [*itertools.product(("x", "weight"), (float("inf"), float("nan"))), ("x", 3.4e38)], ids=str
 )
 def test_numbers_that_would_spread_over_winograd_s_tiles_are_as_stock(where, special, kernel, stride, monkeypatch):
-    if backend.obstacle("cpp", "cpu") is not None:
-        pytest.skip("the C++ kernels are not there")
     takes_weight = kernel == 4
     monkeypatch.setattr(
         _conv_cpu, "choose_form", lambda _, result: "winograd" if result != "weight" or takes_weight else "vendor"
@@ -454,9 +452,8 @@ def test_winograd_s_form_is_taken_for_residual_blocks_and_never_in_16_bits():
         assert _conv_cpu.choose_form(geometry._replace(**other), "positions") != "winograd"
 
 
+@needs_cpp
 def test_the_phases_are_taken_for_dcgan_s_layers_where_no_lanes_are_wide(monkeypatch):
-    if backend.obstacle("cpp", "cpu") is not None:
-        pytest.skip("the C++ kernels are not there")
     results = ("positions", "image", "weight")
     layer = _conv_cpu.Geometry(torch.float32, (64, 128, 16, 16), (64, 256, 8, 8), (4, 4), (2, 2), (1, 1), (1, 1), 1)
     for is_wide in (False, True):
