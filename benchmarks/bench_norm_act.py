@@ -46,7 +46,7 @@ def batch_norm(x, weight, bias, *rest, training) -> Tensor:
 
 def stock(x, weight, bias, *rest, training) -> Tensor:
     y = batch_norm(x, weight, bias, *rest, training=training)
-    return F.prelu(y, rest[0]) if len(rest) == 3 else F.relu(y, inplace=True)
+    return F.prelu(y, rest[0].to(y.dtype)) if len(rest) == 3 else F.relu(y, inplace=True)
 
 
 def inputs(shape: tuple[int, ...], prelu: bool) -> Inputs:

@@ -1,6 +1,7 @@
 """`fuse` on networks that nobody has thought of: what it computes is what the layers compute, step after step."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -10,7 +11,11 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from fastgan import backend, chains
 from fastgan.fuse import fuse, unfuse
+from fastgan.ops import _conv_cpu, _norm, norm_act
+
+pixel_shuffle_act = importlib.import_module("fastgan.ops.pixel_shuffle_act")  # which is also a function's name
 
 C = 4
 STEPS = 5
@@ -198,12 +203,48 @@ def distance(found, expected):
     return ((found - expected).double().norm() / (1 + expected.double().norm())).item()
 
 
-@given(networks((C, 8, 9)), st.booleans(), st.sampled_from(LAYOUTS), st.sampled_from(LAYOUTS))
+# What decides whether layers are left to stock, by what is counted: multiplications, or elements.
+PRODUCTS = {
+    chains: ("_FEW_PRODUCTS", "_FEW_PRODUCTS_NARROW", "_FEW_PRODUCTS_SLOW", "_PRODUCTS_IN_ROWS", "_PRODUCTS_IN_ROWS_SLOW"),
+    _conv_cpu: ("_SMALL", "_SMALL_NARROW", "_SMALL_FEW", "_TINY"),
+}
+ELEMENTS = {
+    chains: ("_FEW_ELEMENTS", "_FEW_ELEMENTS_NARROW", "_FEW_PIXELS"),
+    _norm: ("_SMALL", "_SMALL_CHANNELS_LAST"),
+    pixel_shuffle_act: ("_SMALL", "_SMALL_CHANNELS_LAST"),
+}
+
+
+@st.composite
+def limits(draw):
+    """(module, name, value) of limits amid the sizes of the layers here."""
+    found = [
+        (module, name, 1 << draw(st.integers(*exponents)))
+        for table, exponents in ((PRODUCTS, (12, 18)), (ELEMENTS, (8, 13)))
+        for module, names in table.items()
+        for name in names
+    ]
+    for name in ("_SMALL", "_SMALL_NARROW"):  # in NCHW and channels_last
+        small = {key: (1 << draw(st.integers(8, 13)), 1 << draw(st.integers(8, 13))) for key in norm_act._SMALL}
+        found.append((norm_act, name, small))
+    return [*found, (chains, "_WEIGHT_PER_IMAGE", draw(st.sampled_from([0.02, 0.2, 2])))]
+
+
+@given(networks((C, 8, 9)), st.none() | limits(), st.booleans(), st.sampled_from(LAYOUTS), st.sampled_from(LAYOUTS))
 @settings(
-    max_examples=30, derandomize=True, deadline=None, database=None,
+    max_examples=60, derandomize=True, deadline=None, database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
 )  # fmt: skip
-def test_a_network_trains_as_it_does_unfused(stock, with_penalty, layout, weight_layout):
+def test_a_network_trains_as_it_does_unfused(stock, automatic, with_penalty, layout, weight_layout):
+    """By operators, or of each layer by what is faster, under some limits."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name, value in automatic or ():
+            patch.setattr(module, name, value)
+        patch.setattr(backend, "is_automatic", lambda: automatic is not None)
+        _check_training(stock, with_penalty, layout, weight_layout)
+
+
+def _check_training(stock, with_penalty, layout, weight_layout):
     torch.manual_seed(0)
     assume(any(True for _ in stock.parameters()))
     for parameter in stock.parameters():
