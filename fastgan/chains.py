@@ -4,29 +4,22 @@ A chain is what an `nn.Sequential` holds, or what a forward written by hand call
 whenever it runs, as layers may have changed; what is in no pattern, or must be called, is called.
 """
 
-import math
 import operator
-import threading
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from fastgan import backend, ops
+from fastgan.little_work import call_of_little, note_work
 from fastgan.nn.conv_norm_act import conv2d, conv_batch_norm_act, is_doubling, is_halving, slides, up_conv2d
 from fastgan.nn.gradient_reversal import GradientReversal, WarmStartGradientReversal, next_coeff
 from fastgan.nn.group_norm_act import instance_norm_act, tracks_planes
-from fastgan.nn.norm_act import Activation, attachment, batch_norm_act, is_distributed
-from fastgan.ops._autograd import is_transformed
-from fastgan.ops._conv_cpu import FEW_CHANNELS
-from fastgan.ops._tensors import DTYPES, in_layout, lies_in_both, suggests_channels_last, with_contiguous_gradient
-from fastgan.ops._types import Act
+from fastgan.nn.norm_act import Activation, attachment, batch_norm_act, is_distributed, is_observed
+from fastgan.ops._tensors import DTYPES, in_layout, lies_in_both, suggests_channels_last
 from fastgan.ops.conv import is_autocast
-from fastgan.ops.norm_act import stock_is_faster
 
 # ── Patterns ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -170,15 +163,6 @@ def _is_resampling(layers: list[nn.Module]) -> bool | None:
 
 # ── Running ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-_has_global_hooks = getattr(torch_module, "_has_any_global_hook", bool)  # private to torch
-
-
-def is_observed() -> bool:
-    """Whether someone follows or transforms each layer: hooks on all modules, a tracer, `torch.func`, forward AD."""
-    if torch.compiler.is_compiling():
-        return False
-    return _has_global_hooks() or torch.jit.is_tracing() or is_transformed()
-
 
 def _fits(x: Any, layers: list[nn.Module]) -> bool:
     """Whether an operator takes x and the layers' tensors. Where not, stock has an answer or an error of its own."""
@@ -251,110 +235,6 @@ def _pixels(x: Tensor) -> int:
     return x.shape[0] * x.shape[2] * x.shape[3]
 
 
-# Multiplications of a thread in a convolution, and elements that come out: with fewer of both an operator's call in Python
-# takes longer on the CPU than the operator gains, which is little with AVX2. Some convolutions are slow in stock sooner.
-_FEW_PRODUCTS, _FEW_ELEMENTS = 1 << 25, 1 << 17
-_FEW_PRODUCTS_NARROW, _FEW_ELEMENTS_NARROW = 1 << 27, 1 << 20
-_FEW_PRODUCTS_SLOW = 1 << 22
-# Multiplications of a thread from which stock's own convolutions gain in channels_last: looking at each layer takes time.
-# And elements of a weight, for each of the larger image, above which oneDNN's copies of it in that layout cost more.
-_PRODUCTS_IN_ROWS, _PRODUCTS_IN_ROWS_SLOW, _WEIGHT_PER_IMAGE = 1 << 22, 1 << 19, 2
-
-
-def _is_little(x: Any, layers: list[nn.Module]) -> bool:
-    """Whether a convolution comes first, or a batch norm, that had better be called."""
-    layer = layers[0]
-    if not isinstance(layer, (*CONV, *BATCH)) or not backend.is_automatic() or torch.compiler.is_compiling():
-        return False
-    if type(x) is not Tensor or x.dim() != 4 or x.device.type != "cpu":
-        return False
-    if isinstance(layer, BATCH):  # an operator that leaves x to stock has looked at all its arguments
-        act: Act = "prelu" if isinstance(layers[1] if len(layers) > 1 else None, nn.PReLU) else "none"
-        return stock_is_faster(x, layer.training, act)
-    products, elements = _size(x, layer)
-    few, most = _FEW_PRODUCTS, _FEW_ELEMENTS
-    if not backend.has_wide_lanes():
-        few, most = _FEW_PRODUCTS_NARROW, _FEW_ELEMENTS_NARROW
-    if _is_slow(x, layer):
-        few = _FEW_PRODUCTS_SLOW
-    threads = torch.get_num_threads()
-    return products < few * threads and elements <= most * threads
-
-
-def _is_slow(x: Tensor, conv: Any) -> bool:
-    """Whether oneDNN's vectors are empty for the most part: of few channels, and where an image is one patch."""
-    is_patch = x.shape[2:] == (1, 1) if isinstance(conv, nn.ConvTranspose2d) else conv.kernel_size == x.shape[2:]
-    return is_patch or min(conv.in_channels, conv.out_channels) <= FEW_CHANNELS
-
-
-def _size(x: Tensor, conv: Any) -> tuple[int, int]:
-    """Multiplications of a convolution, and elements that come out."""
-    positions, spread = _pixels(x), math.prod(conv.stride)
-    pixels = positions * spread
-    if isinstance(conv, nn.Conv2d):
-        pixels = positions = positions // spread
-    return conv.weight.numel() * positions, pixels * conv.out_channels
-
-
-def _call_little(x: Any, layer: Any, owes: bool) -> Callable[..., Tensor] | None:
-    """What calls a layer that `_is_little` where x owes a layout, or is faster in the other one; else None."""
-    if isinstance(layer, BATCH):
-        return _call if owes else None
-    products, elements = _size(x, layer)
-    if layer.weight.numel() > _WEIGHT_PER_IMAGE * max(x.numel(), elements):
-        return None
-    least = _PRODUCTS_IN_ROWS_SLOW if _is_slow(x, layer) else _PRODUCTS_IN_ROWS
-    return _call_in_rows if owes or products >= least * torch.get_num_threads() else None
-
-
-def _call(x: Tensor, layer: nn.Module) -> Tensor:
-    return layer(x)
-
-
-def _call_in_rows(x: Tensor, conv: nn.Module) -> Tensor:
-    return conv(in_layout(with_contiguous_gradient(x), channels_last=True))
-
-
-class _Work(threading.local):
-    count = 0
-
-
-_work = _Work()
-
-
-def note_work() -> None:
-    """An operator has run, or may run when the same layers are called next."""
-    if not torch.compiler.is_compiling():  # Dynamo would keep a guard on the count
-        _work.count += 1
-
-
-# Of modules, by id, the inputs for which all that they hold is too little to gain, and how many to remember of each. Asking
-# every layer takes longer than what small layers do. Calling them is always right: that they have changed makes it slow at
-# worst.
-_LITTLE: dict[int, set[tuple]] = {}
-_MOST_LITTLE = 64
-
-
-class LittleWork:
-    """What `module` does with inputs of these shapes: whether that is known to be little, and a `with` block to find out."""
-
-    def __init__(self, module: nn.Module, inputs: Sequence[Any]):
-        self.module, self.key = module, (module.training, *[x.shape if type(x) is Tensor else None for x in inputs])
-        self.is_known = backend.is_automatic() and self.key in _LITTLE.get(id(module), ())
-
-    def __enter__(self) -> None:
-        self.before = _work.count
-
-    def __exit__(self, *error: object) -> None:
-        if self.before != _work.count or error != (None, None, None) or not backend.is_automatic() or is_observed():
-            return
-        if id(self.module) not in _LITTLE:
-            weakref.finalize(self.module, _LITTLE.pop, id(self.module), None).atexit = False
-        known = _LITTLE.setdefault(id(self.module), set())
-        if len(known) < _MOST_LITTLE:
-            known.add(self.key)
-
-
 class FusedModule(nn.Module):
     """Stands before the class of a module that `fuse` has found, and says what the module comes to in a chain."""
 
@@ -412,13 +292,11 @@ def run_chain(
     while layers:
         head, head_class = layers[0], classes[0]
         # What is to be called as it stands is not looked at: each look at a parametrized weight computes it.
-        if is_little := (head_class,) in _RUNS and _is_little(x, layers):
-            length, run = 1, _call_little(x, head, stock is not None)
-        else:
-            length, run = _choose(x, layers, classes)
-        if run is not None or (not is_little and head_class in _GAINING):
+        little = call_of_little(x, layers, stock is not None) if (head_class,) in _RUNS else None
+        length, run = _choose(x, layers, classes) if little is None else (1, little.run)
+        if run is not None or (little is None and head_class in _GAINING):
             note_work()
-        added = residual if not is_little and length == len(layers) and _adds(layers[-1]) else None
+        added = residual if little is None and length == len(layers) and _adds(layers[-1]) else None
         if added is not None and length > 1:
             length -= 1  # the norm comes alone, and adds
             run = _RUNS[classes[:length]]

@@ -25,10 +25,8 @@ from fastgan.chains import (
     REVERSAL,
     Chain,
     FusedModule,
-    LittleWork,
     classes_of,
     is_chain,
-    is_observed,
     matches,
     run_whole,
 )
@@ -41,10 +39,11 @@ from fastgan.graph_patterns import (
     resample,
     whole_chain,
 )
+from fastgan.little_work import LittleWork
 from fastgan.nn.conv_norm_act import ConvBnAct2d, ConvTransposeBnAct2d
 from fastgan.nn.gradient_reversal import ReversedLinear
 from fastgan.nn.group_norm_act import GroupNormAct, InstanceNormAct2d, LayerNormAct, tracks_planes
-from fastgan.nn.norm_act import BatchNormAct2d, attachment
+from fastgan.nn.norm_act import BatchNormAct2d, attachment, is_observed
 from fastgan.nn.spectral_norm import SpectralNorm, SpectralNormHook, Together, norms
 from fastgan.tracing import Traces, compiled
 

@@ -30,11 +30,11 @@ from fastgan.chains import (
     Sum,
     is_chain,
     matches,
-    note_work,
     plus,
     run_whole,
 )
 from fastgan.layer_functions import LayerFunction, read
+from fastgan.little_work import note_work
 from fastgan.nn.group_norm_act import tracks_planes
 from fastgan.nn.norm_act import attachment
 from fastgan.ops._tensors import DTYPES

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastgan import backend, chains, fuse
+from fastgan import backend, chains, fuse, little_work
 
 
 class Block(nn.Module):
@@ -94,10 +94,10 @@ def test_what_is_known_of_a_module_goes_with_it():
     fused = fuse(chain())
     fused(LITTLE)
     key = id(fused)
-    assert key in chains._LITTLE
+    assert key in little_work._LITTLE
     del fused
     gc.collect()
-    assert key not in chains._LITTLE
+    assert key not in little_work._LITTLE
 
 
 @makers
@@ -105,7 +105,7 @@ def test_many_shapes_are_not_all_remembered(make):
     fused = fuse(make())
     for width in range(1, 80):
         fused(torch.randn(1, 4, 2, width))
-    assert len(chains._LITTLE[id(fused)]) == chains._MOST_LITTLE
+    assert len(little_work._LITTLE[id(fused)]) == little_work._MOST_LITTLE
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def layouts(monkeypatch):
 
     monkeypatch.setattr(F, "conv2d", noting)
     for limit in ("_PRODUCTS_IN_ROWS", "_PRODUCTS_IN_ROWS_SLOW"):
-        monkeypatch.setattr(chains, limit, 0)
+        monkeypatch.setattr(little_work, limit, 0)
     return found
 
 

@@ -10,8 +10,9 @@ from fusing import penalised_loss
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import parametrizations
 
-from fastgan import backend, chains
+from fastgan import backend, chains, little_work
 from fastgan.fuse import fuse, unfuse
 from fastgan.ops import _conv_cpu, _norm, norm_act
 
@@ -72,13 +73,36 @@ POINTWISE = (
 )
 
 
+class OwnConv2d(nn.Conv2d):
+    """Does what only calling it does."""
+
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+WRAPPERS = (
+    *[lambda conv: conv] * 6,
+    parametrizations.spectral_norm,
+    parametrizations.weight_norm,
+    nn.utils.spectral_norm,
+    nn.utils.weight_norm,
+)
+
+
 def convolution(draw, c):
-    kind, kernel = draw(st.sampled_from([nn.Conv2d, nn.Conv2d, nn.ConvTranspose2d])), draw(st.integers(1, 4))
+    kind, kernel = (
+        draw(st.sampled_from([*[nn.Conv2d] * 3, *[nn.ConvTranspose2d] * 2, OwnConv2d])),
+        draw(st.integers(1, 4)),
+    )
     groups = draw(st.sampled_from([1, 1, 2])) if c % 2 == 0 else 1
-    return kind(
+    padding_mode = (
+        "zeros" if kind is nn.ConvTranspose2d else draw(st.sampled_from(["zeros"] * 3 + ["circular", "reflect"]))
+    )
+    conv = kind(
         c, groups * draw(st.integers(1, 3)), kernel, draw(st.sampled_from([1, 1, 2])), draw(st.integers(0, kernel // 2)),
-        bias=draw(st.booleans()), groups=groups,
+        bias=draw(st.booleans()), groups=groups, dilation=draw(st.sampled_from([1, 1, 1, 2])), padding_mode=padding_mode,
     )  # fmt: skip
+    return draw(st.sampled_from(WRAPPERS))(conv)
 
 
 def batch_norm(draw, c):
@@ -205,11 +229,14 @@ def distance(found, expected):
 
 # What decides whether layers are left to stock, by what is counted: multiplications, or elements.
 PRODUCTS = {
-    chains: ("_FEW_PRODUCTS", "_FEW_PRODUCTS_NARROW", "_FEW_PRODUCTS_SLOW", "_PRODUCTS_IN_ROWS", "_PRODUCTS_IN_ROWS_SLOW"),
+    little_work: (
+        "_FEW_PRODUCTS", "_FEW_PRODUCTS_NARROW", "_FEW_PRODUCTS_SLOW", "_PRODUCTS_IN_ROWS", "_PRODUCTS_IN_ROWS_SLOW",
+    ),
     _conv_cpu: ("_SMALL", "_SMALL_NARROW", "_SMALL_FEW", "_TINY"),
-}
+}  # fmt: skip
 ELEMENTS = {
-    chains: ("_FEW_ELEMENTS", "_FEW_ELEMENTS_NARROW", "_FEW_PIXELS"),
+    little_work: ("_FEW_ELEMENTS", "_FEW_ELEMENTS_NARROW"),
+    chains: ("_FEW_PIXELS",),
     _norm: ("_SMALL", "_SMALL_CHANNELS_LAST"),
     pixel_shuffle_act: ("_SMALL", "_SMALL_CHANNELS_LAST"),
 }
@@ -227,7 +254,7 @@ def limits(draw):
     for name in ("_SMALL", "_SMALL_NARROW"):  # in NCHW and channels_last
         small = {key: (1 << draw(st.integers(8, 13)), 1 << draw(st.integers(8, 13))) for key in norm_act._SMALL}
         found.append((norm_act, name, small))
-    return [*found, (chains, "_WEIGHT_PER_IMAGE", draw(st.sampled_from([0.02, 0.2, 2])))]
+    return [*found, (little_work, "_WEIGHT_PER_IMAGE", draw(st.sampled_from([0.02, 0.2, 2])))]
 
 
 @given(networks((C, 8, 9)), st.none() | limits(), st.booleans(), st.sampled_from(LAYOUTS), st.sampled_from(LAYOUTS))

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 # A package may import those further down only, and itself.
 LAYERS = [
     "cli", "doctor", "training", "penalties", "lean", "dynamo", "fuse", "graph_patterns", "layer_functions", "chains",
-    "tracing", "models", "nn", "compat", "ops", "backend", "_C", "_cuda",
+    "little_work", "tracing", "models", "nn", "compat", "ops", "backend", "_C", "_cuda",
 ]  # fmt: skip
 BESIDE = {("training", "models"), ("fuse", "models")}
 

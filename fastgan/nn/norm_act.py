@@ -5,8 +5,10 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from fastgan import ops
+from fastgan.ops._autograd import is_transformed
 from fastgan.ops._norm import check_act
 from fastgan.ops._tensors import accumulation_dtype
 from fastgan.ops._types import Act, FixedAct
@@ -66,6 +68,16 @@ def attachment(module: nn.Module) -> str | None:
     if module._backward_hooks or module._backward_pre_hooks:
         return "a backward hook"
     return None
+
+
+_has_global_hooks = getattr(torch_module, "_has_any_global_hook", bool)  # private to torch
+
+
+def is_observed() -> bool:
+    """Whether someone follows or transforms each layer: hooks on all modules, a tracer, `torch.func`, forward AD."""
+    if torch.compiler.is_compiling():
+        return False
+    return _has_global_hooks() or torch.jit.is_tracing() or is_transformed()
 
 
 class Statistics(NamedTuple):
