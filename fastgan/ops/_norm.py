@@ -10,7 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgan import backend
-from fastgan.ops._tensors import DTYPES, accumulation_dtype, address, check_is_tensor, dense, is_channels_last
+from fastgan.ops._tensors import (
+    DTYPES,
+    accumulation_dtype,
+    address,
+    check_eps,
+    check_is_tensor,
+    dense,
+    is_channels_last,
+)
 from fastgan.ops._types import Act, FixedAct
 
 _ACT_CODES = {act: code for code, act in enumerate(get_args(Act))}
@@ -253,8 +261,7 @@ def check_act(act: str, acts: Any) -> None:
 
 def check_settings(eps: float, act: str, acts: Any = FixedAct) -> None:
     check_act(act, acts)
-    if eps < 0:
-        raise ValueError(f"eps must not be negative, not {eps}")
+    check_eps(eps)
 
 
 def check_parameter(name: str, tensor: Tensor | None, x: Tensor, shape: tuple[int, ...], what: str) -> None:

@@ -82,6 +82,38 @@ def check_is_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
 
 
+def check_number(name: str, value: object, what: str = "a number") -> None:
+    if not isinstance(value, _NUMBERS):
+        raise TypeError(f"{name} must be {what}, not {type(value).__name__}")
+    if isinstance(value, int) and value.bit_length() > 63:
+        raise ValueError(f"{name} must be an integer of 64 bits or a float, not {value}")
+
+
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, not {type(value).__name__}")
+
+
+def check_eps(eps: float) -> None:
+    check_number("eps", eps)
+    if not eps >= 0:
+        raise ValueError(f"eps must not be negative, not {eps}")
+
+
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Raise of what is no count of elements. More than 64 bits hold are none."""
+    if not isinstance(value, _COUNTS) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, not {type(value).__name__}")
+    if not least <= value <= _MOST:
+        raise ValueError(f"{name} must be {least} or more{'' if value < least else f', up to {_MOST}'}, not {value}")
+
+
+# Sizes may be symbols in compiled code.
+_COUNTS = (int, torch.SymInt)
+_NUMBERS = (*_COUNTS, float, torch.SymFloat)
+_MOST = 2**31 - 1
+
+
 def check_input(x: Tensor, name: str = "x") -> None:
     """Raise what every operator raises of an x that is no floating-point tensor."""
     check_is_tensor(name, x)

@@ -21,8 +21,10 @@ from fastgan.ops._norm import (
 from fastgan.ops._tensors import (
     accumulation_dtype,
     address,
+    check_eps,
     check_input,
     check_is_tensor,
+    check_number,
     dense,
     is_channels_last,
     remember_edges,
@@ -303,7 +305,7 @@ def adain(
         ValueError: shapes, devices or settings that do not fit, or a noise_weight without noise. The message names the
             argument.
     """
-    _check(x, scale, shift, eps, noise, noise_weight, bias, act)
+    _check(x, scale, shift, eps, noise, noise_weight, bias, act, negative_slope)
     differentiates_noise = noise is not None and noise.requires_grad and torch.is_grad_enabled()
     stock = x.numel() == 0 or differentiates_noise or is_transformed() or backend.serving(x.device.type) == "reference"
     if stock or (not is_channels_last(x) and stock_is_faster(x)):  # in channels_last stock is slow at any size
@@ -325,6 +327,7 @@ def adain_from_features(content: Tensor, style: Tensor, eps: float = 1e-5) -> Te
         TypeError, ValueError: as `adain`, and where style does not fit content.
     """
     _check_features(content, style)
+    check_eps(eps)
     pixels = tuple(range(2, style.dim()))
     wide = style.to(accumulation_dtype(style.dtype))
     mean = wide.mean(pixels, keepdim=True)
@@ -332,7 +335,7 @@ def adain_from_features(content: Tensor, style: Tensor, eps: float = 1e-5) -> Te
     return adain(content, deviation, mean.flatten(1), eps)
 
 
-def _check(x, scale, shift, eps, noise, noise_weight, bias, act) -> None:
+def _check(x, scale, shift, eps, noise, noise_weight, bias, act, negative_slope) -> None:
     """Raise what `adain` says it raises."""
     check_input(x)
     if x.dim() < 2:
@@ -340,6 +343,7 @@ def _check(x, scale, shift, eps, noise, noise_weight, bias, act) -> None:
     if x.shape[1] == 0:
         raise ValueError(f"x must have channels, not shape {tuple(x.shape)}")
     check_settings(eps, act)
+    check_number("negative_slope", negative_slope)
     for name, style in (("scale", scale), ("shift", shift)):
         check_is_tensor(name, style)
         check_parameter(name, style, x, tuple(x.shape[:2]), "one for each plane")

@@ -16,7 +16,9 @@ from fastgan.ops._tensors import (
     DTYPES,
     accumulation_dtype,
     address,
+    check_count,
     check_input,
+    check_number,
     dense,
     is_channels_last,
     remember_edges,
@@ -316,9 +318,11 @@ def bias_act(
         TypeError: x is not floating point, or b has a dtype that does not fit it.
         ValueError: shapes, devices or settings that do not fit. The message names the argument.
     """
-    _check(x, b, dim, act, clamp)
+    _check(x, b, dim, act, alpha, gain, clamp)
     alpha = activation_funcs[act].def_alpha if alpha is None else float(alpha)
     gain = activation_funcs[act].def_gain if gain is None else float(gain)
+    if clamp is not None and clamp > torch.finfo(x.dtype).max:  # which no y reaches
+        clamp = None
     tells_side = gain > 0 and (act != "lrelu" or alpha >= 0)  # whether y has the sign of x + b
     if (
         x.numel() == 0
@@ -333,7 +337,7 @@ def bias_act(
 
 def _limit(clamp: float | None, dtype: torch.dtype) -> float | None:
     """The clamp as y has it where it reaches it, rounded to its dtype: backward tells by y what was clamped."""
-    if clamp is None or clamp > torch.finfo(dtype).max:
+    if clamp is None:
         return None
     eps = torch.finfo(dtype).eps
     step = max(math.ldexp(eps, math.frexp(clamp)[1] - 1), torch.finfo(dtype).tiny * eps)
@@ -351,14 +355,18 @@ def _stock_is_faster(x: Tensor) -> bool:
     return x.numel() <= _SMALL * torch.get_num_threads()
 
 
-def _check(x: Any, b: Any, dim: int, act: str, clamp: float | None) -> None:
+def _check(x: Any, b: Any, dim: int, act: str, alpha: Any, gain: Any, clamp: Any) -> None:
     check_input(x)
     if act not in activation_funcs:
         raise ValueError(f"act must be one of {', '.join(activation_funcs)}, not {act!r}")
+    for name, value in (("alpha", alpha), ("gain", gain), ("clamp", clamp)):
+        if value is not None:
+            check_number(name, value)
     if clamp is not None and not clamp >= 0:
         raise ValueError(f"clamp must not be negative, not {clamp}")
     if b is None:
         return
-    if not 0 <= dim < x.dim():
+    check_count("dim", dim, least=0)
+    if not dim < x.dim():
         raise ValueError(f"dim must be an axis of x from 0 to {x.dim() - 1}, not {dim}")
     check_parameter("b", b, x, (x.shape[dim],), f"one for each index of axis {dim}")

@@ -17,6 +17,7 @@ from fastgan.ops import _conv_cpu
 from fastgan.ops._autograd import is_transformed, operators, register_gradient, register_without_gradient
 from fastgan.ops._kernels import register_kernel
 from fastgan.ops._tensors import (
+    check_count,
     check_dtype,
     check_is_tensor,
     dense,
@@ -348,8 +349,8 @@ def cast_for_autocast(*tensors: Tensor | None) -> tuple:
 def _in_pairs(settings: tuple) -> tuple:
     """The operator's settings, checked, with two numbers for each size."""
     stride, padding, dilation, transposed, output_padding, groups = settings
-    stride, dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
-    padding, output_padding = _pair("padding", padding, 0), _pair("output_padding", output_padding, 0)
+    stride, dilation = check_pair("stride", stride, 1), check_pair("dilation", dilation, 1)
+    padding, output_padding = check_pair("padding", padding, 0), check_pair("output_padding", output_padding, 0)
     if any(o >= max(s, d) for o, s, d in zip(output_padding, stride, dilation, strict=True)):
         raise ValueError(
             f"output_padding must be below stride {stride} or dilation {dilation}, not {tuple(output_padding)}"
@@ -357,7 +358,7 @@ def _in_pairs(settings: tuple) -> tuple:
     return stride, padding, dilation, transposed, output_padding, groups
 
 
-def _pair(name: str, value: Size2, least: int) -> tuple[int, int]:
+def check_pair(name: str, value: Size2, least: int) -> tuple[int, int]:
     if isinstance(value, (int, torch.SymInt)):
         pair = (value, value)
     else:
@@ -366,8 +367,8 @@ def _pair(name: str, value: Size2, least: int) -> tuple[int, int]:
             pair *= 2
         if len(pair) != 2 or not all(isinstance(size, (int, torch.SymInt)) for size in pair):
             raise TypeError(f"{name} must be one integer or two, not {value!r}")
-    if pair[0] < least or pair[1] < least:
-        raise ValueError(f"{name} must be {least} or more, not {value!r}")
+    check_count(name, pair[0], least)
+    check_count(name, pair[1], least)
     return pair
 
 
@@ -378,7 +379,10 @@ def _check_tensors(x: _Facts, weight: _Facts, bias: _Facts | None, transposed: b
         raise ValueError(f"x must have shape (N, C, H, W), not {tuple(x.shape)}")
     if len(weight.shape) != 4:
         raise ValueError(f"weight must have 4 dimensions, not shape {tuple(weight.shape)}")
-    if groups < 1 or weight.shape[0] % groups:
+    if 0 in weight.shape[2:]:
+        raise ValueError(f"weight must have taps, not shape {tuple(weight.shape)}")
+    check_count("groups", groups)
+    if weight.shape[0] % groups:
         raise ValueError(f"groups must divide weight's {weight.shape[0]} channels, not be {groups}")
     channels = weight.shape[0] if transposed else weight.shape[1] * groups
     if x.shape[1] != channels:

@@ -134,6 +134,7 @@ def _conv_norm_act(
         x, convolution.size[1], running_mean, running_var, bn_weight, bn_bias, training, eps, act, prelu_weight,
         prefix="bn_",
     )  # fmt: skip
+    norm_act.check_other_settings(momentum, negative_slope)
     if training:
         norm_act.check_batch_size(convolution.size)
     if convolution.runs_as_stock:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastgan import backend
 from fastgan.ops._autograd import is_transformed
-from fastgan.ops._tensors import check_input, check_is_tensor, remember_edges, will_use
+from fastgan.ops._tensors import check_input, check_is_tensor, check_number, remember_edges, will_use
 from fastgan.ops.conv import cast_for_autocast
 
 Coeff = float | Tensor
@@ -83,13 +83,17 @@ def check_coeff(coeff: Coeff) -> None:
     if isinstance(coeff, Tensor):
         if coeff.dim() != 0:
             raise ValueError(f"coeff must be a number or a 0-d tensor, not a tensor of shape {tuple(coeff.shape)}")
+        if coeff.dtype == torch.bool or coeff.is_complex():
+            raise TypeError(f"coeff must be real, not {coeff.dtype}")
         return
-    try:
-        is_finite = math.isfinite(coeff)
-    except TypeError:
-        raise TypeError(f"coeff must be a number or a 0-d tensor, not {type(coeff).__name__}") from None
-    if not is_finite:
+    check_number("coeff", coeff, "a number or a 0-d tensor")
+    if not math.isfinite(coeff):
         raise ValueError(f"coeff must be finite, not {coeff}")
+
+
+def _check_place(coeff: Coeff, x: Tensor) -> None:
+    if isinstance(coeff, Tensor) and coeff.device not in (x.device, torch.device("cpu")):
+        raise ValueError(f"coeff is on {coeff.device}, x on {x.device}")
 
 
 def gradient_reversal(x: Tensor, coeff: Coeff = 1.0) -> Tensor:
@@ -110,6 +114,7 @@ def gradient_reversal(x: Tensor, coeff: Coeff = 1.0) -> Tensor:
     """
     check_is_tensor("x", x)
     check_coeff(coeff)
+    _check_place(coeff, x)
     return reference(x, coeff) if is_transformed() else _GradientReversal.apply(x, coeff)
 
 
@@ -128,14 +133,31 @@ def reversed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, coeff
     Differentiable to every order, each computing only what is asked.
 
     Raises:
-        TypeError, ValueError: as `gradient_reversal`, and x is no floating-point tensor.
-        RuntimeError: torch's own, of shapes and dtypes that do not fit.
+        TypeError, ValueError: as `gradient_reversal`, and dtypes, shapes or devices that do not fit; the message names the
+            argument.
     """
     check_input(x)
     check_coeff(coeff)
+    _check_place(coeff, x)
+    _check_linear(*cast_for_autocast(x, weight, bias))
     if torch.compiler.is_compiling() or is_transformed() or _is_small(x):
         return F.linear(gradient_reversal(x, coeff), weight, bias)
     return _ReversedLinear.apply(*cast_for_autocast(x, weight, bias), coeff)
+
+
+def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    check_is_tensor("weight", weight)
+    if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:]:
+        raise ValueError(f"weight must have shape (out, in) for x of shape {tuple(x.shape)}, not {tuple(weight.shape)}")
+    if bias is not None:
+        check_is_tensor("bias", bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must have shape ({weight.shape[0]},) to fit weight, not {tuple(bias.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise TypeError(f"{name} must be {x.dtype} like x, not {tensor.dtype}")
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}")
 
 
 _SMALL = 1 << 18

@@ -22,7 +22,16 @@ from fastgan.ops._norm import (
     stock_is_faster,
     third_derivative,
 )
-from fastgan.ops._tensors import accumulation_dtype, check_input, dense, is_channels_last, remember_edges, will_use
+from fastgan.ops._tensors import (
+    accumulation_dtype,
+    check_count,
+    check_input,
+    check_number,
+    dense,
+    is_channels_last,
+    remember_edges,
+    will_use,
+)
 from fastgan.ops._types import FixedAct
 
 # ── Definition ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -271,6 +280,7 @@ def group_norm_act(
         ValueError: shapes, devices or settings that do not fit. The message names the argument.
     """
     check_group_norm(x, num_groups, weight, bias, eps, act, residual)
+    check_number("negative_slope", negative_slope)
     return normalise(x, num_groups, weight, bias, eps, act, negative_slope, residual)
 
 
@@ -314,6 +324,7 @@ def layer_norm_act(
     The rest is as in `group_norm_act`.
     """
     samples = check_layer_norm(x, normalized_shape, weight, bias, eps, act)
+    check_number("negative_slope", negative_slope)
     return normalise(samples, 1, weight, bias, eps, act, negative_slope).view(x.shape)
 
 
@@ -355,7 +366,8 @@ def check_group_norm(
     _check_input(x)
     check_settings(eps, act)
     channels = x.shape[1]
-    if num_groups < 1 or channels % num_groups:
+    check_count("num_groups", num_groups)
+    if channels % num_groups:
         raise ValueError(f"num_groups must divide the {channels} channels of x, not be {num_groups}")
     for name, parameter in (("weight", weight), ("bias", bias)):
         check_parameter(name, parameter, x, (channels,), "one for each channel")
@@ -373,7 +385,9 @@ def check_layer_norm(
     """Raise what `layer_norm_act` says it raises; else x with one axis before normalized_shape."""
     check_input(x)
     check_settings(eps, act)
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    shape = tuple(normalized_shape) if isinstance(normalized_shape, Sequence) else (normalized_shape,)
+    for size in shape:
+        check_count("normalized_shape", size, least=0)
     if not shape or x.shape[-len(shape) :] != shape:
         raise ValueError(f"normalized_shape must be the last sizes of x, of shape {tuple(x.shape)}, not {shape}")
     for name, parameter in (("weight", weight), ("bias", bias)):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastgan.ops._tensors import accumulation_dtype, check_input, dense, is_channels_last
+from fastgan.ops._tensors import accumulation_dtype, check_count, check_input, dense, is_channels_last
 
 
 def minibatch_stddev(x: Tensor, group_size: int | None = 4, num_channels: int = 1) -> Tensor:
@@ -33,9 +33,10 @@ def minibatch_stddev(x: Tensor, group_size: int | None = 4, num_channels: int = 
     if x.dim() < 2:
         raise ValueError(f"x must have shape (N, C, *), not {tuple(x.shape)}")
     n, c = x.shape[:2]
-    if group_size is not None and group_size < 1:
-        raise ValueError(f"group_size must be positive, not {group_size}")
-    if num_channels < 1 or c % num_channels:
+    if group_size is not None:
+        check_count("group_size", group_size)
+    check_count("num_channels", num_channels)
+    if c % num_channels:
         raise ValueError(f"num_channels must divide the {c} channels of x, not {num_channels}")
     if x.numel() == 0:
         return torch.cat([x, x.new_zeros(n, num_channels, *x.shape[2:])], 1)

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastgan import backend
@@ -23,7 +22,15 @@ from fastgan.ops._norm import (
     second_derivative,
     third_derivative,
 )
-from fastgan.ops._tensors import DTYPES, accumulation_dtype, check_input, dense, is_channels_last
+from fastgan.ops._tensors import (
+    DTYPES,
+    accumulation_dtype,
+    check_flag,
+    check_input,
+    check_number,
+    dense,
+    is_channels_last,
+)
 from fastgan.ops._types import Act
 
 # ── Definition ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -45,7 +52,15 @@ def reference(
     residual: Tensor | None = None,
 ) -> Tensor:
     """`batch_norm_act` in plain torch."""
-    y = F.batch_norm(x, running_mean, running_var, weight, bias, training, float(momentum), eps)
+    given = (weight, bias, running_mean, running_var)
+    dtypes = {tensor.dtype for tensor in given if tensor is not None} | ({x.dtype} & {torch.float64})
+    # torch's own takes them in one dtype.
+    wide = given if len(dtypes) < 2 else [t if t is None else t.to(accumulation_dtype(x.dtype)) for t in given]
+    w, b, mean, var = wide
+    y = torch.batch_norm(x, w, b, mean, var, training, float(momentum), eps, torch.backends.cudnn.enabled)
+    for own, moved in ((running_mean, mean), (running_var, var)):
+        if training and own is not None and moved is not None and moved is not own:
+            own.copy_(moved)
     if residual is not None:
         y = y + residual
     return activate_(y, act, negative_slope, prelu_weight)
@@ -308,6 +323,7 @@ def batch_norm_act(
             statistics outside it. The message names the argument.
     """
     check_batch_norm(x, residual, running_mean, running_var, weight, bias, training, eps, act, prelu_weight)
+    check_other_settings(momentum, negative_slope)
     if training:
         check_batch_size(x.shape)
     return normalise(
@@ -434,6 +450,7 @@ def check_parameters(
 ) -> None:
     """Raise what `batch_norm_act` says it raises of everything but x and the residual; `prefix`: of weight's name."""
     check_settings(eps, act, Act)
+    check_flag("training", training)
     check_prelu_weight(prelu_weight, act, x, channels)
     named = {
         "running_mean": running_mean,
@@ -447,6 +464,14 @@ def check_parameters(
         raise ValueError("running_mean and running_var must be given together")
     if not training and running_mean is None:
         raise ValueError("running_mean and running_var are needed outside training")
+
+
+def check_other_settings(momentum: object, negative_slope: object) -> None:
+    check_number("negative_slope", negative_slope)
+    if not isinstance(momentum, Tensor):
+        check_number("momentum", momentum)
+    elif momentum.numel() != 1:
+        raise ValueError(f"momentum must be a number or one in a tensor, not shape {tuple(momentum.shape)}")
 
 
 def check_batch_size(shape: Sequence[int]) -> None:

@@ -11,6 +11,7 @@ from fastgan.ops._kernels import register_kernels
 from fastgan.ops._tensors import (
     DTYPES,
     accumulation_dtype,
+    check_eps,
     check_input,
     dense,
     is_channels_last,
@@ -24,7 +25,7 @@ from fastgan.ops._tensors import (
 def dot_reference(x: Tensor, y: Tensor) -> Tensor:
     """(N, *), (N, *) -> (N,)"""
     acc = accumulation_dtype(x.dtype)
-    return (x.to(acc) * y.to(acc)).flatten(1).sum(1)
+    return (x.to(acc) * y.to(acc)).unsqueeze(1).flatten(1).sum(1)
 
 
 def scale_reference(x: Tensor, factors: Tensor) -> Tensor:
@@ -138,4 +139,5 @@ def sample_norms(x: Tensor, eps: float = 1e-12) -> Tensor:
 
     All else is as in `sample_squares`.
     """
+    check_eps(eps)
     return (sample_squares(x) + eps).sqrt()

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastgan.ops._tensors import accumulation_dtype, check_input
+from fastgan.ops._tensors import accumulation_dtype, check_eps, check_input
 
 
 def pixel_norm(x: Tensor, eps: float = 1e-8) -> Tensor:
@@ -23,7 +23,6 @@ def pixel_norm(x: Tensor, eps: float = 1e-8) -> Tensor:
     check_input(x)
     if x.dim() < 2:
         raise ValueError(f"x must have shape (N, C, *), not {tuple(x.shape)}")
-    if eps < 0:
-        raise ValueError(f"eps must not be negative, not {eps}")
+    check_eps(eps)
     wide = x.to(accumulation_dtype(x.dtype))
     return (wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + eps)).to(x.dtype)

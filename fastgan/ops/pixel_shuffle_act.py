@@ -14,7 +14,9 @@ from fastgan.ops._tensors import (
     DTYPES,
     accumulation_dtype,
     address,
+    check_count,
     check_input,
+    check_number,
     dense,
     is_channels_last,
     remember_edges,
@@ -264,6 +266,7 @@ def pixel_shuffle_act(
     if act == "prelu" and isinstance(prelu_weight, Tensor):
         x, prelu_weight = cast_for_autocast(x, prelu_weight)
     _check(x, upscale_factor, act, prelu_weight)
+    check_number("negative_slope", negative_slope)
     if x.dim() == 3:
         return pixel_shuffle_act(x[None], upscale_factor, act, prelu_weight, negative_slope=negative_slope)[0]
     if (
@@ -294,10 +297,7 @@ def _stock_is_faster(x: Tensor) -> bool:
 def _check(x: Tensor, upscale_factor: Any, act: str, prelu_weight: Any) -> None:
     if x.dim() not in (3, 4):
         raise ValueError(f"x must have shape (N, C·r², H, W) or (C·r², H, W), not {tuple(x.shape)}")
-    if not isinstance(upscale_factor, int):
-        raise TypeError(f"upscale_factor must be an integer, not {type(upscale_factor).__name__}")
-    if upscale_factor < 1:
-        raise ValueError(f"upscale_factor must be 1 or more, not {upscale_factor}")
+    check_count("upscale_factor", upscale_factor)
     squares = upscale_factor**2
     if x.shape[-3] % squares:
         raise ValueError(f"x must have a multiple of {squares} channels, upscale_factor², not {x.shape[-3]}")

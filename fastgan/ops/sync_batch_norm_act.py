@@ -13,7 +13,7 @@ from torch import Tensor
 from fastgan.ops import norm_act
 from fastgan.ops._tensors import accumulation_dtype
 from fastgan.ops._types import Act
-from fastgan.ops.norm_act import batch_norm_act, check_batch_norm, move
+from fastgan.ops.norm_act import batch_norm_act, check_batch_norm, check_other_settings, move
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -122,6 +122,7 @@ def sync_batch_norm_act(
         TypeError, ValueError: what `batch_norm_act` raises, but for a batch that is too small: others may have more.
     """
     check_batch_norm(x, residual, running_mean, running_var, weight, bias, True, eps, act, prelu_weight)
+    check_other_settings(momentum, negative_slope)
     channels = x.shape[1]
     mean, var = _Moments.apply(x)
     rows = _Gather.apply(torch.cat([mean, var, mean.new_full((1,), x.numel() // channels)]), process_group)

@@ -9,7 +9,17 @@ from torch import Tensor
 
 from fastgan import backend
 from fastgan.ops._autograd import is_transformed, operators, register_gradient
-from fastgan.ops._tensors import DTYPES, accumulation_dtype, check_input, check_is_tensor, dense, is_channels_last
+from fastgan.ops._tensors import (
+    DTYPES,
+    accumulation_dtype,
+    check_count,
+    check_flag,
+    check_input,
+    check_is_tensor,
+    check_number,
+    dense,
+    is_channels_last,
+)
 
 # ── Definition ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -164,10 +174,12 @@ def upfirdn2d(
     check_input(x)
     if x.dim() != 4:
         raise ValueError(f"x must have 4 dimensions (N, C, H, W), not shape {tuple(x.shape)}")
+    if 0 in x.shape[2:]:
+        raise ValueError(f"x must have pixels, not shape {tuple(x.shape)}")
     up, down, padding = _parse_factor("up", up), _parse_factor("down", down), _parse_padding(padding)
     if f is None:
         f = torch.ones(1, 1, dtype=accumulation_dtype(x.dtype), device=x.device)
-    _check_filter(f, x, gain)
+    _check_filter(f, x, flip_filter, gain)
     for axis, size, taps, factor, (before, after) in zip(
         "xy", (x.shape[3], x.shape[2]), _get_filter_size(f), up, (padding[:2], padding[2:]), strict=True
     ):
@@ -266,21 +278,25 @@ def _get_filter_size(f: Tensor | None) -> tuple[int, int]:
 
 def _parse_factor(name: str, factor: int | Sequence[int]) -> list[int]:
     """[x, y]"""
-    factors = [factor] * 2 if isinstance(factor, int) else list(factor)
-    if len(factors) != 2 or min(factors) < 1:
-        raise ValueError(f"{name} must be a positive integer, or two [x, y], not {factor}")
+    factors = list(factor) if isinstance(factor, Sequence) else [factor] * 2
+    if len(factors) != 2:
+        raise ValueError(f"{name} must be a positive integer, or two [x, y], not {factor!r}")
+    for part in factors:
+        check_count(name, part)
     return factors
 
 
 def _parse_padding(padding: int | Sequence[int]) -> list[int]:
     """[x_before, x_after, y_before, y_after]"""
-    parts = [padding] * 4 if isinstance(padding, int) else list(padding)
+    parts = list(padding) if isinstance(padding, Sequence) else [padding] * 4
     if len(parts) == 2:
         parts = [parts[0], parts[0], parts[1], parts[1]]
     if len(parts) != 4:
         raise ValueError(
-            f"padding must be one integer, [x, y] or [x_before, x_after, y_before, y_after], not {padding}"
+            f"padding must be one integer, [x, y] or [x_before, x_after, y_before, y_after], not {padding!r}"
         )
+    for part in parts:
+        check_count("padding", abs(part) if isinstance(part, int) else part, least=0)
     return parts
 
 
@@ -299,8 +315,10 @@ def _check_taps(f: Tensor | None) -> None:
         raise ValueError(f"f must be (taps,) or (h, w), not of shape {tuple(f.shape)}")
 
 
-def _check_filter(f: Tensor, x: Tensor, gain: float) -> None:
+def _check_filter(f: Tensor, x: Tensor, flip_filter: bool, gain: float) -> None:
     _check_taps(f)
+    check_number("gain", gain)
+    check_flag("flip_filter", flip_filter)
     if f.dtype not in DTYPES:
         raise TypeError(f"f must be float32, float64, bfloat16 or float16, not {f.dtype}")
     if f.device != x.device:

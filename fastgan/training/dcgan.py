@@ -27,6 +27,7 @@ class DCGAN(AlternatingSystem[DCGANSettings]):
     """The generator, the discriminator, and their alternating step."""
 
     name = "dcgan"
+    is_static = True
     settings_type = DCGANSettings
     epochs = 12  # digits can be told apart, after two minutes on two cores
 

@@ -35,6 +35,7 @@ class SNGAN(AlternatingSystem[SNGANSettings]):
     """The generator, the discriminator, and their alternating step."""
 
     name = "sngan"
+    is_static = True
     settings_type = SNGANSettings
 
     def __init__(self, settings: SNGANSettings, channels: int, accelerator: Accelerator):

@@ -88,6 +88,10 @@ class System(ABC, Generic[S]):
     draws: int = 1
     """Batches of real images that one step takes; where there are several data sets, from each in turn."""
 
+    is_static: ClassVar[bool] = False
+    """Whether each step launches the same kernels: it decides nothing in Python by what changes, and `begin_step` does
+    nothing. Then on CUDA a run captures it."""
+
     is_stock: bool = False
     """Whether a step is what stock PyTorch does: one side of a comparison."""
 
@@ -153,7 +157,7 @@ class System(ABC, Generic[S]):
         """Weights and optimisers, in keys that do not depend on fusing."""
         return {
             "networks": {name: network.state_dict() for name, network in self.networks.items()},
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "optimizers": {name: _plain_state(optimizer) for name, optimizer in self.optimizers.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -162,6 +166,15 @@ class System(ABC, Generic[S]):
             network.load_state_dict(state["networks"][name])
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
+
+
+def _plain_state(optimizer: Optimizer) -> dict[str, Any]:
+    """An optimiser's state as it is before `make_capturable`, so that any device may continue from it."""
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        if group.get("capturable"):
+            group |= {"capturable": False, "lr": float(group["lr"])}
+    return state
 
 
 def adam(network: nn.Module, lr: float, betas: tuple[float, float]) -> Adam:

@@ -59,6 +59,7 @@ class WGANGP(LatentSystem[WGANGPSettings]):
     """The generator, the critic, and their step: several updates of the critic, then one of the generator."""
 
     name = "wgan-gp"
+    is_static = True
     settings_type = WGANGPSettings
 
     def __init__(self, settings: WGANGPSettings, channels: int, accelerator: Accelerator):

@@ -395,7 +395,7 @@ BAD = {
     "b of another dtype": (dict(b=torch.ones(3).double()), TypeError, "b must be torch.float32"),
     "b on another device": (dict(b=torch.ones(3, device="meta")), ValueError, "b is on meta"),
     "no such axis": (dict(dim=4), ValueError, "dim must be an axis of x from 0 to 3, not 4"),
-    "an axis from the end": (dict(dim=-3), ValueError, "dim must be an axis of x from 0 to 3, not -3"),
+    "an axis from the end": (dict(dim=-3), ValueError, "dim must be 0 or more, not -3"),
     "unknown act": (dict(act="gelu"), ValueError, "act must be one of linear, relu, .*, swish, not 'gelu'"),
     "negative clamp": (dict(clamp=-1.0), ValueError, "clamp must not be negative, not -1.0"),
 }

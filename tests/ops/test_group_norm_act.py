@@ -442,7 +442,7 @@ BAD = {
         ValueError,
         "num_groups must divide the 6 channels of x, not be 4",
     ),
-    "no groups": (dict(num_groups=0), ValueError, "num_groups must divide"),
+    "no groups": (dict(num_groups=0), ValueError, "num_groups must be 1 or more, not 0"),
     "weight too long": (dict(weight=torch.ones(4)), ValueError, r"weight must have shape \(6,\)"),
     "weight of two dimensions": (dict(weight=torch.ones(6, 1)), ValueError, "weight must have shape"),
     "bias of another dtype": (dict(bias=torch.ones(6).double()), TypeError, "bias must be torch.float32"),

@@ -83,9 +83,9 @@ def test_an_empty_batch_gets_its_channels():
 BAD = {
     "integers": (dict(x=torch.ones(2, 3, dtype=torch.int64)), TypeError, "x must be float32"),
     "one axis": (dict(x=torch.ones(3)), ValueError, r"x must have shape \(N, C, \*\), not \(3,\)"),
-    "no group": (dict(group_size=0), ValueError, "group_size must be positive, not 0"),
+    "no group": (dict(group_size=0), ValueError, "group_size must be 1 or more, not 0"),
     "channels": (dict(num_channels=2), ValueError, "num_channels must divide the 3 channels of x, not 2"),
-    "no channels": (dict(num_channels=0), ValueError, "num_channels must divide the 3 channels of x, not 0"),
+    "no channels": (dict(num_channels=0), ValueError, "num_channels must be 1 or more, not 0"),
 }
 
 

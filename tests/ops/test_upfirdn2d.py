@@ -365,7 +365,7 @@ BAD = {
     "filter to be learnt": (dict(f=torch.ones(2, 2, requires_grad=True)), ValueError, "f must not require a gradient"),
     "filter too large": (dict(f=torch.ones(2, 5)), ValueError, "f has 5 taps along x, where the padded x has 4"),
     "cropped away": (dict(padding=[0, 0, -2, -2]), ValueError, "f has 2 taps along y, where the padded x has 0"),
-    "no upsampling": (dict(up=0), ValueError, "up must be a positive integer"),
+    "no upsampling": (dict(up=0), ValueError, "up must be 1 or more, not 0"),
     "three factors": (dict(down=[1, 2, 3]), ValueError, "down must be a positive integer, or two"),
     "three paddings": (dict(padding=[1, 2, 3]), ValueError, "padding must be one integer"),
     "negative gain of two passes": (dict(f=torch.ones(2), gain=-1), ValueError, "gain must not be negative"),

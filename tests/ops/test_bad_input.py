@@ -1,0 +1,262 @@
+"""Whatever an operator is given: it does what its definition does, or names the argument that does not fit."""
+
+import inspect
+import math
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastgan import backend, ops
+
+EXAMPLES = int(os.environ.get("FASTGAN_FUZZ", "80"))
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+ACTS = ["none", "relu", "leaky_relu"]
+N, C, SIZE = 2, 4, (5, 6)
+
+# ── Arguments that fit ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def tensor(*shape, positive=False):
+    """Strategy of tensors of a shape. The dtype comes later, as it is one for a whole call."""
+    return st.integers(0, 99).map(lambda seed: _values(shape, seed, positive))
+
+
+def _values(shape, seed, positive):
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return values.abs() + 0.1 if positive else values
+
+
+def maybe(strategy):
+    return st.none() | strategy
+
+
+X, VECTOR = tensor(N, C, *SIZE), tensor(C)
+EPS, SLOPE, ACT = st.sampled_from([1e-5, 0.1, 0.0]), st.sampled_from([0.01, 0.2, 0.0, -0.5]), st.sampled_from(ACTS)
+SIZE2 = st.sampled_from([1, 2, (1, 2), [2, 1]])
+PADDING = st.sampled_from([0, 1, (1, 0)])
+CONV = {"stride": SIZE2, "padding": PADDING, "dilation": st.just(1), "groups": st.sampled_from([1, 2])}
+NORM = {"weight": maybe(VECTOR), "bias": maybe(VECTOR), "eps": EPS, "act": ACT, "negative_slope": SLOPE}
+RUNNING = {"running_mean": VECTOR, "running_var": tensor(C, positive=True), "training": st.booleans()}
+UPFIRDN = {"x": X, "f": maybe(tensor(3, 3) | tensor(4) | tensor(1, 2)), "flip_filter": st.booleans(), "gain": EPS}
+
+
+def conv(transposed, norm=False):
+    """Of 4 channels to 6, in one group or two."""
+    shapes = [(C, 6, 3, 3), (C, 3, 3, 3)] if transposed else [(6, C, 3, 3), (6, C // 2, 3, 3)]
+    drawn = {
+        "x": X,
+        "weight": st.sampled_from(shapes).flatmap(lambda shape: tensor(*shape)),
+        "bias": maybe(tensor(6)),
+        **CONV,
+    }
+    if transposed:
+        drawn["output_padding"] = st.sampled_from([0, 0, 1])
+    if norm:
+        drawn |= {"running_mean": tensor(6), "running_var": tensor(6, positive=True), "training": st.booleans()}
+        drawn |= {"bn_weight": maybe(tensor(6)), "bn_bias": maybe(tensor(6)), "eps": EPS, "act": ACT}
+    return drawn
+
+
+CALLS = {
+    "adain": {
+        "x": X, "scale": tensor(N, C), "shift": tensor(N, C), "eps": EPS, "noise": maybe(tensor(N, 1, *SIZE)),
+        "noise_weight": maybe(VECTOR), "bias": maybe(VECTOR), "act": ACT, "negative_slope": SLOPE,
+    },
+    "adain_from_features": {"content": X, "style": tensor(N, C, 3, 2), "eps": EPS},
+    "batch_norm_act": {"x": X, **RUNNING, **NORM, "residual": maybe(X)},
+    "bias_act": {
+        "x": X, "b": maybe(VECTOR), "dim": st.just(1), "act": st.sampled_from(["linear", "lrelu", "swish", "tanh"]),
+        "alpha": maybe(SLOPE), "gain": maybe(EPS), "clamp": maybe(EPS),
+    },
+    "conv2d": conv(False),
+    "conv2d_avg_pool2d": {"x": X, "weight": tensor(6, C, 3, 3), "bias": maybe(tensor(6)), "padding": st.just(1)},
+    "conv2d_batch_norm_act": conv(False, norm=True),
+    "conv_transpose2d": conv(True),
+    "conv_transpose2d_batch_norm_act": conv(True, norm=True),
+    "downsample2d": {**UPFIRDN, "down": SIZE2, "padding": PADDING},
+    "filter2d": {**UPFIRDN, "padding": PADDING},
+    "gradient_reversal": {"x": X, "coeff": EPS},
+    "group_norm_act": {"x": X, "num_groups": st.sampled_from([1, 2, 4]), **NORM, "residual": maybe(X)},
+    "instance_norm_act": {"x": X, **NORM, "residual": maybe(X)},
+    "layer_norm_act": {
+        "x": X, "normalized_shape": st.just((C, *SIZE)), "weight": maybe(tensor(C, *SIZE)),
+        "bias": maybe(tensor(C, *SIZE)), "eps": EPS, "act": ACT, "negative_slope": SLOPE,
+    },
+    "minibatch_stddev": {"x": X, "group_size": st.sampled_from([None, 1, 2, 4]), "num_channels": st.sampled_from([1, 2])},
+    "pixel_norm": {"x": X, "eps": EPS},
+    "pixel_shuffle_act": {
+        "x": X, "upscale_factor": st.sampled_from([1, 2]), "act": st.sampled_from([*ACTS, "prelu"]),
+        "prelu_weight": maybe(tensor(1)), "negative_slope": SLOPE,
+    },
+    "reversed_linear": {"x": tensor(N, C), "weight": tensor(3, C), "bias": maybe(tensor(3)), "coeff": EPS},
+    "sample_norms": {"x": X, "eps": EPS},
+    "sample_squares": {"x": X},
+    "upfirdn2d": {**UPFIRDN, "up": SIZE2, "down": SIZE2, "padding": PADDING | st.sampled_from([[2, 1, 0, 3], -1])},
+    "upsample2d": {**UPFIRDN, "up": SIZE2, "padding": PADDING},
+    "upsample_conv2d": {"x": X, "weight": tensor(6, C, 3, 3), "bias": maybe(tensor(6)), "padding": st.just(1)},
+}  # fmt: skip
+
+# ── What may come instead ────────────────────────────────────────────────────────────────────────────────────────────
+
+JUNK = st.sampled_from([
+    None, "relu", "", True, -1, 0, 2, 7, 2**31, 2**63, 10**20, 0.5, -0.5, math.nan, math.inf, 1e400, 1j, (), (1, 2, 3), [0],
+    (-1, 1), {}, torch.tensor(3), torch.tensor(0.5), torch.zeros(0), torch.float32, object(),
+])  # fmt: skip
+SHAPES = st.lists(st.sampled_from([0, 1, 2, 3, 4, 5]), max_size=5).map(tuple)
+OTHER_DTYPES = st.sampled_from([*DTYPES, torch.int64, torch.bool, torch.complex64, torch.uint8])
+
+
+def other_tensor(given):
+    """Tensors like a given one but in something."""
+
+    def changed(draw_shape, dtype, change):
+        if change == "shape":
+            return _values(draw_shape, 0, False).to(given.dtype)
+        if change == "dtype":
+            return given.to(dtype)
+        if change == "meta":
+            return given.to("meta")
+        if change == "channels_last" and given.dim() == 4:
+            return given.contiguous(memory_format=torch.channels_last)
+        if change == "transposed" and given.dim() > 1:
+            return given.mT.contiguous().mT
+        if change == "sliced":
+            return given.repeat_interleave(2, -1)[..., ::2] if given.dim() else given
+        if change == "expanded" and given.dim():
+            return given[:1].expand(given.shape)
+        if change == "overlapping" and given.dim():
+            return torch.as_strided(given.flatten(), given.shape, [1] * given.dim()) if given.numel() else given
+        return special(given, change)
+
+    changes = (
+        "shape", "shape", "dtype", "dtype", "meta", "channels_last", "transposed", "sliced", "expanded", "overlapping",
+        "nan", "inf", "denormal", "huge", "far from zero", "constant",
+    )  # fmt: skip
+    return st.builds(changed, SHAPES, OTHER_DTYPES, st.sampled_from(changes))
+
+
+SPECIAL = {"nan": math.nan, "inf": math.inf, "denormal": 1e-40, "huge": 1e30}
+
+
+def special(given, change):
+    flat = given.clone().flatten()
+    if change == "far from zero":
+        flat = flat + 100
+    elif change == "constant":
+        flat = torch.full_like(flat, 0.5)
+    elif change in SPECIAL and flat.numel() and flat.is_floating_point():
+        flat[:: max(1, flat.numel() // 3)] = SPECIAL[change]
+    return flat.view(given.shape)
+
+
+class Arguments(dict):
+    """Those of a call; hypothesis shows what they are like."""
+
+    def __repr__(self):
+        return ", ".join(f"{key}={self._described(value)}" for key, value in self.items())
+
+    @staticmethod
+    def _described(value):
+        if not isinstance(value, Tensor):
+            return repr(value)
+        values = value.flatten()[:2].tolist() if value.device.type == "cpu" else "…"
+        return f"<{value.dtype} {tuple(value.shape)} strides {value.stride()} on {value.device}: {values}>"
+
+
+@st.composite
+def calls(draw, name):
+    dtype = draw(st.sampled_from(DTYPES))
+    arguments = {key: draw(strategy) for key, strategy in CALLS[name].items()}
+    arguments = {key: value.to(dtype) if isinstance(value, Tensor) else value for key, value in arguments.items()}
+    for key in draw(st.lists(st.sampled_from(sorted(arguments)), max_size=2)):
+        value = arguments[key]
+        if isinstance(value, Tensor) and draw(st.integers(0, 4)):
+            arguments[key] = draw(other_tensor(value))
+        else:
+            arguments[key] = draw(JUNK)
+    return Arguments(arguments)
+
+
+# ── What comes of it ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+CONSTANTS = ("coeff", "f", "running_mean", "running_var")
+
+
+def outcome(name, arguments, backend_name, monkeypatch):
+    """(y, gradients), or the error."""
+    on_cpu = all(value.device.type == "cpu" for value in arguments.values() if isinstance(value, Tensor))
+    monkeypatch.setenv("FASTGAN_BACKEND", backend_name if on_cpu else "auto")  # by name there is none for meta tensors
+    backend.reset()
+    arguments, leaves = dict(arguments), {}
+    for key, value in arguments.items():
+        if not isinstance(value, Tensor) or value.device.type != "cpu":
+            continue
+        if key in CONSTANTS:
+            arguments[key] = value.clone()
+        elif value.is_floating_point():
+            leaves[key] = arguments[key] = value.detach().requires_grad_()
+    y = getattr(ops, name)(**arguments)
+    if y.device.type != "cpu" or not y.requires_grad:
+        return y, {}
+    weights = torch.linspace(-1, 1, y.numel()).view(y.shape).to(y.dtype)
+    grads = torch.autograd.grad((y * weights).sum(), list(leaves.values()), allow_unused=True)
+    return y, dict(zip(leaves, grads, strict=True))
+
+
+def _is_floating(value):
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def assert_agree(found, expected, what):
+    assert (found is None) == (expected is None), what
+    if found is None:
+        return
+    assert (found.shape, found.dtype, found.device) == (expected.shape, expected.dtype, expected.device), what
+    if found.device.type == "meta":
+        return
+    tolerance = {torch.float64: 1e-6, torch.float32: 2e-3}.get(expected.dtype, 0.1)
+    found, expected = (t if t.is_complex() else t.double() for t in (found, expected))
+    ordinary = expected.isfinite() & (expected.abs() < 1e15)
+    assert not (ordinary & ~found.isfinite()).any(), f"{what}: not finite where the definition is"
+    found, expected = (torch.where(ordinary, t, 0) for t in (found, expected))
+    size = expected.abs().max().item() if expected.numel() else 0.0
+    assert (found - expected).abs().max().item() <= tolerance * (size + 1) if expected.numel() else True, what
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_does_what_its_definition_does_or_names_the_argument(name, monkeypatch):
+    @given(calls(name))
+    @settings(
+        max_examples=EXAMPLES,
+        derandomize=EXAMPLES < 1000,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    def check(arguments):
+        try:
+            y, grads = outcome(name, arguments, "cpp", monkeypatch)
+        except (TypeError, ValueError) as error:
+            assert "\n" not in str(error), error
+            names = set(inspect.signature(getattr(ops, name)).parameters)
+            assert any(word in str(error) for word in names), error
+            return
+        others = [value.double() for key, value in arguments.items() if _is_floating(value) and key != "x"]
+        if any((value.device.type == "cpu" and not (value.abs() < 1e15).all()) for value in others):
+            return  # what comes of infinite weights or statistics is left open, and large ones hide all else
+        expected, expected_grads = outcome(name, arguments, "reference", monkeypatch)
+        assert_agree(y, expected, "y")
+        if y.dtype.itemsize > 2:  # in 16 bits rounding decides on which side of its kink an activation is
+            for key, grad in grads.items():
+                assert_agree(grad, expected_grads[key], f"gradient of {key}")
+
+    try:
+        check()
+    finally:
+        monkeypatch.undo()
+        backend.reset()
