@@ -20,6 +20,7 @@ from fastgan.training.dcgan import DCGAN
 from fastgan.training.errors import Diverged, InputError, Interrupted, OutputError, one_line
 from fastgan.training.folder import RunFolder, check_writable
 from fastgan.training.loop import KEPT, Plan, Training
+from fastgan.training.memory import keep_freed_memory
 from fastgan.training.sngan import SNGAN
 from fastgan.training.srgan import SRGAN
 from fastgan.training.stylegan import StyleGAN
@@ -82,6 +83,8 @@ def train(
     comparable = settings.fuse or not careful_compare
     require(comparable, "--compare", "with --no-fuse", "one of the two: it measures the fused model")
     accelerator = make_accelerator(device, settings.precision)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     if settings.fuse:
         _check_backend(accelerator.device)
     if accelerator.is_main_process:
