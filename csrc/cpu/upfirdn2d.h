@@ -192,6 +192,15 @@ template <class T> void resample_rows(const UpFirDn2d& a, const Filter<acc_t<T>>
 
 // ── Planes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
+template <int U> struct Together {
+  static constexpr int count = U;
+};
+template <class V> struct Length;
+template <class V, int U> struct Length<V (&)[U]> {
+  static constexpr int value = U;
+};
+template <class V> constexpr int length_of = Length<V>::value;
+
 // Outputs r, r + out_phases, … of a row are sums over taps of vectors of a line. With the phases of the line, in which the
 // taps take turns, these vectors are one element apart.
 struct Run {
@@ -262,29 +271,41 @@ template <class T> void resample_planes(const UpFirDn2d& a, const Filter<acc_t<T
     const auto fill = [&](int64_t i, int64_t row, const Acc* taps, int64_t count) {
       sum_rows(x + row * in, in, in, taps, a.y.up, count, end, across.in_phases, across.length, &line[i * size + across.before]);
     };
-    // Writes a row of y; sum(run, m) are elements m on of an output phase.
+    // Writes a row of y; sum(totals, run, m) adds to U vectors of an output phase, from its element m on.
     const auto finish = [&](T* to, const auto& sum) __attribute__((always_inline)) {
-      const auto phase = [&](int64_t r, int64_t m) __attribute__((always_inline)) {
-        vec_t<T> total = {};
-        for (int64_t d = 0; d < across.in_phases; ++d) sum(total, across.runs[r * across.in_phases + d], m);
-        return total;
+      const auto phase = [&](auto& totals, int64_t r, int64_t m) __attribute__((always_inline)) {
+        for (int64_t d = 0; d < across.in_phases; ++d) sum(totals, across.runs[r * across.in_phases + d], m);
       };
-      if (across.out_phases == 1) {
-        for (int64_t m = 0; m < out; m += W) store_before(to + m, phase(0, m), out - m, limit);
-      } else if (across.out_phases == 2) {
-        for (int64_t m = 0; 2 * m < out; m += W) {
-          const Pair<Acc> pair = interleave<Acc>({phase(0, m), phase(1, m)});
-          store_before(to + 2 * m, pair.a, out - 2 * m, limit);
-          if (2 * m + W < out) store_before(to + 2 * m + W, pair.b, out - 2 * m - W, limit);
-        }
-      } else {
-        for (int64_t r = 0; r < across.out_phases; ++r)
-          for (int64_t m = 0; m < across.vectors_end; m += W) {
-            const vec_t<T> total = phase(r, m);
-            for (int i = 0; i < W; ++i) phases[(m + i) * across.out_phases + r] = total[i];
+      // U vectors of each phase at a time: so many sums are under way at once.
+      const auto write = [&](auto vectors, int64_t m) __attribute__((always_inline)) {
+        constexpr int U = decltype(vectors)::count;
+        if (across.out_phases == 1) {
+          vec_t<T> totals[U] = {};
+          phase(totals, 0, m);
+          for (int u = 0; u < U && m + u * W < out; ++u) store_before(to + m + u * W, totals[u], out - m - u * W, limit);
+        } else if (across.out_phases == 2) {
+          vec_t<T> even[U] = {}, odd[U] = {};
+          phase(even, 0, m);
+          phase(odd, 1, m);
+          for (int u = 0; u < U; ++u) {
+            const Pair<Acc> pair = interleave<Acc>({even[u], odd[u]});
+            const int64_t at = 2 * (m + u * W);
+            if (at < out) store_before(to + at, pair.a, out - at, limit);
+            if (at + W < out) store_before(to + at + W, pair.b, out - at - W, limit);
           }
-        for (int64_t m = 0; m < out; m += W) store_before(to + m, load(&phases[m]), out - m, limit);
-      }
+        } else {
+          for (int64_t r = 0; r < across.out_phases; ++r) {
+            vec_t<T> totals[U] = {};
+            phase(totals, r, m);
+            for (int i = 0; i < U * W; ++i) phases[(m + i) * across.out_phases + r] = totals[i / W][i % W];
+          }
+        }
+      };
+      int64_t m = 0;
+      for (; m + 4 * W <= across.vectors_end; m += 4 * W) write(Together<4>{}, m);
+      for (; m < across.vectors_end; m += W) write(Together<1>{}, m);
+      if (across.out_phases > 2)
+        for (int64_t i = 0; i < out; i += W) store_before(to + i, load(&phases[i]), out - i, limit);
     };
     if (f.is_product)
       for (int64_t o = share.first; o < share.last; o += lines) {
@@ -294,8 +315,8 @@ template <class T> void resample_planes(const UpFirDn2d& a, const Filter<acc_t<T
           fill(i, (o + i) / a.y.out * a.y.in + down.input, &f.taps[down.tap], down.count);
         }
         for (int64_t i = 0; i < count; ++i)
-          finish(y + (o + i) * out, [&](vec_t<T>& total, const Run& run, int64_t m) __attribute__((always_inline)) {
-            add_taps<1>(&total, &line[i * size + run.at + m], 1, &f.taps[f.h + run.tap], step, run.count);
+          finish(y + (o + i) * out, [&](auto& totals, const Run& run, int64_t m) __attribute__((always_inline)) {
+            add_taps<length_of<decltype(totals)>>(totals, &line[i * size + run.at + m], 1, &f.taps[f.h + run.tap], step, run.count);
           });
       }
     else
@@ -307,10 +328,10 @@ template <class T> void resample_planes(const UpFirDn2d& a, const Filter<acc_t<T
             fill(row % lines, row, &one, 1);
             held[row % lines] = row;
           }
-        finish(y + o * out, [&](vec_t<T>& total, const Run& run, int64_t m) __attribute__((always_inline)) {
+        finish(y + o * out, [&](auto& totals, const Run& run, int64_t m) __attribute__((always_inline)) {
           for (int64_t j = 0; j < down.count; ++j)
-            add_taps<1>(&total, &line[(top + j) % lines * size + run.at + m], 1,
-                        &f.taps[(down.tap + j * a.y.up) * f.w + run.tap], step, run.count);
+            add_taps<length_of<decltype(totals)>>(totals, &line[(top + j) % lines * size + run.at + m], 1,
+                                                  &f.taps[(down.tap + j * a.y.up) * f.w + run.tap], step, run.count);
         });
       }
   }
