@@ -361,7 +361,8 @@ def normalise(
             act=act, negative_slope=negative_slope, prelu_weight=prelu_weight, residual=residual,
         )  # fmt: skip
         if training and running_mean is not None and mean_offset is not None:
-            running_mean.add_(mean_offset.detach().to(running_mean.dtype) * momentum)
+            # torch's own saves it for backward, and does not count its change by the batch either.
+            running_mean.data.add_(mean_offset.detach().to(running_mean.dtype) * momentum)
         return y
     mean, var = (None, None) if training else (running_mean, running_var)
     y, mean, var = operators.batch_norm_act(
