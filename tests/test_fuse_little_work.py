@@ -6,9 +6,11 @@ import gc
 import pytest
 import torch
 import torch.nn.functional as F
+from fusing import penalised_loss
 from torch import nn
 
 from fastgan import backend, chains, fuse, little_work
+from fastgan.ops import _conv_cpu, _norm, norm_act
 
 
 class Block(nn.Module):
@@ -194,3 +196,91 @@ def test_a_running_mean_counts_the_bias_where_the_norm_alone_is_little():
         (model(x) - model(x * 2)).square().mean().backward()
     torch.testing.assert_close(fused[1].running_mean, stock[1].running_mean)
     torch.testing.assert_close(fused[0].weight.grad, stock[0].weight.grad)
+
+
+# ── Every choice, of convolutions and norms on their own ─────────────────────────────────────────────────────────────
+
+NEVER, ALWAYS = 1, 1 << 40
+CONVOLUTIONS = {
+    # (left to stock by the chain, called in channels_last, left to stock by the operator)
+    "operator": (NEVER, ALWAYS, NEVER),
+    "operator's stock": (NEVER, ALWAYS, ALWAYS),
+    "called": (ALWAYS, ALWAYS, ALWAYS),
+    "called in rows": (ALWAYS, NEVER, ALWAYS),
+}
+
+
+class Added(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 3, padding=1), norm(4)
+
+    def forward(self, x):
+        return F.relu(x + self.norm(self.conv(x)))
+
+
+NETWORKS = {
+    "bias": lambda norm: nn.Sequential(nn.Conv2d(4, 4, 3), norm(4), nn.ReLU(True), nn.Conv2d(4, 3, 3), norm(3)),
+    "no bias": lambda norm: nn.Sequential(nn.Conv2d(4, 6, 2, 2, bias=False), norm(6), nn.LeakyReLU(0.2, True)),
+    "transposed": lambda norm: nn.Sequential(nn.ConvTranspose2d(4, 6, 4, 2, 1), norm(6), nn.PReLU(), nn.Dropout(0.3)),
+    "doubled": lambda norm: nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(4, 4, 3, padding=1), norm(4), nn.ReLU()),
+    "halved": lambda norm: nn.Sequential(norm(4), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.AvgPool2d(2)),
+    "shuffled": lambda norm: nn.Sequential(nn.Conv2d(4, 8, 3), nn.PixelShuffle(2), nn.PReLU(2), norm(2), nn.Tanh()),
+    "added": lambda norm: nn.Sequential(Added(norm), Added(norm), nn.Conv2d(4, 2, 1)),
+    "nested": lambda norm: nn.Sequential(nn.Sequential(nn.Conv2d(4, 4, 1), norm(4)), nn.Sequential(nn.ReLU(True))),
+}  # fmt: skip
+NORMS = {
+    "batch": lambda channels: nn.BatchNorm2d(channels, momentum=None),
+    "instance": lambda channels: nn.InstanceNorm2d(channels, affine=True),
+}
+
+
+@pytest.fixture(params=CONVOLUTIONS)
+def convolutions(request, monkeypatch):
+    chain, rows, operator = CONVOLUTIONS[request.param]
+    for name in (
+        "_FEW_PRODUCTS",
+        "_FEW_PRODUCTS_NARROW",
+        "_FEW_PRODUCTS_SLOW",
+        "_FEW_ELEMENTS",
+        "_FEW_ELEMENTS_NARROW",
+    ):
+        monkeypatch.setattr(little_work, name, chain)
+    for name in ("_PRODUCTS_IN_ROWS", "_PRODUCTS_IN_ROWS_SLOW"):
+        monkeypatch.setattr(little_work, name, rows)
+    for name in ("_SMALL", "_SMALL_NARROW", "_SMALL_FEW", "_TINY"):
+        monkeypatch.setattr(_conv_cpu, name, operator)
+    monkeypatch.setattr(chains, "_FEW_PIXELS", NEVER)
+
+
+@pytest.fixture(params=[NEVER, ALWAYS], ids=["norms by operators", "norms by stock"])
+def norms(request, monkeypatch):
+    for name in ("_SMALL", "_SMALL_NARROW"):
+        small = {key: (request.param, request.param) for key in getattr(norm_act, name)}
+        monkeypatch.setattr(norm_act, name, small)
+    for name in ("_SMALL", "_SMALL_CHANNELS_LAST"):
+        monkeypatch.setattr(_norm, name, request.param)
+
+
+@pytest.mark.usefixtures("convolutions", "norms", "one_thread")
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_whatever_is_left_to_stock_the_model_trains_as_stock_does(network, norm, training):
+    stock = NETWORKS[network](NORMS[norm]).double().train(training)
+    fused = fuse(copy.deepcopy(stock))
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(3, 4, 6, 8, dtype=torch.float64).contiguous(memory_format=layout)
+        seen = []
+        for model in (stock, fused):
+            model.zero_grad()
+            image = x.clone(memory_format=torch.preserve_format).requires_grad_()
+            torch.manual_seed(0)
+            real, fake = model(image * 1), model(image * 2)  # two forwards before a backward, as of discriminators
+            (real - fake).square().mean().backward()
+            torch.manual_seed(0)
+            penalised_loss(lambda x, model=model: model(x * 1), image).backward()
+            seen.append([real, image.grad, *[p.grad for p in model.parameters()], *model.buffers()])
+        for found, expected in zip(*seen, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+        assert seen[1][0].stride() == seen[0][0].stride()

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+from random import Random
 
 import pytest
 import torch
@@ -242,33 +243,43 @@ ELEMENTS = {
 }
 
 
-@st.composite
-def limits(draw):
-    """(module, name, value) of limits amid the sizes of the layers here."""
-    found = [
-        (module, name, 1 << draw(st.integers(*exponents)))
-        for table, exponents in ((PRODUCTS, (12, 18)), (ELEMENTS, (8, 13)))
-        for module, names in table.items()
-        for name in names
-    ]
+def limits(seed):
+    """(module, name, value) of limits amid the sizes of the layers here, below them or above."""
+    random = Random(seed)
+
+    def size(least, most):
+        return random.choice([1, 1 << random.randint(least, most), 1 << 30])
+
+    for table, exponents in ((PRODUCTS, (12, 17)), (ELEMENTS, (8, 12))):
+        for module, names in table.items():
+            for name in names:
+                yield module, name, size(*exponents)
     for name in ("_SMALL", "_SMALL_NARROW"):  # in NCHW and channels_last
-        small = {key: (1 << draw(st.integers(8, 13)), 1 << draw(st.integers(8, 13))) for key in norm_act._SMALL}
-        found.append((norm_act, name, small))
-    return [*found, (little_work, "_WEIGHT_PER_IMAGE", draw(st.sampled_from([0.02, 0.2, 2])))]
+        yield norm_act, name, {key: (size(8, 13), size(8, 13)) for key in norm_act._SMALL}
+    yield little_work, "_WEIGHT_PER_IMAGE", random.choice([0.02, 0.2, 2])
 
 
-@given(networks((C, 8, 9)), st.none() | limits(), st.booleans(), st.sampled_from(LAYOUTS), st.sampled_from(LAYOUTS))
-@settings(
-    max_examples=60, derandomize=True, deadline=None, database=None,
+EXAMPLES = settings(
+    derandomize=True, deadline=None, database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
 )  # fmt: skip
-def test_a_network_trains_as_it_does_unfused(stock, automatic, with_penalty, layout, weight_layout):
-    """By operators, or of each layer by what is faster, under some limits."""
+SETUPS = st.tuples(networks((C, 8, 9)), st.booleans(), st.sampled_from(LAYOUTS), st.sampled_from(LAYOUTS))
+
+
+@given(SETUPS)
+@settings(EXAMPLES, max_examples=30)
+def test_a_network_trains_as_it_does_unfused(setup):
+    _check_training(*setup)
+
+
+@given(st.integers(0, 2**32), SETUPS)
+@settings(EXAMPLES, max_examples=100)
+def test_a_network_whose_layers_are_left_to_stock_by_their_size_trains_as_it_does_unfused(seed, setup):
     with pytest.MonkeyPatch.context() as patch:
-        for module, name, value in automatic or ():
+        patch.setattr(backend, "is_automatic", lambda: True)
+        for module, name, value in limits(seed):
             patch.setattr(module, name, value)
-        patch.setattr(backend, "is_automatic", lambda: automatic is not None)
-        _check_training(stock, with_penalty, layout, weight_layout)
+        _check_training(*setup)
 
 
 def _check_training(stock, with_penalty, layout, weight_layout):
