@@ -2,6 +2,7 @@
 
 import copy
 import io
+import shutil
 import time
 
 import pytest
@@ -104,6 +105,15 @@ def test_compiles_as_one_graph(make):
     x = batch()
     compiled = torch.compile(fused, backend="eager", fullgraph=True)
     torch.testing.assert_close(step(fused, x, compiled), step(stock, x))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+@pytest.mark.parametrize("make", [chain, Residual])
+def test_inductor_compiles_it_as_one_graph(make):
+    torch.compiler.reset()
+    stock, fused = twins(make)
+    x = batch()
+    torch.testing.assert_close(step(fused, x, torch.compile(fused, fullgraph=True)), step(stock, x))
 
 
 @of_each_forward
