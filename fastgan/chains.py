@@ -171,7 +171,8 @@ def _fits(x: Any, layers: list[nn.Module]) -> bool:
     if x.dtype not in DTYPES:
         return False
     if isinstance(layers[0], REVERSAL):
-        return True
+        linear: Any = layers[1]
+        return x.shape[-1:] == (linear.in_features,) and (x.dtype == linear.weight.dtype or is_autocast(x))
     if x.dim() != 4:
         return False
     channels, params = x.shape[1], x

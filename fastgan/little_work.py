@@ -1,6 +1,7 @@
-"""Layers with too little to do for an operator to gain: what calls each, and modules that hold nothing else.
+"""Layers from which an operator has too little to gain: what calls each, and modules that hold nothing else.
 
-An operator's call in Python takes longer than what small layers do. On the CPU those are called, as stock PyTorch does it.
+An operator's call in Python takes longer than what small layers do. On the CPU those are called, as stock PyTorch does it;
+and so is a convolution, however large, for which alone an image would be laid out anew, and back.
 """
 
 import functools
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 
 from fastgan import backend
 from fastgan.nn.norm_act import is_observed
-from fastgan.ops._conv_cpu import FEW_CHANNELS
-from fastgan.ops._tensors import in_layout, with_contiguous_gradient
+from fastgan.ops._conv_cpu import FEW_CHANNELS, stays_in_planes
+from fastgan.ops._tensors import in_layout, suggests_channels_last, with_contiguous_gradient
 from fastgan.ops._types import Act
 from fastgan.ops.norm_act import stock_is_faster
 
@@ -33,8 +34,8 @@ _PRODUCTS_IN_ROWS, _PRODUCTS_IN_ROWS_SLOW, _WEIGHT_PER_IMAGE = 1 << 22, 1 << 19,
 
 
 class LittleCall(NamedTuple):
-    """Of a layer with little to do: what calls it on an x that owes a layout, or is faster in the other one. None where it
-    is just to be called."""
+    """Of a layer that had better be called: what calls it on an x that owes a layout, or is faster in the other one. None
+    where it is just to be called."""
 
     run: Callable[..., Tensor] | None
 
@@ -65,12 +66,34 @@ def call_of_little(x: Any, layers: Sequence[Any], owes: bool) -> LittleCall | No
         few, most = _FEW_PRODUCTS_NARROW, _FEW_ELEMENTS_NARROW
     if work.is_slow:
         few = _FEW_PRODUCTS_SLOW
+    is_alone = not owes and _is_alone_in_planes(x, layers)
     if work.products >= few * threads or work.elements > most * threads:
-        return None
+        return _AS_IT_STANDS if is_alone and _stays_in_planes(x, layer) else None
     if work.weight > _WEIGHT_PER_IMAGE * work.image:
         return _AS_IT_STANDS
     least = _PRODUCTS_IN_ROWS_SLOW if work.is_slow else _PRODUCTS_IN_ROWS
-    return LittleCall(_call_in_rows) if owes or work.products >= least * threads else _AS_IT_STANDS
+    gains = work.products >= least * threads and (work.is_slow or not is_alone)
+    return LittleCall(_call_in_rows) if owes or gains else _AS_IT_STANDS
+
+
+def _is_alone_in_planes(x: Tensor, layers: Sequence[Any]) -> bool:
+    """Whether a convolution of an image in NCHW is the only one before that is asked for again, and no operator's with the
+    pool behind it."""
+    if len(layers) > 1 and isinstance(layers[1], nn.AvgPool2d):
+        return False
+    if suggests_channels_last(x) or suggests_channels_last(layers[0].weight):
+        return False
+    return not any(isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)) or any(layer.children()) for layer in layers[1:])
+
+
+def _stays_in_planes(x: Tensor, conv: Any) -> bool:
+    """Whether stock's convolution in NCHW is faster than an operator between two changes of the layout."""
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return False
+    transposed = isinstance(conv, nn.ConvTranspose2d)
+    output_padding = conv.output_padding if transposed else (0, 0)
+    settings = (conv.stride, conv.padding, conv.dilation, transposed, output_padding, conv.groups)
+    return stays_in_planes(x.dtype, x.shape, conv.weight.shape, *settings)
 
 
 class _Work(NamedTuple):

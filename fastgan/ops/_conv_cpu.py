@@ -287,6 +287,14 @@ def stock_is_faster(x: Tensor, weight: Tensor, size: Sequence[int], settings: tu
     return _plan(x.dtype, x.shape, weight.shape, *settings).form in ("vendor", "few")
 
 
+def stays_in_planes(dtype: torch.dtype, x_shape: torch.Size, weight_shape: torch.Size, *settings: Any) -> bool:
+    """Whether an image in NCHW had better stay there for a convolution whose output is to be in NCHW: with AVX2, where
+    oneDNN is as fast as in channels_last and no other form makes up for two changes of the layout."""
+    if backend.has_wide_lanes() or backend.serving("cpu") != "cpp" or not _vendor_takes(dtype):
+        return False
+    return _plan(dtype, x_shape, weight_shape, *settings).form == "vendor"
+
+
 # Patches pay where the matrix of them has at most this many times the elements of the weight. Above, writing it costs more
 # than oneDNN's reordering of the weight.
 _PATCHES_PER_WEIGHT = {torch.float32: 3.0, torch.bfloat16: 6.0}
