@@ -16,7 +16,7 @@ from fastgan import backend, ops
 from fastgan.little_work import call_of_little, note_work
 from fastgan.nn.conv_norm_act import conv2d, conv_batch_norm_act, is_doubling, is_halving, slides, up_conv2d
 from fastgan.nn.gradient_reversal import GradientReversal, WarmStartGradientReversal, next_coeff
-from fastgan.nn.group_norm_act import instance_norm_act, tracks_planes
+from fastgan.nn.group_norm_act import instance_norm_act, subtracts_means
 from fastgan.nn.norm_act import Activation, attachment, batch_norm_act, is_distributed, is_observed
 from fastgan.ops._tensors import DTYPES, in_layout, lies_in_both, suggests_channels_last
 from fastgan.ops.conv import is_autocast
@@ -29,8 +29,9 @@ def _conv_batch_norm_act(x: Tensor, conv: Any, norm: Any, act: nn.Module | None 
 
 
 def _conv_instance_norm_act(x: Tensor, conv: Any, norm: Any, act: nn.Module | None = None) -> Tensor:
-    y = conv2d(x, conv, with_bias=False, keep_layout=False)
-    return instance_norm_act(y, norm, Activation.of(act), conv_bias=conv.bias)
+    cancels = subtracts_means(norm)
+    y = conv2d(x, conv, with_bias=not cancels, keep_layout=False)
+    return instance_norm_act(y, norm, Activation.of(act), conv_bias=conv.bias if cancels else None)
 
 
 def _conv(x: Tensor, conv: Any) -> Tensor:
@@ -42,8 +43,9 @@ def _up_conv_batch_norm_act(x: Tensor, _up: Any, conv: Any, norm: Any, act: nn.M
 
 
 def _up_conv_instance_norm_act(x: Tensor, _up: Any, conv: Any, norm: Any, act: nn.Module | None = None) -> Tensor:
-    y = ops.upsample_conv2d(x, conv.weight, padding=conv.padding, groups=conv.groups, keep_layout=False)
-    return instance_norm_act(y, norm, Activation.of(act), conv_bias=conv.bias)
+    bias, dropped = (None, conv.bias) if subtracts_means(norm) else (conv.bias, None)
+    y = ops.upsample_conv2d(x, conv.weight, bias, padding=conv.padding, groups=conv.groups, keep_layout=False)
+    return instance_norm_act(y, norm, Activation.of(act), conv_bias=dropped)
 
 
 def _up_conv(x: Tensor, _up: Any, conv: Any) -> Tensor:
@@ -143,7 +145,7 @@ def classes_of(layers: Iterable[nn.Module]) -> Classes:
 def _class_of(layer: nn.Module) -> type[nn.Module] | None:
     if isinstance(layer, FunctionLayer):
         return layer.stands_for
-    return None if attachment(layer) or tracks_planes(layer) else type(layer)
+    return None if attachment(layer) else type(layer)
 
 
 def matches(layers: list[nn.Module], classes: Classes) -> Iterator[tuple[int, Callable[..., Tensor]]]:

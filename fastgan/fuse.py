@@ -42,7 +42,7 @@ from fastgan.graph_patterns import (
 from fastgan.little_work import LittleWork
 from fastgan.nn.conv_norm_act import ConvBnAct2d, ConvTransposeBnAct2d
 from fastgan.nn.gradient_reversal import ReversedLinear
-from fastgan.nn.group_norm_act import GroupNormAct, InstanceNormAct2d, LayerNormAct, tracks_planes
+from fastgan.nn.group_norm_act import GroupNormAct, InstanceNormAct2d, LayerNormAct
 from fastgan.nn.norm_act import BatchNormAct2d, attachment, is_observed
 from fastgan.nn.spectral_norm import SpectralNorm, SpectralNormHook, Together, norms
 from fastgan.tracing import Traces, compiled
@@ -448,8 +448,6 @@ def _obstacle(layer: nn.Module) -> str:
         return f"it has {attached}"
     if parametrize.is_parametrized(layer):
         return f"its {' and '.join(layer.parametrizations)} is parametrized"  # type: ignore[arg-type]
-    if tracks_planes(layer):
-        return "it has running statistics"
     if isinstance(layer, REVERSAL):
         return "no plain nn.Linear follows it"
     base = next((base for base in CONV + NORM if isinstance(layer, base)), None)

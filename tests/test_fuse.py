@@ -913,7 +913,7 @@ def test_explain_names_every_layer_and_the_reason():
         ("chain.0–2", "Conv2d → BatchNorm2d → ReLU", True, ""),
         ("chain.3–4", "ConvTranspose2d → BatchNorm2d", True, ""),
         ("chain.5–7", "Conv2d → BatchNorm2d → LeakyReLU", True, ""),
-        ("chain.8", "InstanceNorm2d", False, "it has running statistics"),
+        ("chain.8", "InstanceNorm2d", True, ""),
         ("chain.9", "Scaled", False, "Scaled is a subclass of Conv2d"),
         ("chain.11", "BatchNorm2d", True, ""),
         ("hooked.0", "Conv2d", False, "it has a forward pre-hook"),

@@ -1,5 +1,8 @@
 """`fuse` on instance norms, on resampled images, and on what a hand-written forward adds, scales and convolves."""
 
+import copy
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -61,8 +64,43 @@ def test_an_instance_norm_gives_a_contiguous_output_as_in_stock():
     assert fused(x).stride() == stock(x).stride()
 
 
-def test_running_statistics_of_planes_are_left_to_stock(ran):
-    agree(lambda: nn.Sequential(nn.InstanceNorm2d(C, track_running_stats=True), nn.ReLU()), [], ran)
+class TrackedBlock(nn.Module):
+    """As StarGAN's."""
+
+    def __init__(self, **settings):
+        super().__init__()
+        norm = partial(nn.InstanceNorm2d, C, track_running_stats=True, **settings)
+        self.main = nn.Sequential(nn.Conv2d(C, C, 3, 1, 1), norm(), nn.ReLU(True), nn.Conv2d(C, C, 1), norm())
+
+    def forward(self, x):
+        return x + self.main(x)
+
+
+@pytest.mark.parametrize("automatic", [False, True])
+@pytest.mark.parametrize(
+    "settings", [{}, {"affine": True}, {"momentum": None}, {"affine": True, "momentum": 0.5}], ids=str
+)
+def test_running_statistics_of_planes_are_kept_as_in_stock(settings, automatic, monkeypatch):
+    monkeypatch.setattr(backend, "is_automatic", lambda: automatic)  # and then little norms are left to stock
+    norm = nn.InstanceNorm2d(C, track_running_stats=True, **settings)
+    up = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(C, C, 3, 1, 1), copy.deepcopy(norm), nn.LeakyReLU(0.2))
+    stock, fused = twins(lambda: nn.Sequential(norm, nn.ReLU(), TrackedBlock(**settings), up, TrackedBlock(**settings)))
+    assert_agree(stock, fused, batch())
+    assert_agree(stock.eval(), fused.eval(), batch())
+    for model in (stock, fused):
+        for module in model.modules():
+            if isinstance(module, nn.InstanceNorm2d):
+                module.train()
+    assert_agree(stock, fused, batch())
+
+
+def test_planes_of_one_pixel_raise_stock_s_error_in_training_and_have_statistics_in_evaluation():
+    stock, fused = twins(lambda: nn.Sequential(nn.Conv2d(C, C, 1), nn.InstanceNorm2d(C, track_running_stats=True)))
+    x = batch()[..., :1, :1]
+    for model in (stock, fused):
+        with pytest.raises(ValueError, match="more than 1 spatial element"):
+            model(x)
+    torch.testing.assert_close(fused.eval()(x), stock.eval()(x))
 
 
 # ── Convolutions beside a pool or an upsampling ──────────────────────────────────────────────────────────────────────

@@ -347,6 +347,24 @@ def normalise(
     return y
 
 
+def normalise_planes(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: FixedAct,
+    negative_slope: float,
+    residual: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`instance_norm_act` on checked arguments, and each plane's mean and biased variance, (N, C), which are constants."""
+    channels = x.shape[1]
+    if x.numel() and backend.serving(x.device.type) != "reference" and not is_transformed() and not stock_is_faster(x):
+        y, mean, var = operators.group_norm_act(x, weight, bias, residual, channels, eps, act, negative_slope)
+        return y, mean.detach(), var.detach()
+    var, mean = torch.var_mean(x.detach().to(accumulation_dtype(x.dtype)).flatten(2), 2, correction=0)
+    return normalise(x, channels, weight, bias, eps, act, negative_slope, residual), mean, var
+
+
 def _check_input(x: Tensor) -> None:
     check_input(x)
     if x.dim() < 2:
