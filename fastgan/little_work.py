@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from fastgan import backend
 from fastgan.nn.norm_act import is_observed
-from fastgan.ops._conv_cpu import FEW_CHANNELS, stays_in_planes
+from fastgan.ops._conv_cpu import FEW_CHANNELS, stays_in_planes, vendor_takes
 from fastgan.ops._tensors import in_layout, suggests_channels_last, with_contiguous_gradient
 from fastgan.ops._types import Act
+from fastgan.ops.conv import is_autocast
 from fastgan.ops.norm_act import stock_is_faster
 
 # ── Layers ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -58,6 +59,8 @@ def call_of_little(x: Any, layers: Sequence[Any], owes: bool) -> LittleCall | No
         if not stock_is_faster(x, layer.training, act):
             return None
         return LittleCall(_call) if owes else _AS_IT_STANDS
+    if not vendor_takes(torch.get_autocast_dtype("cpu") if is_autocast(x) else x.dtype):
+        return None  # stock's own sums in 16 bits are slow, however few they are
     transposed = isinstance(layer, nn.ConvTranspose2d)
     work = _work_of(x.shape, layer.weight.shape, layer.stride, layer.padding, layer.groups, transposed)
     threads = torch.get_num_threads()
@@ -83,7 +86,9 @@ def _is_alone_in_planes(x: Tensor, layers: Sequence[Any]) -> bool:
         return False
     if suggests_channels_last(x) or suggests_channels_last(layers[0].weight):
         return False
-    return not any(isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)) or any(layer.children()) for layer in layers[1:])
+    convolves = (nn.Conv2d, nn.ConvTranspose2d)
+    # What stands for a function has nothing else of a module.
+    return not any(isinstance(layer, convolves) or getattr(layer, "_modules", None) for layer in layers[1:])
 
 
 def _stays_in_planes(x: Tensor, conv: Any) -> bool:

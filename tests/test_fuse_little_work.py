@@ -146,6 +146,17 @@ def test_stock_convolutions_with_heavy_weights_are_called_in_the_layout_they_hav
     assert layouts == [False]
 
 
+@pytest.mark.parametrize("how", ["autocast", "weights"])
+def test_16_bit_convolutions_that_the_cpu_has_no_instructions_for_are_not_left_to_stock(how, ran, monkeypatch):
+    monkeypatch.setattr(little_work, "vendor_takes", lambda dtype: dtype == torch.float32)
+    fused, x = fuse(nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))), LITTLE
+    if how == "weights":
+        fused, x = fused.bfloat16(), x.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        fused(x)
+    assert ran[-1] == "conv2d_batch_norm_act"
+
+
 def test_hooks_see_the_layout_of_stock(layouts):
     fused = fuse(nn.Sequential(*chain(), *chain()))
     seen = []
@@ -219,6 +230,21 @@ class Added(nn.Module):
         return F.relu(x + self.norm(self.conv(x)))
 
 
+class Functions(nn.Module):
+    """Calls functions where others call layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias, self.gain = (nn.Parameter(torch.randn(size)) for size in ((4, 4, 3, 3), (4,), (4,)))
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("var", torch.ones(4))
+
+    def forward(self, x):
+        y = F.conv2d(x, self.weight, self.bias, padding=1)
+        y = F.leaky_relu(F.batch_norm(y, self.mean, self.var, self.gain, self.bias, self.training), 0.2)
+        return F.instance_norm(F.conv2d(y, self.weight), weight=self.gain, bias=self.bias)
+
+
 NETWORKS = {
     "bias": lambda norm: nn.Sequential(nn.Conv2d(4, 4, 3), norm(4), nn.ReLU(True), nn.Conv2d(4, 3, 3), norm(3)),
     "no bias": lambda norm: nn.Sequential(nn.Conv2d(4, 6, 2, 2, bias=False), norm(6), nn.LeakyReLU(0.2, True)),
@@ -227,6 +253,7 @@ NETWORKS = {
     "halved": lambda norm: nn.Sequential(norm(4), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.AvgPool2d(2)),
     "shuffled": lambda norm: nn.Sequential(nn.Conv2d(4, 8, 3), nn.PixelShuffle(2), nn.PReLU(2), norm(2), nn.Tanh()),
     "added": lambda norm: nn.Sequential(Added(norm), Added(norm), nn.Conv2d(4, 2, 1)),
+    "functions": lambda norm: nn.Sequential(Functions(), norm(4)),
     "nested": lambda norm: nn.Sequential(nn.Sequential(nn.Conv2d(4, 4, 1), norm(4)), nn.Sequential(nn.ReLU(True))),
 }  # fmt: skip
 NORMS = {

@@ -78,7 +78,7 @@ def _without_autocast(compute: Callable) -> Callable:
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple) -> Tensor:
     """`fastgan::convolution`."""
     x = dense(x, channels_last=True)
-    if not _vendor_takes(x.dtype):
+    if not vendor_takes(x.dtype):
         return convolution(x.float(), weight.float(), None if bias is None else bias.float(), settings).to(x.dtype)
     geometry, form, is_turned = _plan(x.dtype, x.shape, weight.shape, *map(_hashable, settings))
     transposed = settings[3] and not is_turned
@@ -99,7 +99,7 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple)
 
 
 @functools.cache
-def _vendor_takes(dtype: torch.dtype) -> bool:
+def vendor_takes(dtype: torch.dtype) -> bool:
     """Whether oneDNN convolves these elements on this CPU. Where it does not, torch's own sums take twenty times as long as
     float32's: for bfloat16 without AVX-512, and for float16 without its instructions."""
     if dtype == torch.bfloat16:
@@ -141,7 +141,7 @@ def _hashable(setting: Any) -> Any:
 def weight_grad(grad_y: Tensor, x: Tensor, weight_shape: Sequence[int], settings: tuple) -> Tensor:
     """`fastgan::convolution_weight_grad`."""
     grad_y, x = dense(grad_y, channels_last=True), dense(x, channels_last=True)
-    if not _vendor_takes(x.dtype):
+    if not vendor_takes(x.dtype):
         return weight_grad(grad_y.float(), x.float(), weight_shape, settings).to(x.dtype)
     if _is_summed_turned(x.dtype, weight_shape, settings):
         outputs, inputs, *taps = weight_shape
@@ -182,7 +182,7 @@ def backward(grad_y: Tensor, x: Tensor, weight: Tensor, settings: tuple) -> tupl
 
 
 def _backward_is_vendor_s(dtype: torch.dtype, *shapes_and_settings: Any) -> bool:
-    return _vendor_takes(dtype) and _plan_backward(backend.serving("cpu"), dtype, *shapes_and_settings)
+    return vendor_takes(dtype) and _plan_backward(backend.serving("cpu"), dtype, *shapes_and_settings)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -276,7 +276,7 @@ def stock_is_faster(x: Tensor, weight: Tensor, size: Sequence[int], settings: tu
         return False
     c, h, w = weight.shape[1:]
     products = (x.numel() if settings[3] else math.prod(size)) * c * h * w
-    if not _vendor_takes(x.dtype):
+    if not vendor_takes(x.dtype):
         return products < _TINY
     threads = torch.get_num_threads()
     small = _SMALL if backend.has_wide_lanes() or not is_channels_last(x) else _SMALL_NARROW
@@ -290,7 +290,7 @@ def stock_is_faster(x: Tensor, weight: Tensor, size: Sequence[int], settings: tu
 def stays_in_planes(dtype: torch.dtype, x_shape: torch.Size, weight_shape: torch.Size, *settings: Any) -> bool:
     """Whether an image in NCHW had better stay there for a convolution whose output is to be in NCHW: with AVX2, where
     oneDNN is as fast as in channels_last and no other form makes up for two changes of the layout."""
-    if backend.has_wide_lanes() or backend.serving("cpu") != "cpp" or not _vendor_takes(dtype):
+    if backend.has_wide_lanes() or backend.serving("cpu") != "cpp" or not vendor_takes(dtype):
         return False
     return _plan(dtype, x_shape, weight_shape, *settings).form == "vendor"
 

@@ -74,7 +74,7 @@ def form(request, monkeypatch):
 @pytest.mark.parametrize("function", [conv2d, conv_transpose2d])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bits_that_the_vendor_does_not_convolve_are_convolved_in_float32(dtype, function, monkeypatch):
-    monkeypatch.setattr(_conv_cpu, "_vendor_takes", lambda dtype: dtype.itemsize > 2)
+    monkeypatch.setattr(_conv_cpu, "vendor_takes", lambda dtype: dtype.itemsize > 2)
     inputs = [torch.randn(shape).to(dtype).requires_grad_() for shape in ((2, 6, 8, 8), (6, 6, 4, 4), (6,))]
     wide = [t.detach().float().requires_grad_() for t in inputs]
     y, expected = function(*inputs, stride=2, padding=1), function(*wide, stride=2, padding=1)
@@ -89,7 +89,7 @@ def test_16_bits_that_the_vendor_does_not_convolve_are_convolved_in_float32(dtyp
 @pytest.mark.parametrize("form", ["patches", "winograd"])
 @pytest.mark.parametrize("transposed", [False, True], ids=["conv2d", "conv_transpose2d"])
 def test_they_are_convolved_in_float32_under_autocast_too(transposed, form, monkeypatch):
-    monkeypatch.setattr(_conv_cpu, "_vendor_takes", lambda dtype: dtype.itemsize > 2)
+    monkeypatch.setattr(_conv_cpu, "vendor_takes", lambda dtype: dtype.itemsize > 2)
     monkeypatch.setattr(_conv_cpu, "choose_form", lambda geometry, result: form)
     x, weight = torch.randn(2, 6, 8, 8).bfloat16(), torch.randn(6, 6, 4, 4).bfloat16()
     settings = ((2, 2), (1, 1), (1, 1), transposed, (0, 0), 1)
