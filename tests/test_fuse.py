@@ -927,7 +927,7 @@ def test_explain_names_every_layer_and_the_reason():
         ("normed.0.weight", "spectral norm", True, ""),
     ]
     lines = str(rows).splitlines()
-    assert lines[0].split() == ["place", "pattern"] and lines[-1] == "10 of 15 fused"
+    assert lines[0].split() == ["place", "pattern"] and lines[-1] == "11 of 15 fused"
     assert lines[5].split("  ")[-1] == "not fused: Scaled is a subclass of Conv2d"
     assert type(model.head) is nn.Sequential and type(model.twice) is Twice
 
