@@ -29,9 +29,13 @@ def _conv_batch_norm_act(x: Tensor, conv: Any, norm: Any, act: nn.Module | None 
 
 
 def _conv_instance_norm_act(x: Tensor, conv: Any, norm: Any, act: nn.Module | None = None) -> Tensor:
-    cancels = subtracts_means(norm)
-    y = conv2d(x, conv, with_bias=not cancels, keep_layout=False)
-    return instance_norm_act(y, norm, Activation.of(act), conv_bias=conv.bias if cancels else None)
+    y = conv2d(x, conv, with_bias=not subtracts_means(norm), keep_layout=False)
+    return _instance_norm_act_of(y, conv, norm, act)
+
+
+def _instance_norm_act_of(y: Tensor, conv: Any, norm: Any, act: nn.Module | None) -> Tensor:
+    """Of a convolution's y without the bias, where the norm subtracts that anyway."""
+    return instance_norm_act(y, norm, Activation.of(act), conv_bias=conv.bias if subtracts_means(norm) else None)
 
 
 def _conv(x: Tensor, conv: Any) -> Tensor:
@@ -43,9 +47,7 @@ def _up_conv_batch_norm_act(x: Tensor, _up: Any, conv: Any, norm: Any, act: nn.M
 
 
 def _up_conv_instance_norm_act(x: Tensor, _up: Any, conv: Any, norm: Any, act: nn.Module | None = None) -> Tensor:
-    bias, dropped = (None, conv.bias) if subtracts_means(norm) else (conv.bias, None)
-    y = ops.upsample_conv2d(x, conv.weight, bias, padding=conv.padding, groups=conv.groups, keep_layout=False)
-    return instance_norm_act(y, norm, Activation.of(act), conv_bias=dropped)
+    return _instance_norm_act_of(up_conv2d(x, conv, with_bias=not subtracts_means(norm)), conv, norm, act)
 
 
 def _up_conv(x: Tensor, _up: Any, conv: Any) -> Tensor:

@@ -59,7 +59,8 @@ def call_of_little(x: Any, layers: Sequence[Any], owes: bool) -> LittleCall | No
         if not stock_is_faster(x, layer.training, act):
             return None
         return LittleCall(_call) if owes else _AS_IT_STANDS
-    if not vendor_takes(torch.get_autocast_dtype("cpu") if is_autocast(x) else x.dtype):
+    dtype = torch.get_autocast_dtype("cpu") if is_autocast(x) else x.dtype
+    if not vendor_takes(dtype):
         return None  # stock's own sums in 16 bits are slow, however few they are
     transposed = isinstance(layer, nn.ConvTranspose2d)
     work = _work_of(x.shape, layer.weight.shape, layer.stride, layer.padding, layer.groups, transposed)
@@ -71,7 +72,7 @@ def call_of_little(x: Any, layers: Sequence[Any], owes: bool) -> LittleCall | No
         few = _FEW_PRODUCTS_SLOW
     is_alone = not owes and _is_alone_in_planes(x, layers)
     if work.products >= few * threads or work.elements > most * threads:
-        return _AS_IT_STANDS if is_alone and _stays_in_planes(x, layer) else None
+        return _AS_IT_STANDS if is_alone and _stays_in_planes(x, layer, dtype) else None
     if work.weight > _WEIGHT_PER_IMAGE * work.image:
         return _AS_IT_STANDS
     least = _PRODUCTS_IN_ROWS_SLOW if work.is_slow else _PRODUCTS_IN_ROWS
@@ -91,14 +92,14 @@ def _is_alone_in_planes(x: Tensor, layers: Sequence[Any]) -> bool:
     return not any(isinstance(layer, convolves) or getattr(layer, "_modules", None) for layer in layers[1:])
 
 
-def _stays_in_planes(x: Tensor, conv: Any) -> bool:
+def _stays_in_planes(x: Tensor, conv: Any, dtype: torch.dtype) -> bool:
     """Whether stock's convolution in NCHW is faster than an operator between two changes of the layout."""
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return False
     transposed = isinstance(conv, nn.ConvTranspose2d)
     output_padding = conv.output_padding if transposed else (0, 0)
     settings = (conv.stride, conv.padding, conv.dilation, transposed, output_padding, conv.groups)
-    return stays_in_planes(x.dtype, x.shape, conv.weight.shape, *settings)
+    return stays_in_planes(dtype, x.shape, conv.weight.shape, *settings)
 
 
 class _Work(NamedTuple):

@@ -1,6 +1,6 @@
 """`ConvBnAct2d` and `ConvTransposeBnAct2d`, and what every fused layer asks of a convolution."""
 
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -83,10 +83,10 @@ def conv2d(
     return op(x, conv.weight, conv.bias if with_bias else None, **settings, keep_layout=keep_layout)
 
 
-def up_conv2d(x: Tensor, conv: Conv) -> Tensor:
+def up_conv2d(x: Tensor, conv: Conv, *, with_bias: bool = True) -> Tensor:
     """conv of x at twice its size, by the operator, in the layout that is fast."""
-    padding: Any = conv.padding
-    return ops.upsample_conv2d(x, conv.weight, conv.bias, padding=padding, groups=conv.groups, keep_layout=False)
+    bias, padding = conv.bias if with_bias else None, cast(Any, conv.padding)
+    return ops.upsample_conv2d(x, conv.weight, bias, padding=padding, groups=conv.groups, keep_layout=False)
 
 
 def conv_batch_norm_act(

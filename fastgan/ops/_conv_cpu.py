@@ -290,7 +290,7 @@ def stock_is_faster(x: Tensor, weight: Tensor, size: Sequence[int], settings: tu
 def stays_in_planes(dtype: torch.dtype, x_shape: torch.Size, weight_shape: torch.Size, *settings: Any) -> bool:
     """Whether an image in NCHW had better stay there for a convolution whose output is to be in NCHW: with AVX2, where
     oneDNN is as fast as in channels_last and no other form makes up for two changes of the layout."""
-    if backend.has_wide_lanes() or backend.serving("cpu") != "cpp" or not vendor_takes(dtype):
+    if backend.has_wide_lanes() or backend.serving("cpu") != "cpp":
         return False
     return _plan(dtype, x_shape, weight_shape, *settings).form == "vendor"
 

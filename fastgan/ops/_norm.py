@@ -16,6 +16,7 @@ from fastgan.ops._tensors import (
     address,
     check_eps,
     check_is_tensor,
+    check_like,
     dense,
     is_channels_last,
 )
@@ -294,7 +295,4 @@ def check_residual(residual: Tensor | None, x: Tensor) -> None:
     check_is_tensor("residual", residual)
     if residual.shape != x.shape:
         raise ValueError(f"residual must have x's shape {tuple(x.shape)}, not {tuple(residual.shape)}")
-    if residual.dtype != x.dtype:
-        raise TypeError(f"residual must be {x.dtype} like x, not {residual.dtype}")
-    if residual.device != x.device:
-        raise ValueError(f"residual is on {residual.device}, x on {x.device}")
+    check_like("residual", residual, x)

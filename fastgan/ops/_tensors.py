@@ -1,6 +1,7 @@
 """What the operators share about tensors: memory layouts, accumulation types, addresses, and what autograd will use."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,6 +81,14 @@ _LARGE, _WIDE = 1 << 16, 16
 def check_is_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
+
+
+def check_like(name: str, value: Any, x: Any, of: str = "x") -> None:
+    """Raise of another dtype or device than that of x, which the caller knows as `of`."""
+    if value.dtype != x.dtype:
+        raise TypeError(f"{name} must be {x.dtype} like {of}, not {value.dtype}")
+    if value.device != x.device:
+        raise ValueError(f"{name} is on {value.device}, {of} on {x.device}")
 
 
 def check_number(name: str, value: object, what: str = "a number") -> None:

@@ -24,6 +24,7 @@ from fastgan.ops._tensors import (
     check_eps,
     check_input,
     check_is_tensor,
+    check_like,
     check_number,
     dense,
     is_channels_last,
@@ -368,7 +369,4 @@ def _check_features(content, style) -> None:
             f"style must have content's batch and channels {tuple(content.shape[:2])} and pixels, "
             f"not shape {tuple(style.shape)}"
         )
-    if style.dtype != content.dtype:
-        raise TypeError(f"style must be {content.dtype} like content, not {style.dtype}")
-    if style.device != content.device:
-        raise ValueError(f"style is on {style.device}, content on {content.device}")
+    check_like("style", style, content, "content")

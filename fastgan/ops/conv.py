@@ -20,6 +20,7 @@ from fastgan.ops._tensors import (
     check_count,
     check_dtype,
     check_is_tensor,
+    check_like,
     dense,
     in_layout,
     remember_edges,
@@ -372,18 +373,23 @@ def check_pair(name: str, value: Size2, least: int) -> tuple[int, int]:
     return pair
 
 
+def check_weight(shape: torch.Size, groups: int) -> None:
+    """Raise what the functions say they raise of a weight's shape, whatever x is."""
+    if len(shape) != 4:
+        raise ValueError(f"weight must have 4 dimensions, not shape {tuple(shape)}")
+    if 0 in shape[2:]:
+        raise ValueError(f"weight must have taps, not shape {tuple(shape)}")
+    check_count("groups", groups)
+    if shape[0] % groups:
+        raise ValueError(f"groups must divide weight's {shape[0]} channels, not be {groups}")
+
+
 def _check_tensors(x: _Facts, weight: _Facts, bias: _Facts | None, transposed: bool, groups: int) -> None:
     """Raise what the functions say they raise of their tensors."""
     check_dtype(x.dtype)
     if len(x.shape) != 4:
         raise ValueError(f"x must have shape (N, C, H, W), not {tuple(x.shape)}")
-    if len(weight.shape) != 4:
-        raise ValueError(f"weight must have 4 dimensions, not shape {tuple(weight.shape)}")
-    if 0 in weight.shape[2:]:
-        raise ValueError(f"weight must have taps, not shape {tuple(weight.shape)}")
-    check_count("groups", groups)
-    if weight.shape[0] % groups:
-        raise ValueError(f"groups must divide weight's {weight.shape[0]} channels, not be {groups}")
+    check_weight(weight.shape, groups)
     channels = weight.shape[0] if transposed else weight.shape[1] * groups
     if x.shape[1] != channels:
         raise ValueError(f"x must have {channels} channels to fit weight {tuple(weight.shape)}, not {x.shape[1]}")
@@ -391,9 +397,5 @@ def _check_tensors(x: _Facts, weight: _Facts, bias: _Facts | None, transposed: b
     if bias is not None and bias.shape != (outputs,):
         raise ValueError(f"bias must have shape ({outputs},) to fit weight, not {tuple(bias.shape)}")
     for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is None:
-            continue
-        if tensor.dtype != x.dtype:
-            raise TypeError(f"{name} must be {x.dtype} like x, not {tensor.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}")
+        if tensor is not None:
+            check_like(name, tensor, x)

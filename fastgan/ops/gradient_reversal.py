@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastgan import backend
 from fastgan.ops._autograd import is_transformed
-from fastgan.ops._tensors import check_input, check_is_tensor, check_number, remember_edges, will_use
+from fastgan.ops._tensors import check_input, check_is_tensor, check_like, check_number, remember_edges, will_use
 from fastgan.ops.conv import cast_for_autocast
 
 Coeff = float | Tensor
@@ -154,10 +154,8 @@ def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias must have shape ({weight.shape[0]},) to fit weight, not {tuple(bias.shape)}")
     for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != x.dtype:
-            raise TypeError(f"{name} must be {x.dtype} like x, not {tensor.dtype}")
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}")
+        if tensor is not None:
+            check_like(name, tensor, x)
 
 
 _SMALL = 1 << 18

@@ -56,12 +56,12 @@ def reference(
     if weight is None and bias is not None:  # torch's own cannot be differentiated, or not twice, with a bias alone
         weight = torch.ones_like(bias)
     if _is_per_element(weight, bias):
-        y = dense(F.layer_norm(x, x.shape[1:], weight, bias, eps), is_channels_last(x))
+        y = F.layer_norm(x, x.shape[1:], weight, bias, eps)
     else:
         # Of a channels_last x torch 2.13 crashes in a backward pass to the parameters alone.
         y = torch.group_norm(x.contiguous(), num_groups, weight, bias, eps)
-        if is_channels_last(x):
-            y = y.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
+    if is_channels_last(x):  # by torch's own operation: function transforms have no other
+        y = y.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
     if residual is not None:
         y = y + residual
     return activate_(y, act, negative_slope)
@@ -340,8 +340,7 @@ def normalise(
     lean: bool = False,
 ) -> Tensor:
     """`group_norm_act` on checked arguments. With `lean` the operator serves be stock torch faster in the forward or not."""
-    stock = x.numel() == 0 or is_transformed() or backend.serving(x.device.type) == "reference"
-    if stock or (not lean and stock_is_faster(x)):
+    if _is_stock_s(x, lean):
         return reference(x, num_groups, weight, bias, eps, act=act, negative_slope=negative_slope, residual=residual)
     y, _, _ = operators.group_norm_act(x, weight, bias, residual, num_groups, eps, act, negative_slope)
     return y
@@ -358,11 +357,18 @@ def normalise_planes(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`instance_norm_act` on checked arguments, and each plane's mean and biased variance, (N, C), which are constants."""
     channels = x.shape[1]
-    if x.numel() and backend.serving(x.device.type) != "reference" and not is_transformed() and not stock_is_faster(x):
-        y, mean, var = operators.group_norm_act(x, weight, bias, residual, channels, eps, act, negative_slope)
-        return y, mean.detach(), var.detach()
-    var, mean = torch.var_mean(x.detach().to(accumulation_dtype(x.dtype)).flatten(2), 2, correction=0)
-    return normalise(x, channels, weight, bias, eps, act, negative_slope, residual), mean, var
+    if _is_stock_s(x):
+        y = reference(x, channels, weight, bias, eps, act=act, negative_slope=negative_slope, residual=residual)
+        var, mean = torch.var_mean(x.detach().to(accumulation_dtype(x.dtype)).flatten(2), 2, correction=0)
+        return y, mean, var
+    y, mean, var = operators.group_norm_act(x, weight, bias, residual, channels, eps, act, negative_slope)
+    return y, mean.detach(), var.detach()
+
+
+def _is_stock_s(x: Tensor, lean: bool = False) -> bool:
+    """Whether the definition computes x: no operator serves, or, unless `lean`, stock torch is faster."""
+    no_operator = x.numel() == 0 or is_transformed() or backend.serving(x.device.type) == "reference"
+    return no_operator or (not lean and stock_is_faster(x))
 
 
 def _check_input(x: Tensor) -> None:

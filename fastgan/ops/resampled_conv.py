@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgan.ops._tensors import check_count, check_input
-from fastgan.ops.conv import Size2, check_pair, conv2d, conv_transpose2d, in_stock_s_layout, is_autocast
+from fastgan.ops._tensors import check_input
+from fastgan.ops.conv import Size2, check_pair, check_weight, conv2d, conv_transpose2d, in_stock_s_layout, is_autocast
 
 # ── Definitions ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -110,8 +110,6 @@ def upsample_conv2d(
 def _check(weight: Tensor, groups: int) -> None:
     """Raise what `conv2d` would of what is no weight, before it is spread."""
     check_input(weight, "weight")
-    if weight.dim() != 4 or weight.numel() == 0:
-        raise ValueError(f"weight must have 4 dimensions and elements, not shape {tuple(weight.shape)}")
-    check_count("groups", groups)
-    if weight.shape[0] % groups:
-        raise ValueError(f"groups must divide weight's {weight.shape[0]} channels, not be {groups}")
+    check_weight(weight.shape, groups)
+    if weight.numel() == 0:
+        raise ValueError(f"weight must have elements, not shape {tuple(weight.shape)}")

@@ -20,4 +20,6 @@ def keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-        any(mallopt(_M_MMAP_THRESHOLD, size) for size in _MMAP_THRESHOLDS)
+        for size in _MMAP_THRESHOLDS:
+            if mallopt(_M_MMAP_THRESHOLD, size):
+                break

@@ -1,19 +1,20 @@
-"""`keep_freed_memory`, in processes of its own."""
+"""`keep_freed_memory`, in a process of its own."""
 
+import platform
 import subprocess
 import sys
 
 import pytest
 
 PROGRAM = """
-import resource, sys, torch
+import resource, torch
 from fastgan.training.memory import keep_freed_memory
-if sys.argv[1] == "keep":
-    keep_freed_memory()
+keep_freed_memory()
 torch.set_num_threads(1)
 def step():
     tensors = [torch.ones(1 << 22) for _ in range(4)]  # 16 MiB each
-step()
+for _ in range(3):  # until the heap has its size
+    step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(5):
     step()
@@ -21,12 +22,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-def pages_asked_for(how):
-    return int(subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, text=True, check=True).stdout)
+def pages_asked_for():
+    return int(subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True).stdout)
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc is told what to keep")
 def test_freed_memory_is_used_again_without_asking_the_system():
-    usual = pages_asked_for("as usual")
-    if usual < 100:
-        pytest.skip("this malloc keeps what is freed anyway")
-    assert pages_asked_for("keep") < usual / 10
+    assert pages_asked_for() < 100  # and else, by chance, 80,000
