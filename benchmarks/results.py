@@ -121,7 +121,8 @@ def device_name(device: torch.device) -> str:
     except OSError:
         found = None
     name = found.group(1) if found else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
+    # Where the model's name says little, as on virtual machines, the instructions tell generations apart.
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
 def results_path(device: torch.device, folder: Path = RESULTS) -> Path:
