@@ -197,33 +197,19 @@ PYBIND11_MODULE(_C, m) {
   m.def("patches_to_image", [](const Patches& p, Address patches, Address image) {
     kernels.patches_to_image(p, at(patches), at(image));
   }, release());
-  py::class_<Winograd>(m, "Winograd").def(py::init([](std::array<int64_t, 4> image, std::array<int64_t, 2> positions,
-                                                      std::array<int64_t, 2> padding, int64_t step) {
-    return Winograd{image[0], image[1], image[2], image[3], positions[0], positions[1], padding[0], padding[1], step};
+  py::class_<Winograd>(m, "Winograd").def(py::init([](int64_t kernel, std::array<int64_t, 4> image, std::array<int64_t, 3> positions,
+                                                      std::array<int64_t, 2> padding, std::array<int64_t, 2> weight, bool flip) {
+    return Winograd{kernel,       image[0],   image[1],   image[2],  image[3],  positions[0], positions[1],
+                    positions[2], padding[0], padding[1], weight[0], weight[1], flip};
   }));
-  m.def("winograd_image_to_tiles", [](const Winograd& a, Address image, Address tiles) {
-    kernels.winograd_image_to_tiles(a, at<float>(image), at<float>(tiles));
+  m.def("winograd_image_to_positions", [](const Winograd& a, Address image, Address weight, Address bias, Address positions) {
+    return kernels.winograd_image_to_positions(a, at<float>(image), at<float>(weight), at<float>(bias), at<float>(positions));
   }, release());
-  m.def("winograd_tiles_to_positions", [](const Winograd& a, Address tiles, Address bias, Address positions) {
-    return kernels.winograd_tiles_to_positions(a, at<float>(tiles), at<float>(bias), at<float>(positions));
+  m.def("winograd_positions_to_image", [](const Winograd& a, Address positions, Address weight, Address image) {
+    return kernels.winograd_positions_to_image(a, at<float>(positions), at<float>(weight), at<float>(image));
   }, release());
-  m.def("winograd_weight_to_phases", [](int64_t O, int64_t C, Address weight, Address phases) {
-    kernels.winograd_weight_to_phases(O, C, at<float>(weight), at<float>(phases));
-  }, release());
-  m.def("winograd_phases_to_weight", [](int64_t O, int64_t C, Address phases, Address weight) {
-    kernels.winograd_phases_to_weight(O, C, at<float>(phases), at<float>(weight));
-  }, release());
-  m.def("winograd_image_to_phases", [](const Winograd& a, Address image, Address tiles) {
-    kernels.winograd_image_to_phases(a, at<float>(image), at<float>(tiles));
-  }, release());
-  m.def("winograd_phases_to_image", [](const Winograd& a, Address tiles, Address image) {
-    return kernels.winograd_phases_to_image(a, at<float>(tiles), at<float>(image));
-  }, release());
-  m.def("winograd_positions_to_products", [](const Winograd& a, Address positions, Address products) {
-    kernels.winograd_positions_to_products(a, at<float>(positions), at<float>(products));
-  }, release());
-  m.def("winograd_products_to_positions", [](const Winograd& a, Address products, Address bias, Address positions) {
-    return kernels.winograd_products_to_positions(a, at<float>(products), at<float>(bias), at<float>(positions));
+  m.def("winograd_weight_grad", [](const Winograd& a, Address positions, Address image, Address grad_weight) {
+    kernels.winograd_weight_grad(a, at<float>(positions), at<float>(image), at<float>(grad_weight));
   }, release());
 
   py::class_<Samples>(m, "Samples").def(py::init(&samples_of));

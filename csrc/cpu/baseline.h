@@ -2,9 +2,13 @@
 #include "kernels.h"
 
 #include <omp.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <algorithm>
 #include <cstring>
+#include <new>
 #include <vector>
 
 #if defined(__x86_64__) && !defined(__clang__)

@@ -144,14 +144,15 @@ struct Convolution : Patches {
   int64_t weight_o, weight_c, weight_tap; // strides of the weight (O, C, kh·kw), in elements
 };
 
-// Between a channels_last image (N, H, W, C) or positions (N, OH, OW, C), float32, and matrices that are `step` elements apart:
-// 16 (tiles, C) of F(2×2, 3×3), 9 (tiles, 4·C) or (tiles, C) of the phases of k4 s2. A tile is 2×2 positions; the last of a line
-// or column may be cut.
+// A convolution k3 s1 or k4 s2 by Winograd's algorithms, float32, between a channels_last image (N, H, W, C) and positions
+// (N, OH, OW, O).
 struct Winograd {
+  int64_t kernel; // 3 or 4
   int64_t N, H, W, C;
-  int64_t OH, OW;
+  int64_t OH, OW, O;
   int64_t pad_h, pad_w;
-  int64_t step;
+  int64_t weight_o, weight_c; // strides of the weight (O, C, kernel, kernel), whose taps lie one after the other
+  bool flip;                  // the taps are turned around
 };
 
 // A weight of a spectral norm. `acc` as above.
@@ -235,16 +236,12 @@ struct Kernels {
   // A convolution to 1 to 4 `outputs`, with a weight (outputs, kh, kw, C), and a bias or null. dilation_w is 1.
   void (*image_to_few)(const Patches&, const float* image, const float* weight, int64_t outputs, const float* bias,
                        float* positions);
-  void (*winograd_image_to_tiles)(const Winograd&, const float* image, float* tiles);
-  // Whether all of the result, less the bias, is finite: else infinities and nan have spread over their tiles.
-  bool (*winograd_tiles_to_positions)(const Winograd&, const float* tiles, const float* bias, float* positions);
-  // weight (O, C, 4, 4), phases (9, O, 4, C).
-  void (*winograd_weight_to_phases)(int64_t O, int64_t C, const float* weight, float* phases);
-  void (*winograd_phases_to_weight)(int64_t O, int64_t C, const float* phases, float* weight);
-  void (*winograd_image_to_phases)(const Winograd&, const float* image, float* tiles);
-  bool (*winograd_phases_to_image)(const Winograd&, const float* tiles, float* image);
-  void (*winograd_positions_to_products)(const Winograd&, const float* positions, float* products);
-  bool (*winograd_products_to_positions)(const Winograd&, const float* products, const float* bias, float* positions);
+  // Whether all of the result, less the bias (O,) or null, is finite: else infinities and nan have spread over their tiles.
+  bool (*winograd_image_to_positions)(const Winograd&, const float* image, const float* weight, const float* bias,
+                                      float* positions);
+  // Both of k4 s2; grad_weight (O, C, 4, 4).
+  bool (*winograd_positions_to_image)(const Winograd&, const float* positions, const float* weight, float* image);
+  void (*winograd_weight_grad)(const Winograd&, const float* positions, const float* image, float* grad_weight);
   // Of samples x, y (N, S) dtype, and numbers for each (N,) acc: sums = Σ x·y, and y = factors·x.
   void (*sample_dot)(const Samples&, const void* x, const void* y, void* sums);
   void (*sample_scale)(const Samples&, const void* x, const void* factors, void* y);

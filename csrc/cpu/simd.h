@@ -126,7 +126,7 @@ template <class T> FASTGAN_INLINE void store(T* p, vec_t<T> v, int n) {
 }
 
 template <class Acc> FASTGAN_INLINE typename Lanes<Acc>::vec broadcast(Acc value) {
-  return typename Lanes<Acc>::vec{} + value;
+  return value - typename Lanes<Acc>::vec{}; // a sum with zero would have to make +0 of -0
 }
 // All ones in the first n lanes.
 template <class Acc> FASTGAN_INLINE typename Lanes<Acc>::mask first_lanes(int n) {

@@ -1,271 +1,603 @@
-// F(2×2, 3×3) of Lavin and Gray (2016): a convolution k3 s1 of channels_last images from tiles of 4×4 pixels that overlap by
-// two, each of which gives 2×2 positions. Between the tiles here, 16 matrices (tiles, C), and those of the result stand 16
-// matrix products, which are the vendor's: 16 multiplications for four positions, where 36 were.
-//   image to tiles       Bᵀ d B      d: 4×4 pixels, zero outside the image
-//   tiles to positions   Aᵀ m A
-// with Bᵀ = (1 0 -1 0 | 0 1 1 0 | 0 -1 1 0 | 0 1 0 -1) and Aᵀ = (1 1 1 0 | 0 1 -1 -1).
+// Convolutions of channels_last images by the minimal filtering algorithms of Winograd (Lavin and Gray, 2016), F(2×2, ·): a
+// tile of pixels gives 2×2 positions, with fewer multiplications between its transform and theirs. Those are products of
+// matrices, in which a row is a tile and a column a channel. A thread transforms some tiles into left factors, multiplies, and
+// transforms back, while all of it is in its cache.
+//
+//     k3 s1   16 matrices: a tile is 4×4 pixels, and 16 multiplications stand for 36
+//     k4 s2   9 matrices of four phases beside each other, the even and odd rows and columns, each a convolution k2 s1 of every
+//             other pixel: a tile is 3×3 pixels of each, and 9 multiplications stand for 16
 
-// One dimension of each, of the vectors at p, p + step, ….
-FASTGAN_INLINE void transform_pixels(f32v* p, int step) {
-  const f32v a = p[0], b = p[step], c = p[2 * step], d = p[3 * step];
-  p[0] = a - c;
-  p[step] = b + c;
-  p[2 * step] = c - b;
-  p[3 * step] = b - d;
-}
-FASTGAN_INLINE void transform_products(f32v* p, int step) {
-  const f32v a = p[0], b = p[step], c = p[2 * step], d = p[3 * step];
-  p[0] = a + b + c;
-  p[step] = b - c - d;
-}
-
-// f(found, tile, n, first row, first column, c, count) for every vector of channels of every tile. Whether what was added
-// to `found` is zero.
-template <class F> bool for_tiles(const Winograd& a, F f) {
-  constexpr int W = lanes<float>;
-  const int64_t rows = ceil_div(a.OH, 2), columns = ceil_div(a.OW, 2);
-  bool finite = true;
-#pragma omp parallel reduction(&& : finite) if (a.N * rows * columns * 16 * a.C > parallel_threshold)
-  {
-    f32v found = {};
-#pragma omp for collapse(2) schedule(static)
-    for (int64_t n = 0; n < a.N; ++n)
-      for (int64_t row = 0; row < rows; ++row)
-        for (int64_t column = 0; column < columns; ++column) {
-          const int64_t tile = (n * rows + row) * columns + column;
-          int64_t c = 0;
-          for (; c + W <= a.C; c += W) f(found, tile, n, 2 * row, 2 * column, c, W);
-          if (c < a.C) f(found, tile, n, 2 * row, 2 * column, c, static_cast<int>(a.C - c));
-        }
-    for (int i = 0; i < W; ++i) finite = finite && found[i] == 0;
+// Memory that the next call finds again, for the system clears what it gives anew; in huge pages, where there are some, as the
+// rows that are written together are far apart.
+class Workspace {
+  static constexpr size_t page = size_t{1} << 21, most_kept = size_t{1} << 26;
+  struct Block {
+    size_t bytes;
+  };
+  static Block*& kept() {
+    static Block* block = nullptr;
+    return block;
   }
-  return finite;
+  static Block* exchange(Block* block) { return __atomic_exchange_n(&kept(), block, __ATOMIC_ACQ_REL); }
+  static void give_back(Block* block) {
+    if (block) ::operator delete(block, std::align_val_t{page});
+  }
+
+  Block* block;
+  float* next;
+
+ public:
+  explicit Workspace(int64_t count) : block(exchange(nullptr)) {
+    const size_t bytes = (lanes<float> + count) * sizeof(float);
+    if (!block || block->bytes < bytes) {
+      give_back(block);
+      const size_t whole = (bytes + page - 1) / page * page;
+      block = static_cast<Block*>(::operator new(whole, std::align_val_t{page}));
+#if defined(__linux__)
+      madvise(block, whole, MADV_HUGEPAGE);
+#endif
+      block->bytes = whole;
+    }
+    next = reinterpret_cast<float*>(block) + lanes<float>;
+  }
+  ~Workspace() { give_back(block->bytes <= most_kept ? exchange(block) : block); }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  float* take(int64_t count) {
+    float* const part = next;
+    next += count;
+    return part;
+  }
+};
+
+// ── Products of matrices ─────────────────────────────────────────────────────────────────────────────────────────────
+// A block of sums stays in registers: of 32 in AVX-512, or of 16.
+
+constexpr int block_rows = FASTGAN_VECTOR_BYTES == 64 ? 12 : 6, block_columns = 2 * lanes<float>;
+constexpr int64_t depth = 128; // so many columns of a left factor, and rows of a right one, are in the L1 together
+
+// A left factor (rows, K): pieces of `depth` columns, in which a block of rows is one after the other. Rows a power of two apart
+// would meet in one set of the cache.
+struct Left {
+  static constexpr int64_t row = depth + lanes<float>;
+  int64_t rows, whole, K, size; // whole: in blocks
+  Left(int64_t rows, int64_t K)
+      : rows(rows), whole(ceil_div(rows, block_rows) * block_rows), K(K), size(ceil_div(K, depth) * whole * row) {}
+  int64_t at(int64_t r, int64_t k) const { return (k / depth * whole + r) * row + k % depth; }
+};
+// A right factor (K, columns): pieces of `depth` rows, in panels as wide as a block of sums.
+struct Right {
+  static constexpr int64_t panel = depth * block_columns;
+  int64_t K, panels, size;
+  Right(int64_t K, int64_t columns)
+      : K(K), panels(ceil_div(columns, block_columns)), size(ceil_div(K, depth) * panels * panel) {}
+  int64_t at(int64_t k, int64_t n) const {
+    return (k / depth * panels + n / block_columns) * panel + k % depth * block_columns + n % block_columns;
+  }
+};
+
+// A left factor of which each row of sums is a column (K, columns): likewise, in panels of whole vectors and of whole blocks.
+struct LeftOfSums {
+  static constexpr int64_t width = 4 * block_rows, panel = depth * width;
+  static_assert(width % lanes<float> == 0, "");
+  int64_t panels, size;
+  LeftOfSums(int64_t K, int64_t columns) : panels(ceil_div(columns, width)), size(ceil_div(K, depth) * panels * panel) {}
+  int64_t at(int64_t k, int64_t r) const { return (k / depth * panels + r / width) * panel + k % depth * width + r % width; }
+};
+
+// sums[r·stride + n] = Σ a[r·row + k·step] · b[k·line + n], k < count, of so many rows; or adds that.
+template <int rows, int64_t row>
+void multiply_rows(const float* a, int64_t step, const float* b, int64_t line, int64_t count, float* sums, int64_t stride,
+                   bool adds) {
+  constexpr int W = lanes<float>;
+  f32v left[rows], right[rows];
+  for (int r = 0; r < rows; ++r) left[r] = right[r] = f32v{};
+  for (int64_t k = 0; k < count; ++k, a += step, b += line) {
+    const f32v of_left = load(b), of_right = load(b + W);
+    for (int r = 0; r < rows; ++r) {
+      const f32v factor = broadcast(a[r * row]);
+      left[r] += factor * of_left;
+      right[r] += factor * of_right;
+    }
+  }
+  for (int r = 0; r < rows; ++r, sums += stride) {
+    store(sums, adds ? load(sums) + left[r] : left[r]);
+    store(sums + W, adds ? load(sums + W) + right[r] : right[r]);
+  }
+}
+// Of a block, or the thirds of it that `rows` reach.
+template <int64_t row>
+FASTGAN_INLINE void multiply_block(int64_t rows, const float* a, int64_t step, const float* b, int64_t line, int64_t count,
+                                   float* sums, int64_t stride, bool adds) {
+  constexpr int third = block_rows / 3;
+  const auto multiply = rows > 2 * third ? multiply_rows<block_rows, row>
+                        : rows > third   ? multiply_rows<2 * third, row>
+                                         : multiply_rows<third, row>;
+  multiply(a, step, b, line, count, sums, stride, adds);
 }
 
-void winograd_image_to_tiles(const Winograd& a, const float* image, float* tiles) {
-  for_tiles(a, [&](f32v&, int64_t tile, int64_t n, int64_t row, int64_t column, int64_t c, int count) __attribute__((always_inline)) {
-    const int64_t top = row - a.pad_h, left = column - a.pad_w;
-    const float* const from = image + ((n * a.H + top) * a.W + left) * a.C + c;
-    f32v d[16];
-    for (int i = 0; i < 4; ++i)
-      for (int j = 0; j < 4; ++j) {
-        const bool inside = top + i >= 0 && top + i < a.H && left + j >= 0 && left + j < a.W;
-        d[4 * i + j] = inside ? load(from + (i * a.W + j) * a.C, count) : f32v{};
+void multiply(const Left& left, const Right& right, const float* a, const float* b, float* sums, int64_t stride) {
+  for (int64_t k = 0; k < left.K; k += depth)
+    for (int64_t panel = 0; panel < right.panels; ++panel)
+      for (int64_t r = 0; r < left.rows; r += block_rows)
+        multiply_block<Left::row>(left.rows - r, a + left.at(r, k), 1, b + right.at(k, panel * block_columns), block_columns,
+                                  smaller(depth, left.K - k), sums + r * stride + panel * block_columns, stride, k > 0);
+}
+
+// ── Transforms ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+FASTGAN_INLINE int64_t whole_vectors(int64_t channels) { return ceil_div(channels, lanes<float>) * lanes<float>; }
+
+struct Tile {
+  int64_t n, row, column; // of its first position
+};
+struct TilesOf {
+  int64_t rows, columns, count;
+  explicit TilesOf(const Winograd& a) : rows(ceil_div(a.OH, 2)), columns(ceil_div(a.OW, 2)), count(a.N * rows * columns) {}
+  Tile operator[](int64_t tile) const { return {tile / (rows * columns), tile / columns % rows * 2, tile % columns * 2}; }
+};
+
+// The pixel of a tile that begins at (top, left), or zero outside the image.
+struct Pixel {
+  const Winograd& a;
+  const float* from;
+  int64_t top, left;
+  int count;
+  Pixel(const Winograd& a, const float* image, int64_t n, int64_t top, int64_t left, int64_t c)
+      : a(a), from(image + ((n * a.H + top) * a.W + left) * a.C + c), top(top), left(left),
+        count(static_cast<int>(smaller(lanes<float>, a.C - c))) {}
+  inline __attribute__((always_inline)) f32v operator()(int y, int x) const {
+    const bool inside = top + y >= 0 && top + y < a.H && left + x >= 0 && left + x < a.W && count > 0;
+    return inside ? load(from + (y * a.W + x) * a.C, count) : f32v{};
+  }
+};
+FASTGAN_INLINE f32v position(const Winograd& a, const float* positions, const Tile& tile, int i, int j, int64_t o) {
+  if (tile.row + i >= a.OH || tile.column + j >= a.OW || o >= a.O) return f32v{};
+  return load(positions + ((tile.n * a.OH + tile.row + i) * a.OW + tile.column + j) * a.O + o,
+              static_cast<int>(smaller(lanes<float>, a.O - o)));
+}
+// Adds to `found` what is 0, or nan where the number is not finite.
+FASTGAN_INLINE void store_position(const Winograd& a, float* positions, const Tile& tile, int i, int j, int64_t o, f32v value,
+                                   f32v shift, f32v& found) {
+  if (tile.row + i >= a.OH || tile.column + j >= a.OW) return;
+  store(positions + ((tile.n * a.OH + tile.row + i) * a.OW + tile.column + j) * a.O + o, value + shift,
+        static_cast<int>(smaller(lanes<float>, a.O - o)));
+  found += value - value;
+}
+FASTGAN_INLINE bool is_zero(const f32v& found) {
+  bool zero = true;
+  for (int i = 0; i < lanes<float>; ++i) zero = zero && found[i] == 0;
+  return zero;
+}
+
+// The taps of so many channels from (o, c) on, along the one or the other axis, where there are some: taps[t][lane].
+template <int taps> struct TapVectors {
+  f32v at[taps];
+  TapVectors(const Winograd& a, const float* weight, int64_t o, int64_t c, bool along_o) {
+    constexpr int W = lanes<float>;
+    float lane_of[taps][W] = {};
+    const int64_t count = o < a.O && c < a.C ? smaller(W, along_o ? a.O - o : a.C - c) : 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const float* const from = weight + (along_o ? o + i : o) * a.weight_o + (along_o ? c : c + i) * a.weight_c;
+      for (int t = 0; t < taps; ++t) lane_of[t][i] = from[a.flip ? taps - 1 - t : t];
+    }
+    for (int t = 0; t < taps; ++t) at[t] = read<f32v>(lane_of[t]);
+  }
+};
+
+// F(2×2, 3×3):
+//   pixels to products      Bᵀ d B       Bᵀ = (1 0 -1 0 | 0 1 1 0 | 0 -1 1 0 | 0 1 0 -1)
+//   taps to products        G g Gᵀ       Gᵀ = (1 ½ ½ 0 | 0 ½ -½ 0 | 0 ½ ½ 1)
+//   products to positions   Aᵀ m A       Aᵀ = (1 1 1 0 | 0 1 -1 -1)
+struct K3S1 {
+  static constexpr int matrices = 16;
+  static int64_t columns(const Winograd& a) { return whole_vectors(a.C); }
+
+  FASTGAN_INLINE void transform_pixels(f32v* p, int step) {
+    const f32v a = p[0], b = p[step], c = p[2 * step], d = p[3 * step];
+    p[0] = a - c;
+    p[step] = b + c;
+    p[2 * step] = c - b;
+    p[3 * step] = b - d;
+  }
+  static void read_tile(const Winograd& a, const float* image, const Tile& tile, const Left& left, int64_t row, float* to) {
+    for (int64_t c = 0; c < left.K; c += lanes<float>) {
+      const Pixel pixel(a, image, tile.n, tile.row - a.pad_h, tile.column - a.pad_w, c);
+      f32v d[16];
+      for (int i = 0; i < 4; ++i)
+        for (int j = 0; j < 4; ++j) d[4 * i + j] = pixel(i, j);
+      for (int j = 0; j < 4; ++j) transform_pixels(d + j, 4);
+      for (int i = 0; i < 4; ++i) transform_pixels(d + 4 * i, 1);
+      for (int k = 0; k < 16; ++k) store(to + k * left.size + left.at(row, c), d[k]);
+    }
+  }
+
+  FASTGAN_INLINE void transform_taps(const f32v& a, const f32v& b, const f32v& c, f32v* to, int step) {
+    const f32v ends = 0.5f * (a + c), middle = 0.5f * b;
+    to[0] = a;
+    to[step] = ends + middle;
+    to[2 * step] = ends - middle;
+    to[3 * step] = c;
+  }
+  // Of a vector of position channels.
+  static void read_weight(const Winograd& a, const float* weight, const Right& right, int64_t o, float* to) {
+    for (int64_t c = 0; c < right.K; ++c) {
+      const TapVectors<9> taps(a, weight, o, c, true);
+      f32v rows[12], g[16];
+      for (int j = 0; j < 3; ++j) transform_taps(taps.at[j], taps.at[3 + j], taps.at[6 + j], rows + j, 3);
+      for (int i = 0; i < 4; ++i) transform_taps(rows[3 * i], rows[3 * i + 1], rows[3 * i + 2], g + 4 * i, 1);
+      for (int k = 0; k < 16; ++k) store(to + k * right.size + right.at(c, o), g[k]);
+    }
+  }
+
+  FASTGAN_INLINE void transform_products(f32v* p, int step) {
+    const f32v a = p[0], b = p[step], c = p[2 * step], d = p[3 * step];
+    p[0] = a + b + c;
+    p[step] = b - c - d;
+  }
+  static void write_tile(const Winograd& a, const float* products, int64_t size, const float* bias, const Tile& tile,
+                         float* positions, f32v& found) {
+    for (int64_t o = 0; o < a.O; o += lanes<float>) {
+      f32v m[16];
+      for (int k = 0; k < 16; ++k) m[k] = load(products + k * size + o);
+      for (int j = 0; j < 4; ++j) transform_products(m + j, 4);
+      for (int i = 0; i < 2; ++i) transform_products(m + 4 * i, 1);
+      const f32v shift = bias ? load(bias + o, static_cast<int>(smaller(lanes<float>, a.O - o))) : f32v{};
+      for (int i = 0; i < 2; ++i)
+        for (int j = 0; j < 2; ++j) store_position(a, positions, tile, i, j, o, m[4 * i + j], shift, found);
+    }
+  }
+};
+
+// F(2×2, 2×2) of each phase:
+//   pixels to products      Bᵀ d B       Bᵀ = (1 -1 0 | 0 1 0 | 0 1 -1)
+//   taps to products        G g Gᵀ       Gᵀ = (1 1 0 | 0 1 1)
+//   products to positions   Aᵀ m A       Aᵀ = (1 1 0 | 0 1 -1)
+// and for the gradients the transposes of all three. The numbers are only added and subtracted.
+struct K4S2 {
+  static constexpr int matrices = 9;
+  static int64_t columns(const Winograd& a) { return 4 * whole_vectors(a.C); }
+
+  FASTGAN_INLINE void transform_pixels(f32v* p, int step) {
+    p[0] -= p[step];
+    p[2 * step] = p[step] - p[2 * step];
+  }
+  static void read_tile(const Winograd& a, const float* image, const Tile& tile, const Left& left, int64_t row, float* to) {
+    const int64_t width = left.K / 4;
+    for (int64_t c = 0; c < width; c += lanes<float>) {
+      const Pixel pixel(a, image, tile.n, 2 * tile.row - a.pad_h, 2 * tile.column - a.pad_w, c);
+      for (int phase = 0; phase < 4; ++phase) {
+        f32v d[9];
+        for (int i = 0; i < 3; ++i)
+          for (int j = 0; j < 3; ++j) d[3 * i + j] = pixel(2 * i + phase / 2, 2 * j + phase % 2);
+        for (int j = 0; j < 3; ++j) transform_pixels(d + j, 3);
+        for (int i = 0; i < 3; ++i) transform_pixels(d + 3 * i, 1);
+        for (int k = 0; k < 9; ++k) store(to + k * left.size + left.at(row, phase * width + c), d[k]);
       }
-    for (int j = 0; j < 4; ++j) transform_pixels(d + j, 4);
-    for (int i = 0; i < 4; ++i) transform_pixels(d + 4 * i, 1);
-    for (int k = 0; k < 16; ++k) store(tiles + k * a.step + tile * a.C + c, d[k], count);
-  });
-}
-
-bool winograd_tiles_to_positions(const Winograd& a, const float* tiles, const float* bias, float* positions) {
-  return for_tiles(a, [&](f32v& found, int64_t tile, int64_t n, int64_t row, int64_t column, int64_t c, int count) __attribute__((always_inline)) {
-    f32v m[16];
-    for (int k = 0; k < 16; ++k) m[k] = load(tiles + k * a.step + tile * a.C + c, count);
-    for (int j = 0; j < 4; ++j) transform_products(m + j, 4);
-    for (int i = 0; i < 2; ++i) transform_products(m + 4 * i, 1);
-    const f32v shift = bias ? load(bias + c, count) : f32v{};
-    float* const to = positions + ((n * a.OH + row) * a.OW + column) * a.C + c;
-    for (int i = 0; i < 2; ++i)
-      for (int j = 0; j < 2; ++j)
-        if (row + i < a.OH && column + j < a.OW) {
-          store(to + (i * a.OW + j) * a.C, m[4 * i + j] + shift, count);
-          found += m[4 * i + j] - m[4 * i + j]; // 0, or nan
-        }
-  });
-}
-
-// F(2×2, 2×2) of a convolution k4 s2: its four phases, of even and odd rows and columns, are each a convolution k2 s1 of every
-// other pixel. A tile is 6×6 pixels, which overlap by two, and gives 2×2 positions with 9 multiplications of each phase, where
-// 16 were. Between 9 matrices (tiles, 4·C), the phases beside each other, and 9 of products (tiles, O) stand matrix products.
-//   image to phases            Bᵀ d B of each phase, d: 3×3 of its pixels
-//   products to positions      Aᵀ m A
-// with Bᵀ = (1 -1 0 | 0 1 0 | 0 1 -1) and Aᵀ = (1 1 0 | 0 1 -1), and for the gradients the transposes of both.
-FASTGAN_INLINE void transform_phase(f32v* p, int step) {
-  p[0] -= p[step];
-  p[2 * step] = p[step] - p[2 * step];
-}
-// Of the transpose: what goes to the first two pixels. The third has -c, for the next tile.
-FASTGAN_INLINE void own_pixels(const f32v& a, const f32v& b, const f32v& c, f32v& first, f32v& second) {
-  first = a;
-  second = b + c - a;
-}
-
-void winograd_image_to_phases(const Winograd& a, const float* image, float* tiles) {
-  for_tiles(a, [&](f32v&, int64_t tile, int64_t n, int64_t row, int64_t column, int64_t c, int count) __attribute__((always_inline)) {
-    const int64_t top = 2 * row - a.pad_h, left = 2 * column - a.pad_w;
-    const float* const from = image + ((n * a.H + top) * a.W + left) * a.C + c;
-    for (int phase = 0; phase < 4; ++phase) {
-      const int r = phase / 2, s = phase % 2;
-      f32v d[9];
-      for (int i = 0; i < 3; ++i)
-        for (int j = 0; j < 3; ++j) {
-          const int y = 2 * i + r, x = 2 * j + s;
-          const bool inside = top + y >= 0 && top + y < a.H && left + x >= 0 && left + x < a.W;
-          d[3 * i + j] = inside ? load(from + (y * a.W + x) * a.C, count) : f32v{};
-        }
-      for (int j = 0; j < 3; ++j) transform_phase(d + j, 3);
-      for (int i = 0; i < 3; ++i) transform_phase(d + 3 * i, 1);
-      for (int k = 0; k < 9; ++k) store(tiles + k * a.step + (4 * tile + phase) * a.C + c, d[k], count);
     }
-  });
-}
-
-// Each tile writes the 4×4 pixels that it begins with, and adds what the tiles above and to the left have for them; beyond
-// the last ones there may be pixels of those alone.
-bool winograd_phases_to_image(const Winograd& a, const float* tiles, float* image) {
-  constexpr int W = lanes<float>;
-  const int64_t rows = ceil_div(a.OH, 2), columns = ceil_div(a.OW, 2);
-  bool finite = true;
-#pragma omp parallel reduction(&& : finite) if (a.N * rows * columns * 36 * a.C > parallel_threshold)
-  {
-    f32v found = {};
-#pragma omp for collapse(2) schedule(static)
-    for (int64_t n = 0; n < a.N; ++n)
-      for (int64_t row = 0; row <= rows; ++row)
-        for (int64_t column = 0; column <= columns; ++column) {
-          const int64_t top = 4 * row - a.pad_h, left = 4 * column - a.pad_w;
-          const int64_t tile = (n * rows + row) * columns + column;
-          const bool above = row > 0, beside = column > 0, within = row < rows, wide = column < columns;
-          for (int64_t c = 0; c < a.C; c += W) {
-            const int count = static_cast<int>(std::min<int64_t>(W, a.C - c));
-            for (int phase = 0; phase < 4; ++phase) {
-              const auto at = [&](int64_t t, int k) __attribute__((always_inline)) {
-                return load(tiles + k * a.step + (4 * t + phase) * a.C + c, count);
-              };
-              f32v d[2][2] = {};
-              f32v first, second;
-              if (within && wide) {
-                f32v v[2][3];
-                for (int k = 0; k < 3; ++k) own_pixels(at(tile, k), at(tile, 3 + k), at(tile, 6 + k), v[0][k], v[1][k]);
-                for (int i = 0; i < 2; ++i) own_pixels(v[i][0], v[i][1], v[i][2], d[i][0], d[i][1]);
-              }
-              if (above && wide) {
-                const int64_t t = tile - columns;
-                own_pixels(at(t, 6), at(t, 7), at(t, 8), first, second);
-                d[0][0] -= first;
-                d[0][1] -= second;
-              }
-              if (beside && within) {
-                const int64_t t = tile - 1;
-                own_pixels(at(t, 2), at(t, 5), at(t, 8), first, second);
-                d[0][0] -= first;
-                d[1][0] -= second;
-              }
-              if (above && beside) d[0][0] += at(tile - columns - 1, 8);
-              for (int i = 0; i < 2; ++i)
-                for (int j = 0; j < 2; ++j) {
-                  const int64_t y = top + 2 * i + phase / 2, x = left + 2 * j + phase % 2;
-                  if (y < 0 || y >= a.H || x < 0 || x >= a.W) continue;
-                  store(image + ((n * a.H + y) * a.W + x) * a.C + c, d[i][j], count);
-                  found += d[i][j] - d[i][j]; // 0, or nan
-                }
-            }
-          }
-        }
-    for (int i = 0; i < W; ++i) finite = finite && found[i] == 0;
   }
-  return finite;
-}
-
-void winograd_positions_to_products(const Winograd& a, const float* positions, float* products) {
-  for_tiles(a, [&](f32v&, int64_t tile, int64_t n, int64_t row, int64_t column, int64_t c, int count) __attribute__((always_inline)) {
-    const float* const from = positions + ((n * a.OH + row) * a.OW + column) * a.C + c;
-    f32v m[2][3];
-    for (int i = 0; i < 2; ++i) {
-      f32v y[2];
-      for (int j = 0; j < 2; ++j)
-        y[j] = row + i < a.OH && column + j < a.OW ? load(from + (i * a.OW + j) * a.C, count) : f32v{};
-      m[i][0] = y[0];
-      m[i][1] = y[0] + y[1];
-      m[i][2] = -y[1];
-    }
-    float* const to = products + tile * a.C + c;
-    for (int k = 0; k < 3; ++k) {
-      store(to + k * a.step, m[0][k], count);
-      store(to + (3 + k) * a.step, m[0][k] + m[1][k], count);
-      store(to + (6 + k) * a.step, -m[1][k], count);
-    }
-  });
-}
-
-bool winograd_products_to_positions(const Winograd& a, const float* products, const float* bias, float* positions) {
-  return for_tiles(a, [&](f32v& found, int64_t tile, int64_t n, int64_t row, int64_t column, int64_t c, int count) __attribute__((always_inline)) {
-    f32v m[2][3];
-    for (int k = 0; k < 3; ++k) {
-      const auto at = [&](int i) __attribute__((always_inline)) { return load(products + i * a.step + tile * a.C + c, count); };
-      const f32v middle = at(3 + k);
-      m[0][k] = at(k) + middle;
-      m[1][k] = middle - at(6 + k);
-    }
-    const f32v shift = bias ? load(bias + c, count) : f32v{};
-    float* const to = positions + ((n * a.OH + row) * a.OW + column) * a.C + c;
-    for (int i = 0; i < 2; ++i) {
-      const f32v y[2] = {m[i][0] + m[i][1], m[i][1] - m[i][2]};
-      for (int j = 0; j < 2; ++j)
-        if (row + i < a.OH && column + j < a.OW) {
-          store(to + (i * a.OW + j) * a.C, y[j] + shift, count);
-          found += y[j] - y[j]; // 0, or nan
+  // One row of the 3×3 matrices, of a panel of channels: 3×4 panels of a right factor, of which this is row i.
+  static void read_row_of_tile(const Winograd& a, const float* image, const Tile& tile, int row, int64_t first, int64_t i, float* to) {
+    for (int64_t c = 0; c < block_columns; c += lanes<float>) {
+      const Pixel pixel(a, image, tile.n, 2 * tile.row - a.pad_h, 2 * tile.column - a.pad_w, first + c);
+      for (int phase = 0; phase < 4; ++phase) {
+        f32v d[3];
+        for (int j = 0; j < 3; ++j) {
+          const int x = 2 * j + phase % 2, y = phase / 2;
+          const f32v middle = pixel(2 + y, x);
+          d[j] = row == 0 ? pixel(y, x) - middle : row == 1 ? middle : middle - pixel(4 + y, x);
         }
+        transform_pixels(d, 1);
+        for (int k = 0; k < 3; ++k) store(to + (4 * k + phase) * Right::panel + i * block_columns + c, d[k]);
+      }
     }
-  });
-}
+  }
 
-// The weight (O, C, 4, 4), or its gradient, and the 9 matrices (O, 4·C): G g Gᵀ of each phase's taps, Gᵀ = (1 1 0 | 0 1 1).
-// f(taps, matrices, o, c, count): `taps` are the vectors of the 16 taps of some channels, or are to be.
-template <bool reads, class Weight, class F> void for_weights(int64_t O, int64_t C, Weight* weight, F f) {
-  constexpr int W = lanes<float>;
-#pragma omp parallel for schedule(static) if (O * C * 16 > parallel_threshold)
-  for (int64_t o = 0; o < O; ++o)
-    for (int64_t c = 0; c < C; c += W) {
-      const int count = static_cast<int>(std::min<int64_t>(W, C - c));
-      Weight* const at = weight + (o * C + c) * 16;
-      float taps[16][W] = {};
-      if constexpr (reads)
-        for (int i = 0; i < count; ++i)
-          for (int t = 0; t < 16; ++t) taps[t][i] = at[16 * i + t];
-      f(taps, o, c, count);
-      if constexpr (!reads)
-        for (int i = 0; i < count; ++i)
-          for (int t = 0; t < 16; ++t) at[16 * i + t] = taps[t][i];
-    }
-}
-
-void winograd_weight_to_phases(int64_t O, int64_t C, const float* weight, float* phases) {
-  for_weights<true>(O, C, weight, [&](const float (*taps)[lanes<float>], int64_t o, int64_t c, int count) __attribute__((always_inline)) {
+  // f(k, phase, product of taps in matrix k)
+  template <class F> FASTGAN_INLINE void transform_taps(const TapVectors<16>& taps, F f) {
     for (int phase = 0; phase < 4; ++phase) {
-      float* const to = phases + (4 * o + phase) * C + c;
       f32v g[2][3];
       for (int i = 0; i < 2; ++i) {
         const int tap = 4 * (2 * i + phase / 2) + phase % 2;
-        g[i][0] = read<f32v>(taps[tap]);
-        g[i][2] = read<f32v>(taps[tap + 2]);
+        g[i][0] = taps.at[tap];
+        g[i][2] = taps.at[tap + 2];
         g[i][1] = g[i][0] + g[i][2];
       }
       for (int k = 0; k < 3; ++k) {
-        store(to + k * O * 4 * C, g[0][k], count);
-        store(to + (3 + k) * O * 4 * C, g[0][k] + g[1][k], count);
-        store(to + (6 + k) * O * 4 * C, g[1][k], count);
+        f(k, phase, g[0][k]);
+        f(3 + k, phase, g[0][k] + g[1][k]);
+        f(6 + k, phase, g[1][k]);
       }
     }
-  });
+  }
+  // Of a vector of position channels.
+  static void read_weight(const Winograd& a, const float* weight, const Right& right, int64_t o, float* to) {
+    const int64_t width = right.K / 4;
+    for (int64_t c = 0; c < width; ++c)
+      transform_taps(TapVectors<16>(a, weight, o, c, true), [&](int k, int phase, f32v g) __attribute__((always_inline)) {
+        store(to + k * right.size + right.at(phase * width + c, o), g);
+      });
+  }
+  // Of the other direction, and one position channel.
+  static void read_weight_to_image(const Winograd& a, const float* weight, const Right& right, int64_t o, float* to) {
+    const int64_t width = whole_vectors(a.C);
+    for (int64_t c = 0; c < width; c += lanes<float>)
+      transform_taps(TapVectors<16>(a, weight, o, c, false), [&](int k, int phase, f32v g) __attribute__((always_inline)) {
+        store(to + k * right.size + right.at(o, phase * width + c), g);
+      });
+    for (int64_t n = 4 * width; n < right.panels * block_columns; n += lanes<float>)
+      for (int k = 0; k < 9; ++k) store(to + k * right.size + right.at(o, n), f32v{});
+  }
+
+  static void write_tile(const Winograd& a, const float* products, int64_t size, const float* bias, const Tile& tile,
+                         float* positions, f32v& found) {
+    for (int64_t o = 0; o < a.O; o += lanes<float>) {
+      f32v m[2][3];
+      for (int k = 0; k < 3; ++k) {
+        const f32v middle = load(products + (3 + k) * size + o);
+        m[0][k] = load(products + k * size + o) + middle;
+        m[1][k] = middle - load(products + (6 + k) * size + o);
+      }
+      const f32v shift = bias ? load(bias + o, static_cast<int>(smaller(lanes<float>, a.O - o))) : f32v{};
+      for (int i = 0; i < 2; ++i) {
+        store_position(a, positions, tile, i, 0, o, m[i][0] + m[i][1], shift, found);
+        store_position(a, positions, tile, i, 1, o, m[i][1] - m[i][2], shift, found);
+      }
+    }
+  }
+
+  // A tile's 2×2 positions in the left factors of the other direction.
+  static void read_positions(const Winograd& a, const float* positions, const Tile& tile, const Left& left, int64_t row, float* to) {
+    for (int64_t o = 0; o < left.K; o += lanes<float>) {
+      f32v m[2][3];
+      for (int i = 0; i < 2; ++i) {
+        const f32v first = position(a, positions, tile, i, 0, o), second = position(a, positions, tile, i, 1, o);
+        m[i][0] = first;
+        m[i][1] = first + second;
+        m[i][2] = -second;
+      }
+      const auto write = [&](int k, f32v m) { store(to + k * left.size + left.at(row, o), m); };
+      for (int k = 0; k < 3; ++k) {
+        write(k, m[0][k]);
+        write(3 + k, m[0][k] + m[1][k]);
+        write(6 + k, -m[1][k]);
+      }
+    }
+  }
+  // Of a weight's gradient, one row of the 3×3 matrices.
+  static void read_row_of_positions(const Winograd& a, const float* positions, const Tile& tile, int row, int64_t first,
+                                    const LeftOfSums& left, int64_t i, float* to) {
+    for (int64_t o = 0; o < left.panels * LeftOfSums::width; o += lanes<float>) {
+      f32v m[2];
+      for (int j = 0; j < 2; ++j)
+        m[j] = row == 0   ? position(a, positions, tile, 0, j, first + o)
+               : row == 2 ? -position(a, positions, tile, 1, j, first + o)
+                          : position(a, positions, tile, 0, j, first + o) + position(a, positions, tile, 1, j, first + o);
+      store(to + left.at(i, o), m[0]);
+      store(to + left.size + left.at(i, o), m[0] + m[1]);
+      store(to + 2 * left.size + left.at(i, o), -m[1]);
+    }
+  }
+
+  // Of the transpose: what goes to the first two pixels. The third has -c, for the next tile.
+  FASTGAN_INLINE void own_pixels(const f32v& a, const f32v& b, const f32v& c, f32v& first, f32v& second) {
+    first = a;
+    second = b + c - a;
+  }
+  // The 4×4 pixels that a tile begins with, and what the tiles above and to the left have for them; beyond the last tiles there
+  // may be pixels of those alone. `tile` is where the products of the tile lie, or would; `row` is how far those of the row
+  // above are away.
+  static void write_pixels(const Winograd& a, const TilesOf& tiles, int64_t n, int64_t row, int64_t column, const float* products,
+                           int64_t size, int64_t stride, float* image, f32v& found) {
+    const int64_t top = 4 * row - a.pad_h, left = 4 * column - a.pad_w, width = whole_vectors(a.C);
+    const bool above = row > 0, beside = column > 0, within = row < tiles.rows, wide = column < tiles.columns;
+    for (int64_t c = 0; c < a.C; c += lanes<float>) {
+      const int count = static_cast<int>(smaller(lanes<float>, a.C - c));
+      for (int phase = 0; phase < 4; ++phase) {
+        const auto at = [&](int64_t away, int k) __attribute__((always_inline)) {
+          return load(products + k * size - away * stride + phase * width + c);
+        };
+        f32v d[2][2] = {};
+        f32v first, second;
+        if (within && wide) {
+          f32v v[2][3];
+          for (int k = 0; k < 3; ++k) own_pixels(at(0, k), at(0, 3 + k), at(0, 6 + k), v[0][k], v[1][k]);
+          for (int i = 0; i < 2; ++i) own_pixels(v[i][0], v[i][1], v[i][2], d[i][0], d[i][1]);
+        }
+        if (above && wide) {
+          own_pixels(at(tiles.columns, 6), at(tiles.columns, 7), at(tiles.columns, 8), first, second);
+          d[0][0] -= first;
+          d[0][1] -= second;
+        }
+        if (beside && within) {
+          own_pixels(at(1, 2), at(1, 5), at(1, 8), first, second);
+          d[0][0] -= first;
+          d[1][0] -= second;
+        }
+        if (above && beside) d[0][0] += at(tiles.columns + 1, 8);
+        for (int i = 0; i < 2; ++i)
+          for (int j = 0; j < 2; ++j) {
+            const int64_t y = top + 2 * i + phase / 2, x = left + 2 * j + phase % 2;
+            if (y < 0 || y >= a.H || x < 0 || x >= a.W) continue;
+            store(image + ((n * a.H + y) * a.W + x) * a.C + c, d[i][j], count);
+            found += d[i][j] - d[i][j]; // 0, or nan
+          }
+      }
+    }
+  }
+
+  // The taps' gradients of some channels, from rows o of 9 matrices.
+  static void write_weight(const Winograd& a, const float* phases, int64_t size, int64_t width, int64_t o, float* weight) {
+    constexpr int W = lanes<float>;
+    for (int64_t c = 0; c < a.C; c += W) {
+      float taps[16][W];
+      for (int phase = 0; phase < 4; ++phase) {
+        const float* const from = phases + phase * width + c;
+        f32v g[2][3];
+        for (int k = 0; k < 3; ++k) {
+          const f32v middle = load(from + (3 + k) * size);
+          g[0][k] = load(from + k * size) + middle;
+          g[1][k] = load(from + (6 + k) * size) + middle;
+        }
+        for (int i = 0; i < 2; ++i) {
+          const int tap = 4 * (2 * i + phase / 2) + phase % 2;
+          write(taps[tap], g[i][0] + g[i][1]);
+          write(taps[tap + 2], g[i][1] + g[i][2]);
+        }
+      }
+      for (int64_t i = 0; i < smaller(W, a.C - c); ++i)
+        for (int t = 0; t < 16; ++t) weight[(o * a.C + c + i) * 16 + t] = taps[t][i];
+    }
+  }
+};
+
+// ── Convolutions ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+// Tiles of a thread at a time: so few that their factors and products stay in its L2, unless the weights, which are read again
+// with every piece, do not stay in the L3, or there are few pieces.
+FASTGAN_INLINE int64_t most_tiles(int64_t tiles, int64_t weights) {
+  return weights <= int64_t{1} << 21 && tiles > 96 * omp_get_max_threads() ? 24 : 192;
+}
+// So many units at a time that the threads have equal shares. The bits do not depend on it.
+FASTGAN_INLINE int64_t share_of(int64_t count, int64_t most) {
+  const int64_t threads = omp_get_max_threads(), rounds = ceil_div(count, threads * most);
+  return ceil_div(count, threads * rounds);
+}
+// The rows of the last block that belong to no tile: zeros, for what memory held may be slow to multiply.
+FASTGAN_INLINE void clear_rows(const Left& left, int matrices, float* to) {
+  for (int k = 0; k < matrices; ++k)
+    for (int64_t r = left.rows; r < left.whole; ++r)
+      for (int64_t c = 0; c < left.K; c += lanes<float>) store(to + k * left.size + left.at(r, c), f32v{});
 }
 
-void winograd_phases_to_weight(int64_t O, int64_t C, const float* phases, float* weight) {
-  for_weights<false>(O, C, weight, [&](float (*taps)[lanes<float>], int64_t o, int64_t c, int count) __attribute__((always_inline)) {
-    for (int phase = 0; phase < 4; ++phase) {
-      const float* const from = phases + (4 * o + phase) * C + c;
-      f32v g[2][3];
-      for (int k = 0; k < 3; ++k) {
-        const f32v middle = load(from + (3 + k) * O * 4 * C, count);
-        g[0][k] = load(from + k * O * 4 * C, count) + middle;
-        g[1][k] = load(from + (6 + k) * O * 4 * C, count) + middle;
-      }
-      for (int i = 0; i < 2; ++i) {
-        const int tap = 4 * (2 * i + phase / 2) + phase % 2;
-        write(taps[tap], g[i][0] + g[i][1]);
-        write(taps[tap + 2], g[i][1] + g[i][2]);
-      }
+template <class Form> bool winograd_image_to_positions_of(const Winograd& a, const float* image, const float* weight,
+                                                          const float* bias, float* positions) {
+  const TilesOf tiles(a);
+  const Right right(Form::columns(a), a.O);
+  const int64_t together = share_of(tiles.count, most_tiles(tiles.count, Form::matrices * right.size)), pieces = ceil_div(tiles.count, together);
+  const Left left(together, right.K);
+  const int64_t stride = right.panels * block_columns + lanes<float>, size = left.whole * stride;
+  const int64_t of_factors = Form::matrices * left.size, of_products = Form::matrices * size;
+  Workspace workspace(Form::matrices * right.size + omp_get_max_threads() * (of_factors + of_products));
+  float* const weights = workspace.take(Form::matrices * right.size);
+  float* const of_threads = workspace.take(omp_get_max_threads() * (of_factors + of_products));
+  bool finite = true;
+#pragma omp parallel reduction(&& : finite)
+  {
+#pragma omp for schedule(static)
+    for (int64_t o = 0; o < right.panels * block_columns; o += lanes<float>) Form::read_weight(a, weight, right, o, weights);
+    float* const factors = of_threads + omp_get_thread_num() * (of_factors + of_products);
+    float* const products = factors + of_factors;
+    f32v found = {};
+#pragma omp for schedule(dynamic)
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+      const int64_t first = piece * together, count = smaller(together, tiles.count - first);
+      const Left some(count, left.K);
+      for (int64_t i = 0; i < count; ++i) Form::read_tile(a, image, tiles[first + i], some, i, factors);
+      clear_rows(some, Form::matrices, factors);
+      for (int k = 0; k < Form::matrices; ++k)
+        multiply(some, right, &factors[k * some.size], &weights[k * right.size], &products[k * size], stride);
+      for (int64_t i = 0; i < count; ++i)
+        Form::write_tile(a, &products[i * stride], size, bias, tiles[first + i], positions, found);
     }
-  });
+    finite = finite && is_zero(found);
+  }
+  return finite;
+}
+
+bool winograd_image_to_positions(const Winograd& a, const float* image, const float* weight, const float* bias, float* positions) {
+  return a.kernel == 3 ? winograd_image_to_positions_of<K3S1>(a, image, weight, bias, positions)
+                       : winograd_image_to_positions_of<K4S2>(a, image, weight, bias, positions);
+}
+
+// Of k4 s2. Rows of 4×4 pixels, one more than an image has rows of tiles, are made of these and of the tiles above. Where a
+// thread begins within an image, it computes those above once more.
+bool winograd_positions_to_image(const Winograd& a, const float* positions, const float* weight, float* image) {
+  constexpr int matrices = K4S2::matrices;
+  const TilesOf tiles(a);
+  const Right right(whole_vectors(a.O), K4S2::columns(a));
+  const int64_t rows = tiles.rows + 1, most = larger(9, 3 * most_tiles(tiles.count, matrices * right.size) / tiles.columns);
+  int64_t together = share_of(a.N * rows, most);
+  if (together > rows) together = together / rows * rows; // whole images
+  const int64_t pieces = ceil_div(a.N * rows, together);
+  const Left left((together + 1) * tiles.columns, right.K);
+  const int64_t stride = right.panels * block_columns + lanes<float>, size = left.whole * stride;
+  const int64_t of_factors = matrices * left.size, of_products = matrices * size;
+  Workspace workspace(matrices * right.size + omp_get_max_threads() * (of_factors + of_products));
+  float* const weights = workspace.take(matrices * right.size);
+  float* const of_threads = workspace.take(omp_get_max_threads() * (of_factors + of_products));
+  bool finite = true;
+#pragma omp parallel reduction(&& : finite)
+  {
+#pragma omp for schedule(static)
+    for (int64_t o = 0; o < left.K; ++o) K4S2::read_weight_to_image(a, weight, right, o, weights);
+    float* const factors = of_threads + omp_get_thread_num() * (of_factors + of_products);
+    float* const products = factors + of_factors;
+    f32v found = {};
+#pragma omp for schedule(dynamic)
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+      // Of rows of tiles, `above` is the first that is read, and `below` the first that is not.
+      const auto tile_row = [&](int64_t row) { return row / rows * tiles.rows + row % rows; };
+      const int64_t first = piece * together, last = smaller(first + together, a.N * rows);
+      const int64_t above = tile_row(first) - (first % rows > 0);
+      const int64_t below = tile_row(last - 1) + ((last - 1) % rows < tiles.rows);
+      const int64_t count = (below - above) * tiles.columns;
+      const Left some(count, left.K);
+      for (int64_t i = 0; i < count; ++i)
+        K4S2::read_positions(a, positions, tiles[above * tiles.columns + i], some, i, factors);
+      clear_rows(some, matrices, factors);
+      for (int k = 0; k < matrices; ++k)
+        multiply(some, right, &factors[k * some.size], &weights[k * right.size], &products[k * size], stride);
+      for (int64_t row = first; row < last; ++row)
+        for (int64_t column = 0; column <= tiles.columns; ++column)
+          K4S2::write_pixels(a, tiles, row / rows, row % rows, column,
+                             products + ((tile_row(row) - above) * tiles.columns + column) * stride, size, stride, image,
+                             found);
+    }
+    finite = finite && is_zero(found);
+  }
+  return finite;
+}
+
+// Of k4 s2: positionsᵀ · pixels, each (tiles, channels), added up over the tiles. A thread has one row of the 3×3 matrices,
+// a panel of channels and some blocks of positions at a time, so that its factors and sums stay in its L2; and with these so
+// many tiles that pixels and positions stay in the L3 until all threads have read them.
+void winograd_weight_grad(const Winograd& a, const float* positions, const float* image, float* grad_weight) {
+  constexpr int64_t most_blocks = 12, tiles_together = 4 * depth;
+  const TilesOf tiles(a);
+  const int64_t panels = ceil_div(a.C, block_columns), width = panels * block_columns, stride = 4 * width + lanes<float>;
+  const int64_t blocks = ceil_div(a.O, block_rows), shares = ceil_div(2 * omp_get_max_threads(), 3 * panels);
+  const int64_t groups = smaller(blocks, larger(ceil_div(blocks, most_blocks), shares));
+  const int64_t together = ceil_div(blocks, groups) * block_rows, size = groups * together * stride;
+  const LeftOfSums left(depth, together);
+  const int64_t of_lefts = 3 * left.size, of_rights = 3 * 4 * Right::panel;
+  Workspace workspace(K4S2::matrices * size + omp_get_max_threads() * (of_lefts + of_rights));
+  float* const sums = workspace.take(K4S2::matrices * size);
+  float* const of_threads = workspace.take(omp_get_max_threads() * (of_lefts + of_rights));
+#pragma omp parallel
+  {
+    float* const lefts = of_threads + omp_get_thread_num() * (of_lefts + of_rights);
+    float* const rights = lefts + of_lefts;
+    for (int64_t begin = 0; begin < tiles.count; begin += tiles_together)
+#pragma omp for collapse(3) schedule(dynamic)
+      for (int row = 0; row < 3; ++row)
+        for (int64_t panel = 0; panel < panels; ++panel)
+          for (int64_t group = 0; group < groups; ++group)
+            for (int64_t first = begin; first < smaller(begin + tiles_together, tiles.count); first += depth) {
+              const int64_t c = panel * block_columns, o = group * together, count = smaller(depth, tiles.count - first);
+              for (int64_t i = 0; i < count; ++i) {
+                K4S2::read_row_of_positions(a, positions, tiles[first + i], row, o, left, i, lefts);
+                K4S2::read_row_of_tile(a, image, tiles[first + i], row, c, i, rights);
+              }
+              for (int k = 0; k < 3; ++k)
+                for (int phase = 0; phase < 4; ++phase)
+                  for (int64_t r = 0; r < smaller(together, a.O - o); r += block_rows)
+                    multiply_block<1>(smaller(together, a.O - o) - r, &lefts[k * left.size + left.at(0, r)], LeftOfSums::width,
+                                      &rights[(4 * k + phase) * Right::panel], block_columns, count,
+                                      &sums[(3 * row + k) * size + (o + r) * stride + phase * width + c], stride, first > 0);
+            }
+#pragma omp for schedule(static)
+    for (int64_t o = 0; o < a.O; ++o) K4S2::write_weight(a, &sums[o * stride], size, width, o, grad_weight);
+  }
 }

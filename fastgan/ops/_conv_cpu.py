@@ -4,7 +4,7 @@
 - Patches: one matrix product over a matrix of patches, where the weight is large beside the image (oneDNN reorders all of
   it at every call) or the image has few channels.
 - Few: sums for each of up to four channels that come out, in C++: an image, or a score, leaves the vendor's lanes empty.
-- Winograd: of 3×3 taps at every pixel, and 4×4 at every other, with fewer products; C++ around the vendor's matrix products.
+- Winograd: of 3×3 taps at every pixel, and 4×4 at every other, with fewer products; C++.
 - Tiles: C++ on the CPU's matrix unit (AMX). For float32 it is faster than float32 lanes can be, at the same precision.
 """
 
@@ -154,7 +154,7 @@ def weight_grad(grad_y: Tensor, x: Tensor, weight_shape: Sequence[int], settings
     if form == "tiles" and _weight_grad_by_tiles(geometry, positions, image, weight):
         return weight
     if form == "winograd":
-        grad = _weight_grad_by_phases(geometry, positions, image)
+        grad = _weight_grad_by_winograd(geometry, positions, image)
         if bool(grad.isfinite().all()):
             return grad
     if form == "patches":
@@ -366,34 +366,29 @@ def _vendor_sums_slowly(geometry: Geometry) -> bool:
     )
 
 
-# Channels, and tiles, with which Winograd's form pays: below, the transforms and the calls cost more than the products that
-# it saves, which the matrix unit has for less. (A weight's gradient would be three times less exact by it than stock's.)
-_WINOGRAD_CHANNELS, _WINOGRAD_CHANNELS_BESIDE_TILES, _WINOGRAD_TILES = 128, 192, 256
-_WINOGRAD_ELEMENTS = 1 << 22  # of each of the two sets of matrices
-# Of k4 s2, with AVX2. Its numbers are only added and subtracted, so a weight's gradient is as exact as stock's.
-_PHASE_CHANNELS, _PHASE_CHANNELS_OF_WEIGHT = 64, 32
+# Channels, and tiles of 2×2 positions, with which Winograd's form pays: below, the transforms cost more than the products that
+# it saves. (The gradient of a weight of 3×3 taps would be three times less exact by it than stock's; the numbers of k4 s2
+# are only added and subtracted.) The matrix unit has products for less.
+_WINOGRAD_CHANNELS, _WINOGRAD_CHANNELS_OF_WEIGHT, _WINOGRAD_TILES = 32, 64, {3: 64, 4: 128}
+_WINOGRAD_CHANNELS_BESIDE_TILES, _WINOGRAD_TILES_BESIDE_TILES = 192, 256
 
 
 def _winograd_pays(geometry: Geometry, result: Result) -> bool:
     from fastgan import _C
 
-    if geometry.kernel == (4, 4):
-        return _phases_pay(geometry, result)
-    plain = geometry.kernel == (3, 3) and geometry.stride == geometry.dilation == (1, 1) and max(geometry.padding) <= 2
-    if not plain or result == "weight" or geometry.dtype != torch.float32:
+    if geometry.dtype != torch.float32 or geometry.dilation != (1, 1):
         return False
-    tiles = geometry.positions[0] * _tiles_of_image(geometry.positions[2:])
-    least = _WINOGRAD_CHANNELS_BESIDE_TILES if _C.has_matrix_unit() else _WINOGRAD_CHANNELS
-    return tiles >= _WINOGRAD_TILES and min(geometry.image[1], geometry.positions[1]) >= least
-
-
-def _phases_pay(geometry: Geometry, result: Result) -> bool:
-    plain = geometry.stride == (2, 2) and geometry.dilation == (1, 1) and max(geometry.padding) <= 3
-    if not plain or geometry.dtype != torch.float32 or backend.has_wide_lanes():
+    (_, inputs, _, _), (n, outputs, *size) = geometry.image, geometry.positions
+    channels, tiles = min(inputs, outputs), n * math.prod(-(-length // 2) for length in size)
+    if (geometry.kernel, geometry.stride) == ((3, 3), (1, 1)):
+        if result == "weight" or max(geometry.padding) > 2:
+            return False
+        if _C.has_matrix_unit():
+            return channels >= _WINOGRAD_CHANNELS_BESIDE_TILES and tiles >= _WINOGRAD_TILES_BESIDE_TILES
+    elif (geometry.kernel, geometry.stride) != ((4, 4), (2, 2)) or max(geometry.padding) > 3 or _C.has_matrix_unit():
         return False
-    tiles = geometry.positions[0] * _tiles_of_image(geometry.positions[2:])
-    least = _PHASE_CHANNELS_OF_WEIGHT if result == "weight" else _PHASE_CHANNELS
-    return tiles >= _WINOGRAD_TILES and min(geometry.image[1], geometry.positions[1]) >= least
+    least = _WINOGRAD_CHANNELS_OF_WEIGHT if result == "weight" else _WINOGRAD_CHANNELS
+    return channels >= least and tiles >= _WINOGRAD_TILES[geometry.kernel[0]]
 
 
 def _tiles_pay(geometry: Geometry, result: Result) -> bool:
@@ -465,26 +460,17 @@ def _weight_grad_by_tiles(geometry: Geometry, positions: Tensor, image: Tensor, 
 # ── Winograd ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@functools.cache
-def _of_taps() -> Tensor:
-    """(16, 9): what 3×3 taps are multiplied with in the 16 matrices."""
-    row = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], device="cpu")
-    return torch.kron(row, row)
-
-
-def _new_matrices(like: Tensor, count: int, tiles: int, channels: int) -> Tensor:
-    """(count, tiles, channels), a row apart: distances of a power of two would meet in one set of the cache."""
-    return like.new_empty(count, tiles + 1, channels)[:, :tiles]
-
-
-def _image_to_tiles(image: Tensor, size: Sequence[int], padding: Sequence[int], tiles: int) -> Tensor:
+def _winograd(geometry: Geometry, turned: bool = False):
+    """The convolution with a weight (O, C, kh, kw); or `turned`, of k3 s1, the one that goes the other way."""
     from fastgan import _C
 
-    n, c, h, w = image.shape
-    found = _new_matrices(image, 16, tiles, c)
-    geometry = _C.Winograd((n, h, w, c), size, padding, found.stride(0))
-    _C.winograd_image_to_tiles(geometry, image.data_ptr(), found.data_ptr())
-    return found
+    (n, c, h, w), (_, o, *size) = geometry.image, geometry.positions
+    taps = math.prod(geometry.kernel)
+    image, positions, padding, strides = (n, h, w, c), (*size, o), geometry.padding, (c * taps, taps)
+    if turned:
+        image, positions, strides = (n, *size, o), (h, w, c), strides[::-1]
+        padding = (2 - padding[0], 2 - padding[1])
+    return _C.Winograd(geometry.kernel[0], image, positions, padding, strides, turned)
 
 
 def _convolution_by_winograd(
@@ -493,131 +479,23 @@ def _convolution_by_winograd(
     """None where the result is not finite: stock's is not finite in fewer places, or finite after all."""
     from fastgan import _C
 
-    if geometry.kernel == (4, 4):
-        return (_image_by_phases if transposed else _positions_by_phases)(geometry, x, weight, bias)
-    # A transposed convolution is one with the taps turned around and the other padding.
-    n, c, *size = geometry.image if transposed else geometry.positions
-    padding = [2 - p for p in geometry.padding] if transposed else geometry.padding
-    of_taps = _of_taps().flip(1) if transposed else _of_taps()
-    weights = (of_taps @ weight.reshape(-1, 9).t()).view(16, *weight.shape[:2])
-    if not transposed:
-        weights = weights.transpose(1, 2)
+    weight = weight.contiguous()
     bias = None if bias is None else bias.contiguous()
-    y = _new_image(x, (n, c, *size))
-    for x_part, y_part in zip(x.split(_images(geometry)), y.split(_images(geometry)), strict=True):
-        tiles = len(x_part) * _tiles_of_image(size)
-        products = _new_matrices(x, 16, tiles, c)
-        torch.bmm(_image_to_tiles(x_part, size, padding, tiles), weights, out=products)
-        arguments = _C.Winograd((len(x_part), *size, c), size, padding, products.stride(0))
-        if not _C.winograd_tiles_to_positions(arguments, products.data_ptr(), address(bias), y_part.data_ptr()):
-            return None
-    return y
+    y = _new_image(x, geometry.image if transposed else geometry.positions)
+    if transposed and geometry.kernel == (4, 4):
+        finite = _C.winograd_positions_to_image(_winograd(geometry), x.data_ptr(), weight.data_ptr(), y.data_ptr())
+        return None if not finite else y if bias is None else y.add_(bias.view(-1, 1, 1))
+    addresses = (x.data_ptr(), weight.data_ptr(), address(bias), y.data_ptr())
+    return y if _C.winograd_image_to_positions(_winograd(geometry, turned=transposed), *addresses) else None
 
 
-# Of k4 s2: the matrices hold the four phases of the image beside each other.
-
-
-def _weight_of_phases(weight: Tensor) -> Tensor:
-    """(9, O, 4·C)"""
-    from fastgan import _C
-
-    o, c = weight.shape[:2]
-    weight, found = weight.contiguous(), weight.new_empty(9, o, 4 * c)
-    _C.winograd_weight_to_phases(o, c, weight.data_ptr(), found.data_ptr())
-    return found
-
-
-class _Phases(NamedTuple):
-    """Some images' tiles, between what is a kernel's image and its positions."""
-
-    geometry: Geometry
-    n: int
-
-    @property
-    def tiles(self) -> int:
-        return self.n * _tiles_of_image(self.geometry.positions[2:])
-
-    def arguments(self, channels: int, matrices: Tensor):
-        from fastgan import _C
-
-        (_, _, h, w), (_, _, *size) = self.geometry.image, self.geometry.positions
-        return _C.Winograd((self.n, h, w, channels), size, self.geometry.padding, matrices.stride(0))
-
-    def of_image(self, image: Tensor) -> Tensor:
-        from fastgan import _C
-
-        c = self.geometry.image[1]
-        found = _new_matrices(image, 9, self.tiles, 4 * c)
-        _C.winograd_image_to_phases(self.arguments(c, found), image.data_ptr(), found.data_ptr())
-        return found
-
-    def of_positions(self, positions: Tensor) -> Tensor:
-        from fastgan import _C
-
-        o = self.geometry.positions[1]
-        found = _new_matrices(positions, 9, self.tiles, o)
-        _C.winograd_positions_to_products(self.arguments(o, found), positions.data_ptr(), found.data_ptr())
-        return found
-
-
-def _positions_by_phases(geometry: Geometry, image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    from fastgan import _C
-
-    o, of_phases = geometry.positions[1], _weight_of_phases(weight).transpose(1, 2)
-    bias = None if bias is None else bias.contiguous()
-    y = _new_image(image, geometry.positions)
-    for part, to in zip(image.split(_images(geometry)), y.split(_images(geometry)), strict=True):
-        phases = _Phases(geometry, len(part))
-        products = _new_matrices(image, 9, phases.tiles, o)
-        torch.bmm(phases.of_image(part), of_phases, out=products)
-        addresses = (products.data_ptr(), address(bias), to.data_ptr())
-        if not _C.winograd_products_to_positions(phases.arguments(o, products), *addresses):
-            return None
-    return y
-
-
-def _image_by_phases(geometry: Geometry, positions: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    from fastgan import _C
-
-    c, of_phases = geometry.image[1], _weight_of_phases(weight)
-    image = _new_image(positions, geometry.image)
-    for part, to in zip(positions.split(_images(geometry)), image.split(_images(geometry)), strict=True):
-        phases = _Phases(geometry, len(part))
-        tiles = _new_matrices(positions, 9, phases.tiles, 4 * c)
-        torch.bmm(phases.of_positions(part), of_phases, out=tiles)
-        if not _C.winograd_phases_to_image(phases.arguments(c, tiles), tiles.data_ptr(), to.data_ptr()):
-            return None
-    return image if bias is None else image.add_(bias.view(-1, 1, 1))
-
-
-def _weight_grad_by_phases(geometry: Geometry, positions: Tensor, image: Tensor) -> Tensor:
+def _weight_grad_by_winograd(geometry: Geometry, positions: Tensor, image: Tensor) -> Tensor:
     """(O, C, 4, 4)"""
     from fastgan import _C
 
-    o, c = geometry.positions[1], geometry.image[1]
-    grad = None
-    for some, of_image in zip(positions.split(_images(geometry)), image.split(_images(geometry)), strict=True):
-        phases = _Phases(geometry, len(some))
-        left, right = phases.of_positions(some).transpose(1, 2), phases.of_image(of_image)
-        grad = torch.bmm(left, right) if grad is None else grad.baddbmm_(left, right)
-    assert grad is not None
-    grad_weight = grad.new_empty(o, c, 4, 4)
-    _C.winograd_phases_to_weight(o, c, grad.data_ptr(), grad_weight.data_ptr())
+    grad_weight = image.new_empty(geometry.positions[1], geometry.image[1], 4, 4)
+    _C.winograd_weight_grad(_winograd(geometry), positions.data_ptr(), image.data_ptr(), grad_weight.data_ptr())
     return grad_weight
-
-
-def _tiles_of_image(size: Sequence[int]) -> int:
-    return -(-size[0] // 2) * -(-size[1] // 2)
-
-
-def _images(geometry: Geometry) -> int:
-    """How many images at a time: their matrices are to stay in the cache, and below what is fresh memory at every call."""
-    (_, c, h, w), (_, o, oh, ow) = geometry.image, geometry.positions
-    if geometry.kernel == (4, 4):
-        elements = 9 * _tiles_of_image((oh, ow)) * max(4 * c, o)
-    else:
-        elements = 16 * _tiles_of_image((max(h, oh), max(w, ow))) * max(c, o)
-    return max(1, _WINOGRAD_ELEMENTS // elements)
 
 
 # ── Patches ──────────────────────────────────────────────────────────────────────────────────────────────────────────

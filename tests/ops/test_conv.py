@@ -382,10 +382,10 @@ def test_winograd_s_form_is_as_exact_as_eager(inside, outside, padding, weight_l
     errors.check()
 
 
-def test_winograd_s_form_takes_a_large_batch_piece_by_piece(by_winograd, monkeypatch):
-    monkeypatch.setattr(_conv_cpu, "_WINOGRAD_ELEMENTS", 2 * 16 * 9 * 9 * 20)
+def test_winograd_s_form_takes_many_tiles_and_channels_piece_by_piece(by_winograd):
+    """96 tiles at a time, and 128 channels of what is summed over."""
     errors = Errors()
-    add_two_orders(errors, [torch.randn(7, 20, 16, 17), torch.randn(8, 20, 3, 3)], False, padding=1)
+    add_two_orders(errors, [torch.randn(7, 130, 16, 17), torch.randn(40, 130, 3, 3)], False, padding=1)
     errors.check()
 
 
@@ -414,11 +414,29 @@ def test_the_phases_of_k4_s2_are_as_exact_as_eager(inside, outside, padding, wei
 
 
 @needs_cpp
-def test_the_phases_of_a_large_batch_are_taken_piece_by_piece(by_phases, monkeypatch):
-    monkeypatch.setattr(_conv_cpu, "_WINOGRAD_ELEMENTS", 2 * 9 * 4 * 4 * 4 * 20)
+@pytest.mark.parametrize("shape", [(41, 8, 17), (3, 62, 53), (1, 8, 130)], ids=str)
+def test_many_tiles_and_channels_of_the_phases_are_taken_piece_by_piece(shape, by_phases):
+    """Parts of an image, whole ones, or many: 96 tiles at a time, 192 for the image, 512 for the weight's gradient."""
+    n, height, width = shape
     errors = Errors()
-    add_two_orders(errors, [torch.randn(7, 20, 16, 17), torch.randn(8, 20, 4, 4)], False, stride=2, padding=1)
+    inputs = [torch.randn(n, 40, height, width), torch.randn(130, 40, 4, 4)]
+    add_two_orders(errors, inputs, False, stride=2, padding=1)
     errors.check()
+
+
+@needs_cpp
+def test_the_bits_of_winograd_s_form_do_not_depend_on_the_number_of_threads(by_phases):
+    x, weight = torch.randn(5, 24, 34, 38).requires_grad_(), torch.randn(40, 24, 4, 4).requires_grad_()
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3, 8):
+            torch.set_num_threads(n)
+            y = conv2d(x, weight, stride=2, padding=1)
+            results.append([y, *torch.autograd.grad(y, (x, weight), torch.ones_like(y))])
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
 
 
 @needs_cpp
@@ -453,14 +471,10 @@ def test_winograd_s_form_is_taken_for_residual_blocks_and_never_in_16_bits():
 
 
 @needs_cpp
-def test_the_phases_are_taken_for_dcgan_s_layers_where_no_lanes_are_wide(monkeypatch):
-    results = ("positions", "image", "weight")
+def test_the_phases_are_taken_for_dcgan_s_layers_where_there_is_no_matrix_unit():
     layer = _conv_cpu.Geometry(torch.float32, (64, 128, 16, 16), (64, 256, 8, 8), (4, 4), (2, 2), (1, 1), (1, 1), 1)
-    for is_wide in (False, True):
-        _conv_cpu._fastest.cache_clear()
-        monkeypatch.setattr(backend, "has_wide_lanes", lambda is_wide=is_wide: is_wide)
-        assert [_conv_cpu.choose_form(layer, result) == "winograd" for result in results] == [not is_wide] * 3
-    _conv_cpu._fastest.cache_clear()
+    form = "tiles" if HAS_MATRIX_UNIT else "winograd"
+    assert [_conv_cpu.choose_form(layer, result) for result in ("positions", "image", "weight")] == [form] * 3
 
 
 def test_compiled_whole():
