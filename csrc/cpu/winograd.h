@@ -28,7 +28,7 @@ class Workspace {
 
  public:
   explicit Workspace(int64_t count) : block(exchange(nullptr)) {
-    const size_t bytes = (lanes<float> + count) * sizeof(float);
+    const size_t bytes = (8 * lanes<float> + count) * sizeof(float); // each part of whole vectors
     if (!block || block->bytes < bytes) {
       give_back(block);
       const size_t whole = (bytes + page - 1) / page * page;
@@ -46,7 +46,12 @@ class Workspace {
 
   float* take(int64_t count) {
     float* const part = next;
-    next += count;
+    next += ceil_div(count, lanes<float>) * lanes<float>;
+    return part;
+  }
+  const float* zeros(int64_t count) {
+    float* const part = take(count);
+    __builtin_memset(part, 0, count * sizeof(float));
     return part;
   }
 };
@@ -57,8 +62,8 @@ class Workspace {
 constexpr int block_rows = FASTGAN_VECTOR_BYTES == 64 ? 12 : 6, block_columns = 2 * lanes<float>;
 constexpr int64_t depth = 128; // so many columns of a left factor, and rows of a right one, are in the L1 together
 
-// A left factor (rows, K): pieces of `depth` columns, in which a block of rows is one after the other. Rows a power of two apart
-// would meet in one set of the cache.
+// A left factor (rows, K): pieces of `depth` columns, in which a block of rows is one after the other. Here and below rows and
+// matrices are a vector more apart than they need: a power of two, and what is written together would meet in one set of the L1.
 struct Left {
   static constexpr int64_t row = depth + lanes<float>;
   int64_t rows, whole, K, size; // whole: in blocks
@@ -71,7 +76,7 @@ struct Right {
   static constexpr int64_t panel = depth * block_columns;
   int64_t K, panels, size;
   Right(int64_t K, int64_t columns)
-      : K(K), panels(ceil_div(columns, block_columns)), size(ceil_div(K, depth) * panels * panel) {}
+      : K(K), panels(ceil_div(columns, block_columns)), size(ceil_div(K, depth) * panels * panel + lanes<float>) {}
   int64_t at(int64_t k, int64_t n) const {
     return (k / depth * panels + n / block_columns) * panel + k % depth * block_columns + n % block_columns;
   }
@@ -82,7 +87,7 @@ struct LeftOfSums {
   static constexpr int64_t width = 4 * block_rows, panel = depth * width;
   static_assert(width % lanes<float> == 0, "");
   int64_t panels, size;
-  LeftOfSums(int64_t K, int64_t columns) : panels(ceil_div(columns, width)), size(ceil_div(K, depth) * panels * panel) {}
+  LeftOfSums(int64_t K, int64_t columns) : panels(ceil_div(columns, width)), size(ceil_div(K, depth) * panels * panel + lanes<float>) {}
   int64_t at(int64_t k, int64_t r) const { return (k / depth * panels + r / width) * panel + k % depth * width + r % width; }
 };
 
@@ -138,24 +143,26 @@ struct TilesOf {
   Tile operator[](int64_t tile) const { return {tile / (rows * columns), tile / columns % rows * 2, tile % columns * 2}; }
 };
 
-// The pixel of a tile that begins at (top, left), or zero outside the image.
-struct Pixel {
-  const Winograd& a;
-  const float* from;
-  int64_t top, left;
-  int count;
-  Pixel(const Winograd& a, const float* image, int64_t n, int64_t top, int64_t left, int64_t c)
-      : a(a), from(image + ((n * a.H + top) * a.W + left) * a.C + c), top(top), left(left),
-        count(static_cast<int>(smaller(lanes<float>, a.C - c))) {}
-  inline __attribute__((always_inline)) f32v operator()(int y, int x) const {
-    const bool inside = top + y >= 0 && top + y < a.H && left + x >= 0 && left + x < a.W && count > 0;
-    return inside ? load(from + (y * a.W + x) * a.C, count) : f32v{};
+// Where the pixels of a square lie in a channels_last image; zeros for those outside.
+template <int size> struct Square {
+  const float* at[size][size];
+  Square(const float* image, int64_t H, int64_t W, int64_t C, const float* zeros, int64_t n, int64_t top, int64_t left) {
+    for (int i = 0; i < size; ++i) {
+      const int64_t y = top + i;
+      for (int j = 0; j < size; ++j) {
+        const int64_t x = left + j;
+        at[i][j] = y >= 0 && y < H && x >= 0 && x < W ? image + ((n * H + y) * W + x) * C : zeros;
+      }
+    }
   }
 };
-FASTGAN_INLINE f32v position(const Winograd& a, const float* positions, const Tile& tile, int i, int j, int64_t o) {
-  if (tile.row + i >= a.OH || tile.column + j >= a.OW || o >= a.O) return f32v{};
-  return load(positions + ((tile.n * a.OH + tile.row + i) * a.OW + tile.column + j) * a.O + o,
-              static_cast<int>(smaller(lanes<float>, a.O - o)));
+// f(c, load) for every vector of so many channels: load(p) has what there is of the vector at p + c.
+template <class F> FASTGAN_INLINE void for_vectors(int64_t channels, F f) {
+  constexpr int W = lanes<float>;
+  int64_t c = 0;
+  for (; c + W <= channels; c += W) f(c, [c](const float* p) __attribute__((always_inline)) { return load(p + c); });
+  const int rest = static_cast<int>(channels - c);
+  if (rest > 0) f(c, [c, rest](const float* p) __attribute__((always_inline)) { return load_part(p + c, rest); });
 }
 // Adds to `found` what is 0, or nan where the number is not finite.
 FASTGAN_INLINE void store_position(const Winograd& a, float* positions, const Tile& tile, int i, int j, int64_t o, f32v value,
@@ -201,16 +208,18 @@ struct K3S1 {
     p[2 * step] = c - b;
     p[3 * step] = b - d;
   }
-  static void read_tile(const Winograd& a, const float* image, const Tile& tile, const Left& left, int64_t row, float* to) {
-    for (int64_t c = 0; c < left.K; c += lanes<float>) {
-      const Pixel pixel(a, image, tile.n, tile.row - a.pad_h, tile.column - a.pad_w, c);
+  static void read_tile(const Winograd& a, const float* image, const float* zeros, const Tile& tile, const Left& left, int64_t row,
+                        float* to) {
+    const Square<4> pixels(image, a.H, a.W, a.C, zeros, tile.n, tile.row - a.pad_h, tile.column - a.pad_w);
+    for_vectors(a.C, [&](int64_t c, auto load) __attribute__((always_inline)) {
       f32v d[16];
       for (int i = 0; i < 4; ++i)
-        for (int j = 0; j < 4; ++j) d[4 * i + j] = pixel(i, j);
+        for (int j = 0; j < 4; ++j) d[4 * i + j] = load(pixels.at[i][j]);
       for (int j = 0; j < 4; ++j) transform_pixels(d + j, 4);
       for (int i = 0; i < 4; ++i) transform_pixels(d + 4 * i, 1);
-      for (int k = 0; k < 16; ++k) store(to + k * left.size + left.at(row, c), d[k]);
-    }
+      float* const from = to + left.at(row, c);
+      for (int k = 0; k < 16; ++k) store(from + k * left.size, d[k]);
+    });
   }
 
   FASTGAN_INLINE void transform_taps(const f32v& a, const f32v& b, const f32v& c, f32v* to, int step) {
@@ -263,35 +272,41 @@ struct K4S2 {
     p[0] -= p[step];
     p[2 * step] = p[step] - p[2 * step];
   }
-  static void read_tile(const Winograd& a, const float* image, const Tile& tile, const Left& left, int64_t row, float* to) {
+  static void read_tile(const Winograd& a, const float* image, const float* zeros, const Tile& tile, const Left& left, int64_t row,
+                        float* to) {
     const int64_t width = left.K / 4;
-    for (int64_t c = 0; c < width; c += lanes<float>) {
-      const Pixel pixel(a, image, tile.n, 2 * tile.row - a.pad_h, 2 * tile.column - a.pad_w, c);
+    const Square<6> pixels(image, a.H, a.W, a.C, zeros, tile.n, 2 * tile.row - a.pad_h, 2 * tile.column - a.pad_w);
+    for_vectors(a.C, [&](int64_t c, auto load) __attribute__((always_inline)) {
       for (int phase = 0; phase < 4; ++phase) {
         f32v d[9];
         for (int i = 0; i < 3; ++i)
-          for (int j = 0; j < 3; ++j) d[3 * i + j] = pixel(2 * i + phase / 2, 2 * j + phase % 2);
+          for (int j = 0; j < 3; ++j) d[3 * i + j] = load(pixels.at[2 * i + phase / 2][2 * j + phase % 2]);
         for (int j = 0; j < 3; ++j) transform_pixels(d + j, 3);
         for (int i = 0; i < 3; ++i) transform_pixels(d + 3 * i, 1);
-        for (int k = 0; k < 9; ++k) store(to + k * left.size + left.at(row, phase * width + c), d[k]);
+        float* const from = to + left.at(row, phase * width + c);
+        for (int k = 0; k < 9; ++k) store(from + k * left.size, d[k]);
       }
-    }
+    });
   }
-  // One row of the 3×3 matrices, of a panel of channels: 3×4 panels of a right factor, of which this is row i.
-  static void read_row_of_tile(const Winograd& a, const float* image, const Tile& tile, int row, int64_t first, int64_t i, float* to) {
-    for (int64_t c = 0; c < block_columns; c += lanes<float>) {
-      const Pixel pixel(a, image, tile.n, 2 * tile.row - a.pad_h, 2 * tile.column - a.pad_w, first + c);
+  // One row of the 3×3 matrices, of some channels: right factors, for each of the row's matrices and each phase `size` apart, of
+  // which this is row i.
+  static void read_row_of_tile(const Winograd& a, const float* image, const float* zeros, const Tile& tile, int row, int64_t first,
+                               int64_t channels, const Right& right, int64_t i, float* to) {
+    const Square<6> pixels(image, a.H, a.W, a.C, zeros, tile.n, 2 * tile.row - a.pad_h, 2 * tile.column - a.pad_w);
+    for_vectors(channels, [&](int64_t c, auto load) __attribute__((always_inline)) {
       for (int phase = 0; phase < 4; ++phase) {
+        const auto pixel = [&](int i, int j) __attribute__((always_inline)) {
+          return load(pixels.at[2 * i + phase / 2][2 * j + phase % 2] + first);
+        };
         f32v d[3];
         for (int j = 0; j < 3; ++j) {
-          const int x = 2 * j + phase % 2, y = phase / 2;
-          const f32v middle = pixel(2 + y, x);
-          d[j] = row == 0 ? pixel(y, x) - middle : row == 1 ? middle : middle - pixel(4 + y, x);
+          d[j] = pixel(1, j);
+          if (row != 1) d[j] = row == 0 ? pixel(0, j) - d[j] : d[j] - pixel(2, j);
         }
         transform_pixels(d, 1);
-        for (int k = 0; k < 3; ++k) store(to + (4 * k + phase) * Right::panel + i * block_columns + c, d[k]);
+        for (int k = 0; k < 3; ++k) store(to + (4 * k + phase) * right.size + right.at(i, c), d[k]);
       }
-    }
+    });
   }
 
   // f(k, phase, product of taps in matrix k)
@@ -348,36 +363,40 @@ struct K4S2 {
   }
 
   // A tile's 2×2 positions in the left factors of the other direction.
-  static void read_positions(const Winograd& a, const float* positions, const Tile& tile, const Left& left, int64_t row, float* to) {
-    for (int64_t o = 0; o < left.K; o += lanes<float>) {
+  static void read_positions(const Winograd& a, const float* positions, const float* zeros, const Tile& tile, const Left& left,
+                             int64_t row, float* to) {
+    const Square<2> square(positions, a.OH, a.OW, a.O, zeros, tile.n, tile.row, tile.column);
+    for_vectors(a.O, [&](int64_t o, auto load) __attribute__((always_inline)) {
       f32v m[2][3];
       for (int i = 0; i < 2; ++i) {
-        const f32v first = position(a, positions, tile, i, 0, o), second = position(a, positions, tile, i, 1, o);
-        m[i][0] = first;
-        m[i][1] = first + second;
-        m[i][2] = -second;
+        m[i][0] = load(square.at[i][0]);
+        m[i][2] = load(square.at[i][1]);
+        m[i][1] = m[i][0] + m[i][2];
+        m[i][2] = -m[i][2];
       }
-      const auto write = [&](int k, f32v m) { store(to + k * left.size + left.at(row, o), m); };
+      float* const from = to + left.at(row, o);
       for (int k = 0; k < 3; ++k) {
-        write(k, m[0][k]);
-        write(3 + k, m[0][k] + m[1][k]);
-        write(6 + k, -m[1][k]);
+        store(from + k * left.size, m[0][k]);
+        store(from + (3 + k) * left.size, m[0][k] + m[1][k]);
+        store(from + (6 + k) * left.size, -m[1][k]);
       }
-    }
+    });
   }
-  // Of a weight's gradient, one row of the 3×3 matrices.
-  static void read_row_of_positions(const Winograd& a, const float* positions, const Tile& tile, int row, int64_t first,
-                                    const LeftOfSums& left, int64_t i, float* to) {
-    for (int64_t o = 0; o < left.panels * LeftOfSums::width; o += lanes<float>) {
+  // Of a weight's gradient, one row of the 3×3 matrices, of some channels.
+  static void read_row_of_positions(const Winograd& a, const float* positions, const float* zeros, const Tile& tile, int row,
+                                    int64_t first, int64_t channels, const LeftOfSums& left, int64_t i, float* to) {
+    const Square<2> square(positions, a.OH, a.OW, a.O, zeros, tile.n, tile.row, tile.column);
+    for_vectors(channels, [&](int64_t o, auto load) __attribute__((always_inline)) {
       f32v m[2];
-      for (int j = 0; j < 2; ++j)
-        m[j] = row == 0   ? position(a, positions, tile, 0, j, first + o)
-               : row == 2 ? -position(a, positions, tile, 1, j, first + o)
-                          : position(a, positions, tile, 0, j, first + o) + position(a, positions, tile, 1, j, first + o);
-      store(to + left.at(i, o), m[0]);
-      store(to + left.size + left.at(i, o), m[0] + m[1]);
-      store(to + 2 * left.size + left.at(i, o), -m[1]);
-    }
+      for (int j = 0; j < 2; ++j) {
+        const f32v other = row == 0 ? f32v{} : load(square.at[1][j] + first);
+        m[j] = row == 2 ? -other : load(square.at[0][j] + first) + other;
+      }
+      float* const from = to + left.at(i, o);
+      store(from, m[0]);
+      store(from + left.size, m[0] + m[1]);
+      store(from + 2 * left.size, -m[1]);
+    });
   }
 
   // Of the transpose: what goes to the first two pixels. The third has -c, for the next tile.
@@ -427,28 +446,25 @@ struct K4S2 {
     }
   }
 
-  // The taps' gradients of some channels, from rows o of 9 matrices.
-  static void write_weight(const Winograd& a, const float* phases, int64_t size, int64_t width, int64_t o, float* weight) {
+  // The taps' gradients of a vector of channels; at(i, phase) has them in matrix i.
+  template <class At> static void write_taps(At at, float* weight, int64_t count) {
     constexpr int W = lanes<float>;
-    for (int64_t c = 0; c < a.C; c += W) {
-      float taps[16][W];
-      for (int phase = 0; phase < 4; ++phase) {
-        const float* const from = phases + phase * width + c;
-        f32v g[2][3];
-        for (int k = 0; k < 3; ++k) {
-          const f32v middle = load(from + (3 + k) * size);
-          g[0][k] = load(from + k * size) + middle;
-          g[1][k] = load(from + (6 + k) * size) + middle;
-        }
-        for (int i = 0; i < 2; ++i) {
-          const int tap = 4 * (2 * i + phase / 2) + phase % 2;
-          write(taps[tap], g[i][0] + g[i][1]);
-          write(taps[tap + 2], g[i][1] + g[i][2]);
-        }
+    float taps[16][W];
+    for (int phase = 0; phase < 4; ++phase) {
+      f32v g[2][3];
+      for (int k = 0; k < 3; ++k) {
+        const f32v middle = at(3 + k, phase);
+        g[0][k] = at(k, phase) + middle;
+        g[1][k] = at(6 + k, phase) + middle;
       }
-      for (int64_t i = 0; i < smaller(W, a.C - c); ++i)
-        for (int t = 0; t < 16; ++t) weight[(o * a.C + c + i) * 16 + t] = taps[t][i];
+      for (int i = 0; i < 2; ++i) {
+        const int tap = 4 * (2 * i + phase / 2) + phase % 2;
+        write(taps[tap], g[i][0] + g[i][1]);
+        write(taps[tap + 2], g[i][1] + g[i][2]);
+      }
     }
+    for (int64_t i = 0; i < count; ++i)
+      for (int t = 0; t < 16; ++t) weight[16 * i + t] = taps[t][i];
   }
 };
 
@@ -479,7 +495,8 @@ template <class Form> bool winograd_image_to_positions_of(const Winograd& a, con
   const Left left(together, right.K);
   const int64_t stride = right.panels * block_columns + lanes<float>, size = left.whole * stride;
   const int64_t of_factors = Form::matrices * left.size, of_products = Form::matrices * size;
-  Workspace workspace(Form::matrices * right.size + omp_get_max_threads() * (of_factors + of_products));
+  Workspace workspace(Form::matrices * right.size + omp_get_max_threads() * (of_factors + of_products) + a.C);
+  const float* const zeros = workspace.zeros(a.C);
   float* const weights = workspace.take(Form::matrices * right.size);
   float* const of_threads = workspace.take(omp_get_max_threads() * (of_factors + of_products));
   bool finite = true;
@@ -494,7 +511,7 @@ template <class Form> bool winograd_image_to_positions_of(const Winograd& a, con
     for (int64_t piece = 0; piece < pieces; ++piece) {
       const int64_t first = piece * together, count = smaller(together, tiles.count - first);
       const Left some(count, left.K);
-      for (int64_t i = 0; i < count; ++i) Form::read_tile(a, image, tiles[first + i], some, i, factors);
+      for (int64_t i = 0; i < count; ++i) Form::read_tile(a, image, zeros, tiles[first + i], some, i, factors);
       clear_rows(some, Form::matrices, factors);
       for (int k = 0; k < Form::matrices; ++k)
         multiply(some, right, &factors[k * some.size], &weights[k * right.size], &products[k * size], stride);
@@ -524,7 +541,8 @@ bool winograd_positions_to_image(const Winograd& a, const float* positions, cons
   const Left left((together + 1) * tiles.columns, right.K);
   const int64_t stride = right.panels * block_columns + lanes<float>, size = left.whole * stride;
   const int64_t of_factors = matrices * left.size, of_products = matrices * size;
-  Workspace workspace(matrices * right.size + omp_get_max_threads() * (of_factors + of_products));
+  Workspace workspace(matrices * right.size + omp_get_max_threads() * (of_factors + of_products) + a.O);
+  const float* const zeros = workspace.zeros(a.O);
   float* const weights = workspace.take(matrices * right.size);
   float* const of_threads = workspace.take(omp_get_max_threads() * (of_factors + of_products));
   bool finite = true;
@@ -545,7 +563,7 @@ bool winograd_positions_to_image(const Winograd& a, const float* positions, cons
       const int64_t count = (below - above) * tiles.columns;
       const Left some(count, left.K);
       for (int64_t i = 0; i < count; ++i)
-        K4S2::read_positions(a, positions, tiles[above * tiles.columns + i], some, i, factors);
+        K4S2::read_positions(a, positions, zeros, tiles[above * tiles.columns + i], some, i, factors);
       clear_rows(some, matrices, factors);
       for (int k = 0; k < matrices; ++k)
         multiply(some, right, &factors[k * some.size], &weights[k * right.size], &products[k * size], stride);
@@ -560,21 +578,22 @@ bool winograd_positions_to_image(const Winograd& a, const float* positions, cons
   return finite;
 }
 
-// Of k4 s2: positionsᵀ · pixels, each (tiles, channels), added up over the tiles. A thread has one row of the 3×3 matrices,
-// a panel of channels and some blocks of positions at a time, so that its factors and sums stay in its L2; and with these so
-// many tiles that pixels and positions stay in the L3 until all threads have read them.
+// Of k4 s2: positionsᵀ · pixels, each (tiles, channels), added up over the tiles. A thread has one row of the 3×3 matrices and
+// some channels of either at a time, so that its factors and sums stay in its L2; and with these so many tiles that pixels and
+// positions stay in the L3 until all threads have read them.
 void winograd_weight_grad(const Winograd& a, const float* positions, const float* image, float* grad_weight) {
-  constexpr int64_t most_blocks = 12, tiles_together = 4 * depth;
+  constexpr int64_t inputs = block_columns, outputs = 12 * block_rows, piece = depth, tiles_together = 4 * piece;
+  constexpr int64_t block = outputs * inputs; // of sums, for each of 3×4 matrices and phases
   const TilesOf tiles(a);
-  const int64_t panels = ceil_div(a.C, block_columns), width = panels * block_columns, stride = 4 * width + lanes<float>;
-  const int64_t blocks = ceil_div(a.O, block_rows), shares = ceil_div(2 * omp_get_max_threads(), 3 * panels);
-  const int64_t groups = smaller(blocks, larger(ceil_div(blocks, most_blocks), shares));
-  const int64_t together = ceil_div(blocks, groups) * block_rows, size = groups * together * stride;
-  const LeftOfSums left(depth, together);
-  const int64_t of_lefts = 3 * left.size, of_rights = 3 * 4 * Right::panel;
-  Workspace workspace(K4S2::matrices * size + omp_get_max_threads() * (of_lefts + of_rights));
-  float* const sums = workspace.take(K4S2::matrices * size);
+  const int64_t panels = ceil_div(a.C, inputs), groups = ceil_div(a.O, outputs);
+  const LeftOfSums left(piece, outputs);
+  const Right right(piece, inputs);
+  const int64_t of_sums = 3 * panels * groups * 12 * block, of_lefts = 3 * left.size, of_rights = 3 * 4 * right.size;
+  Workspace workspace(of_sums + omp_get_max_threads() * (of_lefts + of_rights) + larger(a.C, a.O));
+  const float* const zeros = workspace.zeros(larger(a.C, a.O));
+  float* const sums = workspace.take(of_sums);
   float* const of_threads = workspace.take(omp_get_max_threads() * (of_lefts + of_rights));
+  const auto sums_of = [&](int64_t row, int64_t panel, int64_t group) { return sums + ((row * panels + panel) * groups + group) * 12 * block; };
 #pragma omp parallel
   {
     float* const lefts = of_threads + omp_get_thread_num() * (of_lefts + of_rights);
@@ -584,20 +603,25 @@ void winograd_weight_grad(const Winograd& a, const float* positions, const float
       for (int row = 0; row < 3; ++row)
         for (int64_t panel = 0; panel < panels; ++panel)
           for (int64_t group = 0; group < groups; ++group)
-            for (int64_t first = begin; first < smaller(begin + tiles_together, tiles.count); first += depth) {
-              const int64_t c = panel * block_columns, o = group * together, count = smaller(depth, tiles.count - first);
+            for (int64_t first = begin; first < smaller(begin + tiles_together, tiles.count); first += piece) {
+              const int64_t c = panel * inputs, o = group * outputs;
+              const int64_t count = smaller(piece, tiles.count - first), rows = smaller(outputs, a.O - o);
               for (int64_t i = 0; i < count; ++i) {
-                K4S2::read_row_of_positions(a, positions, tiles[first + i], row, o, left, i, lefts);
-                K4S2::read_row_of_tile(a, image, tiles[first + i], row, c, i, rights);
+                K4S2::read_row_of_positions(a, positions, zeros, tiles[first + i], row, o, rows, left, i, lefts);
+                K4S2::read_row_of_tile(a, image, zeros, tiles[first + i], row, c, smaller(inputs, a.C - c), right, i, rights);
               }
-              for (int k = 0; k < 3; ++k)
-                for (int phase = 0; phase < 4; ++phase)
-                  for (int64_t r = 0; r < smaller(together, a.O - o); r += block_rows)
-                    multiply_block<1>(smaller(together, a.O - o) - r, &lefts[k * left.size + left.at(0, r)], LeftOfSums::width,
-                                      &rights[(4 * k + phase) * Right::panel], block_columns, count,
-                                      &sums[(3 * row + k) * size + (o + r) * stride + phase * width + c], stride, first > 0);
+              for (int k = 0; k < 12; ++k)
+                for (int64_t r = 0; r < rows; r += block_rows)
+                  multiply_block<1>(rows - r, lefts + k / 4 * left.size + left.at(0, r), LeftOfSums::width, rights + k * right.size,
+                                    block_columns, count, sums_of(row, panel, group) + k * block + r * inputs, inputs, first > 0);
             }
 #pragma omp for schedule(static)
-    for (int64_t o = 0; o < a.O; ++o) K4S2::write_weight(a, &sums[o * stride], size, width, o, grad_weight);
+    for (int64_t o = 0; o < a.O; ++o)
+      for (int64_t c = 0; c < a.C; c += lanes<float>)
+        K4S2::write_taps(
+            [&](int i, int phase) __attribute__((always_inline)) {
+              return load(sums_of(i / 3, c / inputs, o / outputs) + (i % 3 * 4 + phase) * block + o % outputs * inputs + c % inputs);
+            },
+            grad_weight + (o * a.C + c) * 16, smaller(lanes<float>, a.C - c));
   }
 }

@@ -366,10 +366,10 @@ def _vendor_sums_slowly(geometry: Geometry) -> bool:
     )
 
 
-# Channels, and tiles of 2×2 positions, with which Winograd's form pays: below, the transforms cost more than the products that
-# it saves. (The gradient of a weight of 3×3 taps would be three times less exact by it than stock's; the numbers of k4 s2
+# Channels, and tiles of 2×2 positions, with which Winograd's form pays: below, the transforms cost more than the products
+# that it saves. (The gradient of a weight of 3×3 taps would be three times less exact by it than stock's; the numbers of k4 s2
 # are only added and subtracted.) The matrix unit has products for less.
-_WINOGRAD_CHANNELS, _WINOGRAD_CHANNELS_OF_WEIGHT, _WINOGRAD_TILES = 32, 64, {3: 64, 4: 128}
+_WINOGRAD_CHANNELS, _WINOGRAD_CHANNELS_OF_WEIGHT, _WINOGRAD_TILES = 32, 64, 64
 _WINOGRAD_CHANNELS_BESIDE_TILES, _WINOGRAD_TILES_BESIDE_TILES = 192, 256
 
 
@@ -388,7 +388,7 @@ def _winograd_pays(geometry: Geometry, result: Result) -> bool:
     elif (geometry.kernel, geometry.stride) != ((4, 4), (2, 2)) or max(geometry.padding) > 3 or _C.has_matrix_unit():
         return False
     least = _WINOGRAD_CHANNELS_OF_WEIGHT if result == "weight" else _WINOGRAD_CHANNELS
-    return channels >= least and tiles >= _WINOGRAD_TILES[geometry.kernel[0]]
+    return channels >= least and tiles >= _WINOGRAD_TILES
 
 
 def _tiles_pay(geometry: Geometry, result: Result) -> bool:
