@@ -209,7 +209,7 @@ PYBIND11_MODULE(_C, m) {
     return kernels.winograd_positions_to_image(a, at<float>(positions), at<float>(weight), at<float>(image));
   }, release());
   m.def("winograd_weight_grad", [](const Winograd& a, Address positions, Address image, Address grad_weight) {
-    kernels.winograd_weight_grad(a, at<float>(positions), at<float>(image), at<float>(grad_weight));
+    return kernels.winograd_weight_grad(a, at<float>(positions), at<float>(image), at<float>(grad_weight));
   }, release());
 
   py::class_<Samples>(m, "Samples").def(py::init(&samples_of));

@@ -241,7 +241,7 @@ struct Kernels {
                                       float* positions);
   // Both of k4 s2; grad_weight (O, C, 4, 4).
   bool (*winograd_positions_to_image)(const Winograd&, const float* positions, const float* weight, float* image);
-  void (*winograd_weight_grad)(const Winograd&, const float* positions, const float* image, float* grad_weight);
+  bool (*winograd_weight_grad)(const Winograd&, const float* positions, const float* image, float* grad_weight);
   // Of samples x, y (N, S) dtype, and numbers for each (N,) acc: sums = Σ x·y, and y = factors·x.
   void (*sample_dot)(const Samples&, const void* x, const void* y, void* sums);
   void (*sample_scale)(const Samples&, const void* x, const void* factors, void* y);

@@ -446,8 +446,8 @@ struct K4S2 {
     }
   }
 
-  // The taps' gradients of a vector of channels; at(i, phase) has them in matrix i.
-  template <class At> static void write_taps(At at, float* weight, int64_t count) {
+  // The taps' gradients of so many channels; at(i, phase) has them in matrix i.
+  template <class At> static void write_taps(At at, float* weight, int64_t count, f32v& found) {
     constexpr int W = lanes<float>;
     float taps[16][W];
     for (int phase = 0; phase < 4; ++phase) {
@@ -459,8 +459,10 @@ struct K4S2 {
       }
       for (int i = 0; i < 2; ++i) {
         const int tap = 4 * (2 * i + phase / 2) + phase % 2;
-        write(taps[tap], g[i][0] + g[i][1]);
-        write(taps[tap + 2], g[i][1] + g[i][2]);
+        const f32v first = g[i][0] + g[i][1], second = g[i][1] + g[i][2];
+        write(taps[tap], first);
+        write(taps[tap + 2], second);
+        found += first - first + (second - second); // 0, or nan
       }
     }
     for (int64_t i = 0; i < count; ++i)
@@ -581,7 +583,7 @@ bool winograd_positions_to_image(const Winograd& a, const float* positions, cons
 // Of k4 s2: positionsᵀ · pixels, each (tiles, channels), added up over the tiles. A thread has one row of the 3×3 matrices and
 // some channels of either at a time, so that its factors and sums stay in its L2; and with these so many tiles that pixels and
 // positions stay in the L3 until all threads have read them.
-void winograd_weight_grad(const Winograd& a, const float* positions, const float* image, float* grad_weight) {
+bool winograd_weight_grad(const Winograd& a, const float* positions, const float* image, float* grad_weight) {
   constexpr int64_t inputs = block_columns, outputs = 12 * block_rows, piece = depth, tiles_together = 4 * piece;
   constexpr int64_t block = outputs * inputs; // of sums, for each of 3×4 matrices and phases
   const TilesOf tiles(a);
@@ -594,8 +596,10 @@ void winograd_weight_grad(const Winograd& a, const float* positions, const float
   float* const sums = workspace.take(of_sums);
   float* const of_threads = workspace.take(omp_get_max_threads() * (of_lefts + of_rights));
   const auto sums_of = [&](int64_t row, int64_t panel, int64_t group) { return sums + ((row * panels + panel) * groups + group) * 12 * block; };
-#pragma omp parallel
+  bool finite = true;
+#pragma omp parallel reduction(&& : finite)
   {
+    f32v found = {};
     float* const lefts = of_threads + omp_get_thread_num() * (of_lefts + of_rights);
     float* const rights = lefts + of_lefts;
     for (int64_t begin = 0; begin < tiles.count; begin += tiles_together)
@@ -622,6 +626,8 @@ void winograd_weight_grad(const Winograd& a, const float* positions, const float
             [&](int i, int phase) __attribute__((always_inline)) {
               return load(sums_of(i / 3, c / inputs, o / outputs) + (i % 3 * 4 + phase) * block + o % outputs * inputs + c % inputs);
             },
-            grad_weight + (o * a.C + c) * 16, smaller(lanes<float>, a.C - c));
+            grad_weight + (o * a.C + c) * 16, smaller(lanes<float>, a.C - c), found);
+    finite = finite && is_zero(found);
   }
+  return finite;
 }

@@ -153,10 +153,8 @@ def weight_grad(grad_y: Tensor, x: Tensor, weight_shape: Sequence[int], settings
     form = choose_form(geometry, "weight")
     if form == "tiles" and _weight_grad_by_tiles(geometry, positions, image, weight):
         return weight
-    if form == "winograd":
-        grad = _weight_grad_by_winograd(geometry, positions, image)
-        if bool(grad.isfinite().all()):
-            return grad
+    if form == "winograd" and _weight_grad_by_winograd(geometry, positions, image, weight):
+        return weight
     if form == "patches":
         grad = _weight_grad_by_patches(geometry, positions, image)
         return grad.view(weight_shape[0], *geometry.kernel, weight_shape[1]).permute(0, 3, 1, 2).contiguous()
@@ -489,13 +487,12 @@ def _convolution_by_winograd(
     return y if _C.winograd_image_to_positions(_winograd(geometry, turned=transposed), *addresses) else None
 
 
-def _weight_grad_by_winograd(geometry: Geometry, positions: Tensor, image: Tensor) -> Tensor:
-    """(O, C, 4, 4)"""
+def _weight_grad_by_winograd(geometry: Geometry, positions: Tensor, image: Tensor, grad_weight: Tensor) -> bool:
+    """Whether the result is finite."""
     from fastgan import _C
 
-    grad_weight = image.new_empty(geometry.positions[1], geometry.image[1], 4, 4)
-    _C.winograd_weight_grad(_winograd(geometry), positions.data_ptr(), image.data_ptr(), grad_weight.data_ptr())
-    return grad_weight
+    addresses = (positions.data_ptr(), image.data_ptr(), grad_weight.data_ptr())
+    return _C.winograd_weight_grad(_winograd(geometry), *addresses)
 
 
 # ── Patches ──────────────────────────────────────────────────────────────────────────────────────────────────────────
