@@ -297,6 +297,7 @@ def stays_in_planes(dtype: torch.dtype, x_shape: torch.Size, weight_shape: torch
 # than oneDNN's reordering of the weight.
 _PATCHES_PER_WEIGHT = {torch.float32: 3.0, torch.bfloat16: 6.0}
 _PATCHES_PER_WEIGHT_GRAD = {torch.float32: 3.0, torch.bfloat16: 32.0}
+_PATCHES_PER_WEIGHT_WITHOUT_TILES = 0.5  # where float32 lanes are wide: oneDNN fills them better than MKL does on AMD's CPUs
 _FEW_PRODUCTS = 1 << 27  # so little work that a product of two matrices does not outrun its patches
 # Multiplications with one element that pay for its packing into tiles. With one tap nothing is read twice from the L2.
 _PRODUCTS_PER_PACKED = {True: 128, False: 400}
@@ -319,6 +320,8 @@ def choose_form(geometry: Geometry, result: Result) -> Form:
 
 @functools.lru_cache(maxsize=4096)
 def _fastest(geometry: Geometry, result: Result) -> Form:
+    from fastgan import _C
+
     if result == "positions" and _is_few(geometry):
         return "few"
     if _winograd_pays(geometry, result):
@@ -333,6 +336,8 @@ def _fastest(geometry: Geometry, result: Result) -> Form:
         return "patches"
     limits = _PATCHES_PER_WEIGHT_GRAD if result == "weight" else _PATCHES_PER_WEIGHT
     limit = limits.get(geometry.dtype, limits[torch.float32])
+    if geometry.dtype == torch.float32 and backend.has_wide_lanes() and not _C.has_matrix_unit():
+        limit = _PATCHES_PER_WEIGHT_WITHOUT_TILES
     return "patches" if geometry.patches <= limit * geometry.positions[1] else "vendor"
 
 
@@ -365,8 +370,8 @@ def _vendor_sums_slowly(geometry: Geometry) -> bool:
 
 
 # Channels, and tiles of 2×2 positions, with which Winograd's form pays: below, the transforms cost more than the products
-# that it saves. (The gradient of a weight of 3×3 taps would be three times less exact by it than stock's; the numbers of k4 s2
-# are only added and subtracted.) The matrix unit has products for less.
+# that it saves. (The gradient of a weight of 3×3 taps would be three times less exact by it than stock's; the numbers of
+# k4 s2 are only added and subtracted.) The matrix unit has products for less.
 _WINOGRAD_CHANNELS, _WINOGRAD_CHANNELS_OF_WEIGHT, _WINOGRAD_TILES = 32, 64, 64
 _WINOGRAD_CHANNELS_BESIDE_TILES, _WINOGRAD_TILES_BESIDE_TILES = 192, 256
 
