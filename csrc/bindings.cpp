@@ -198,9 +198,9 @@ PYBIND11_MODULE(_C, m) {
     kernels.patches_to_image(p, at(patches), at(image));
   }, release());
   py::class_<Winograd>(m, "Winograd").def(py::init([](int64_t kernel, std::array<int64_t, 4> image, std::array<int64_t, 3> positions,
-                                                      std::array<int64_t, 2> padding, std::array<int64_t, 2> weight, bool flip) {
+                                                      std::array<int64_t, 2> padding, std::array<int64_t, 3> weight, bool flip) {
     return Winograd{kernel,       image[0],   image[1],   image[2],  image[3],  positions[0], positions[1],
-                    positions[2], padding[0], padding[1], weight[0], weight[1], flip};
+                    positions[2], padding[0], padding[1], weight[0], weight[1], weight[2],    flip};
   }));
   m.def("winograd_image_to_positions", [](const Winograd& a, Address image, Address weight, Address bias, Address positions) {
     return kernels.winograd_image_to_positions(a, at<float>(image), at<float>(weight), at<float>(bias), at<float>(positions));

@@ -151,7 +151,7 @@ struct Winograd {
   int64_t N, H, W, C;
   int64_t OH, OW, O;
   int64_t pad_h, pad_w;
-  int64_t weight_o, weight_c; // strides of the weight (O, C, kernel, kernel), whose taps lie one after the other
+  int64_t weight_o, weight_c, weight_tap; // strides of the weight (O, C, kernel·kernel), in elements
   bool flip;                  // the taps are turned around
 };
 
@@ -239,8 +239,8 @@ struct Kernels {
   // Whether all of the result, less the bias (O,) or null, is finite: else infinities and nan have spread over their tiles.
   bool (*winograd_image_to_positions)(const Winograd&, const float* image, const float* weight, const float* bias,
                                       float* positions);
-  // Both of k4 s2; grad_weight (O, C, 4, 4).
-  bool (*winograd_positions_to_image)(const Winograd&, const float* positions, const float* weight, float* image);
+  bool (*winograd_positions_to_image)(const Winograd&, const float* positions, const float* weight, float* image); // of k4 s2
+  // grad_weight (O, C, kernel, kernel), contiguous.
   bool (*winograd_weight_grad)(const Winograd&, const float* positions, const float* image, float* grad_weight);
   // Of samples x, y (N, S) dtype, and numbers for each (N,) acc: sums = Σ x·y, and y = factors·x.
   void (*sample_dot)(const Samples&, const void* x, const void* y, void* sums);

@@ -187,7 +187,7 @@ template <int taps> struct TapVectors {
     const int64_t count = o < a.O && c < a.C ? smaller(W, along_o ? a.O - o : a.C - c) : 0;
     for (int64_t i = 0; i < count; ++i) {
       const float* const from = weight + (along_o ? o + i : o) * a.weight_o + (along_o ? c : c + i) * a.weight_c;
-      for (int t = 0; t < taps; ++t) lane_of[t][i] = from[a.flip ? taps - 1 - t : t];
+      for (int t = 0; t < taps; ++t) lane_of[t][i] = from[(a.flip ? taps - 1 - t : t) * a.weight_tap];
     }
     for (int t = 0; t < taps; ++t) at[t] = read<f32v>(lane_of[t]);
   }
@@ -197,8 +197,9 @@ template <int taps> struct TapVectors {
 //   pixels to products      Bᵀ d B       Bᵀ = (1 0 -1 0 | 0 1 1 0 | 0 -1 1 0 | 0 1 0 -1)
 //   taps to products        G g Gᵀ       Gᵀ = (1 ½ ½ 0 | 0 ½ -½ 0 | 0 ½ ½ 1)
 //   products to positions   Aᵀ m A       Aᵀ = (1 1 1 0 | 0 1 -1 -1)
+// and for the weight's gradient the transposes of the last two.
 struct K3S1 {
-  static constexpr int matrices = 16;
+  static constexpr int side = 4, matrices = side * side, phases = 1, taps = 9;
   static int64_t columns(const Winograd& a) { return whole_vectors(a.C); }
 
   FASTGAN_INLINE void transform_pixels(f32v* p, int step) {
@@ -257,6 +258,52 @@ struct K3S1 {
         for (int j = 0; j < 2; ++j) store_position(a, positions, tile, i, j, o, m[4 * i + j], shift, found);
     }
   }
+
+  // Of a weight's gradient, one row of the matrices, of some channels: right factors for each of the row's matrices, of which
+  // this is row i; and likewise the left ones.
+  static void read_row_of_tile(const Winograd& a, const float* image, const float* zeros, const Tile& tile, int row, int64_t first,
+                               int64_t channels, const Right& right, int64_t i, float* to) {
+    const Square<4> pixels(image, a.H, a.W, a.C, zeros, tile.n, tile.row - a.pad_h, tile.column - a.pad_w);
+    for_vectors(channels, [&](int64_t c, auto load) __attribute__((always_inline)) {
+      f32v d[4];
+      for (int j = 0; j < 4; ++j) {
+        const f32v one = load(pixels.at[row == 0 ? 0 : row == 2 ? 2 : 1][j] + first);
+        const f32v other = load(pixels.at[row == 3 ? 3 : row == 2 ? 1 : 2][j] + first);
+        d[j] = row == 1 ? one + other : one - other;
+      }
+      transform_pixels(d, 1);
+      for (int k = 0; k < 4; ++k) store(to + k * right.size + right.at(i, c), d[k]);
+    });
+  }
+  static void read_row_of_positions(const Winograd& a, const float* positions, const float* zeros, const Tile& tile, int row,
+                                    int64_t first, int64_t channels, const LeftOfSums& left, int64_t i, float* to) {
+    const Square<2> square(positions, a.OH, a.OW, a.O, zeros, tile.n, tile.row, tile.column);
+    for_vectors(channels, [&](int64_t o, auto load) __attribute__((always_inline)) {
+      f32v m[2];
+      for (int j = 0; j < 2; ++j) {
+        const f32v upper = row == 3 ? f32v{} : load(square.at[0][j] + first);
+        const f32v lower = row == 0 ? f32v{} : load(square.at[1][j] + first);
+        m[j] = row == 1 ? upper + lower : upper - lower;
+      }
+      float* const from = to + left.at(i, o);
+      store(from, m[0]);
+      store(from + left.size, m[0] + m[1]);
+      store(from + 2 * left.size, m[0] - m[1]);
+      store(from + 3 * left.size, -m[1]);
+    });
+  }
+  FASTGAN_INLINE void transform_sums(const f32v& a, const f32v& b, const f32v& c, const f32v& d, f32v* to, int step) {
+    const f32v middle = 0.5f * (b + c);
+    to[0] = a + middle;
+    to[step] = 0.5f * (b - c);
+    to[2 * step] = middle + d;
+  }
+  // The taps' gradients; at(k, phase) has the sums of matrix k.
+  template <class At> FASTGAN_INLINE void transform_sums(At at, f32v* found) {
+    f32v rows[12];
+    for (int j = 0; j < 4; ++j) transform_sums(at(j, 0), at(4 + j, 0), at(8 + j, 0), at(12 + j, 0), rows + j, 4);
+    for (int i = 0; i < 3; ++i) transform_sums(rows[4 * i], rows[4 * i + 1], rows[4 * i + 2], rows[4 * i + 3], found + 3 * i, 1);
+  }
 };
 
 // F(2×2, 2×2) of each phase:
@@ -265,7 +312,7 @@ struct K3S1 {
 //   products to positions   Aᵀ m A       Aᵀ = (1 1 0 | 0 1 -1)
 // and for the gradients the transposes of all three. The numbers are only added and subtracted.
 struct K4S2 {
-  static constexpr int matrices = 9;
+  static constexpr int side = 3, matrices = side * side, phases = 4, taps = 16;
   static int64_t columns(const Winograd& a) { return 4 * whole_vectors(a.C); }
 
   FASTGAN_INLINE void transform_pixels(f32v* p, int step) {
@@ -446,10 +493,8 @@ struct K4S2 {
     }
   }
 
-  // The taps' gradients of so many channels; at(i, phase) has them in matrix i.
-  template <class At> static void write_taps(At at, float* weight, int64_t count, f32v& found) {
-    constexpr int W = lanes<float>;
-    float taps[16][W];
+  // The taps' gradients; at(k, phase) has the sums of matrix k.
+  template <class At> FASTGAN_INLINE void transform_sums(At at, f32v* found) {
     for (int phase = 0; phase < 4; ++phase) {
       f32v g[2][3];
       for (int k = 0; k < 3; ++k) {
@@ -458,15 +503,11 @@ struct K4S2 {
         g[1][k] = at(6 + k, phase) + middle;
       }
       for (int i = 0; i < 2; ++i) {
-        const int tap = 4 * (2 * i + phase / 2) + phase % 2;
-        const f32v first = g[i][0] + g[i][1], second = g[i][1] + g[i][2];
-        write(taps[tap], first);
-        write(taps[tap + 2], second);
-        found += first - first + (second - second); // 0, or nan
+        f32v* const to = found + 4 * (2 * i + phase / 2) + phase % 2;
+        to[0] = g[i][0] + g[i][1];
+        to[2] = g[i][1] + g[i][2];
       }
     }
-    for (int64_t i = 0; i < count; ++i)
-      for (int t = 0; t < 16; ++t) weight[16 * i + t] = taps[t][i];
   }
 };
 
@@ -580,54 +621,75 @@ bool winograd_positions_to_image(const Winograd& a, const float* positions, cons
   return finite;
 }
 
-// Of k4 s2: positionsᵀ · pixels, each (tiles, channels), added up over the tiles. A thread has one row of the 3×3 matrices and
-// some channels of either at a time, so that its factors and sums stay in its L2; and with these so many tiles that pixels and
-// positions stay in the L3 until all threads have read them.
-bool winograd_weight_grad(const Winograd& a, const float* positions, const float* image, float* grad_weight) {
-  constexpr int64_t inputs = block_columns, outputs = 12 * block_rows, piece = depth, tiles_together = 4 * piece;
-  constexpr int64_t block = outputs * inputs; // of sums, for each of 3×4 matrices and phases
+// positionsᵀ · pixels, each (tiles, channels), added up over the tiles. A thread has one row of the matrices and some channels of
+// either at a time, so that its factors and sums stay in its L2; and with these so many tiles that pixels and positions stay in
+// the L3 until all threads have read them.
+template <class Form>
+bool winograd_weight_grad_of(const Winograd& a, const float* positions, const float* image, float* grad_weight) {
+  constexpr int W = lanes<float>, factors = Form::side * Form::phases;
+  constexpr int64_t inputs = (Form::phases == 1 ? 2 : 1) * block_columns, most_blocks = 12, piece = depth, tiles_together = 4 * piece;
   const TilesOf tiles(a);
-  const int64_t panels = ceil_div(a.C, inputs), groups = ceil_div(a.O, outputs);
+  const int64_t panels = ceil_div(a.C, inputs), blocks = ceil_div(a.O, block_rows);
+  const int64_t shares = ceil_div(2 * omp_get_max_threads(), Form::side * panels);
+  const int64_t groups = smaller(blocks, larger(ceil_div(blocks, most_blocks), shares)), outputs = ceil_div(blocks, groups) * block_rows;
+  const int64_t block = outputs * inputs; // of sums, for each of the factors
   const LeftOfSums left(piece, outputs);
   const Right right(piece, inputs);
-  const int64_t of_sums = 3 * panels * groups * 12 * block, of_lefts = 3 * left.size, of_rights = 3 * 4 * right.size;
+  const int64_t of_sums = Form::side * panels * groups * factors * block, of_lefts = Form::side * left.size, of_rights = factors * right.size;
   Workspace workspace(of_sums + omp_get_max_threads() * (of_lefts + of_rights) + larger(a.C, a.O));
   const float* const zeros = workspace.zeros(larger(a.C, a.O));
   float* const sums = workspace.take(of_sums);
   float* const of_threads = workspace.take(omp_get_max_threads() * (of_lefts + of_rights));
-  const auto sums_of = [&](int64_t row, int64_t panel, int64_t group) { return sums + ((row * panels + panel) * groups + group) * 12 * block; };
+  const auto sums_of = [&](int64_t row, int64_t panel, int64_t group) {
+    return sums + ((row * panels + panel) * groups + group) * factors * block;
+  };
   bool finite = true;
 #pragma omp parallel reduction(&& : finite)
   {
-    f32v found = {};
     float* const lefts = of_threads + omp_get_thread_num() * (of_lefts + of_rights);
     float* const rights = lefts + of_lefts;
     for (int64_t begin = 0; begin < tiles.count; begin += tiles_together)
 #pragma omp for collapse(3) schedule(dynamic)
-      for (int row = 0; row < 3; ++row)
+      for (int row = 0; row < Form::side; ++row)
         for (int64_t panel = 0; panel < panels; ++panel)
           for (int64_t group = 0; group < groups; ++group)
             for (int64_t first = begin; first < smaller(begin + tiles_together, tiles.count); first += piece) {
-              const int64_t c = panel * inputs, o = group * outputs;
+              const int64_t c = panel * inputs, o = group * outputs, columns = smaller(inputs, a.C - c);
               const int64_t count = smaller(piece, tiles.count - first), rows = smaller(outputs, a.O - o);
               for (int64_t i = 0; i < count; ++i) {
-                K4S2::read_row_of_positions(a, positions, zeros, tiles[first + i], row, o, rows, left, i, lefts);
-                K4S2::read_row_of_tile(a, image, zeros, tiles[first + i], row, c, smaller(inputs, a.C - c), right, i, rights);
+                Form::read_row_of_positions(a, positions, zeros, tiles[first + i], row, o, rows, left, i, lefts);
+                Form::read_row_of_tile(a, image, zeros, tiles[first + i], row, c, columns, right, i, rights);
               }
-              for (int k = 0; k < 12; ++k)
-                for (int64_t r = 0; r < rows; r += block_rows)
-                  multiply_block<1>(rows - r, lefts + k / 4 * left.size + left.at(0, r), LeftOfSums::width, rights + k * right.size,
-                                    block_columns, count, sums_of(row, panel, group) + k * block + r * inputs, inputs, first > 0);
+              for (int k = 0; k < factors; ++k)
+                for (int64_t n = 0; n < columns; n += block_columns)
+                  for (int64_t r = 0; r < rows; r += block_rows)
+                    multiply_block<1>(rows - r, lefts + k / Form::phases * left.size + left.at(0, r), LeftOfSums::width,
+                                      rights + k * right.size + right.at(0, n), block_columns, count,
+                                      sums_of(row, panel, group) + k * block + n * outputs + r * block_columns, block_columns,
+                                      first > 0);
             }
+    f32v found = {};
 #pragma omp for schedule(static)
     for (int64_t o = 0; o < a.O; ++o)
-      for (int64_t c = 0; c < a.C; c += lanes<float>)
-        K4S2::write_taps(
-            [&](int i, int phase) __attribute__((always_inline)) {
-              return load(sums_of(i / 3, c / inputs, o / outputs) + (i % 3 * 4 + phase) * block + o % outputs * inputs + c % inputs);
+      for (int64_t c = 0; c < a.C; c += W) {
+        f32v taps[Form::taps];
+        Form::transform_sums(
+            [&](int k, int phase) __attribute__((always_inline)) {
+              const float* const of_block = sums_of(k / Form::side, c / inputs, o / outputs) + (k % Form::side * Form::phases + phase) * block;
+              return load(of_block + c % inputs / block_columns * block_columns * outputs + o % outputs * block_columns + c % block_columns);
             },
-            grad_weight + (o * a.C + c) * 16, smaller(lanes<float>, a.C - c), found);
+            taps);
+        for (int t = 0; t < Form::taps; ++t) {
+          for (int64_t i = 0; i < smaller(W, a.C - c); ++i) grad_weight[(o * a.C + c + i) * Form::taps + t] = taps[t][i];
+          found += taps[t] - taps[t]; // 0, or nan
+        }
+      }
     finite = finite && is_zero(found);
   }
   return finite;
+}
+
+bool winograd_weight_grad(const Winograd& a, const float* positions, const float* image, float* grad_weight) {
+  return a.kernel == 3 ? winograd_weight_grad_of<K3S1>(a, positions, image, grad_weight)
+                       : winograd_weight_grad_of<K4S2>(a, positions, image, grad_weight);
 }

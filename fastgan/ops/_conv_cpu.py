@@ -297,7 +297,9 @@ def stays_in_planes(dtype: torch.dtype, x_shape: torch.Size, weight_shape: torch
 # than oneDNN's reordering of the weight.
 _PATCHES_PER_WEIGHT = {torch.float32: 3.0, torch.bfloat16: 6.0}
 _PATCHES_PER_WEIGHT_GRAD = {torch.float32: 3.0, torch.bfloat16: 32.0}
-_PATCHES_PER_WEIGHT_WITHOUT_TILES = 0.5  # where float32 lanes are wide: oneDNN fills them better than MKL does on AMD's CPUs
+_PATCHES_PER_WEIGHT_WITHOUT_TILES = (
+    0.5  # where float32 lanes are wide: oneDNN fills them better than MKL does on AMD's CPUs
+)
 _FEW_PRODUCTS = 1 << 27  # so little work that a product of two matrices does not outrun its patches
 # Multiplications with one element that pay for its packing into tiles. With one tap nothing is read twice from the L2.
 _PRODUCTS_PER_PACKED = {True: 128, False: 400}
@@ -370,8 +372,7 @@ def _vendor_sums_slowly(geometry: Geometry) -> bool:
 
 
 # Channels, and tiles of 2×2 positions, with which Winograd's form pays: below, the transforms cost more than the products
-# that it saves. (The gradient of a weight of 3×3 taps would be three times less exact by it than stock's; the numbers of
-# k4 s2 are only added and subtracted.) The matrix unit has products for less.
+# that it saves. The matrix unit has products for less.
 _WINOGRAD_CHANNELS, _WINOGRAD_CHANNELS_OF_WEIGHT, _WINOGRAD_TILES = 32, 64, 64
 _WINOGRAD_CHANNELS_BESIDE_TILES, _WINOGRAD_TILES_BESIDE_TILES = 192, 256
 
@@ -384,10 +385,11 @@ def _winograd_pays(geometry: Geometry, result: Result) -> bool:
     (_, inputs, _, _), (n, outputs, *size) = geometry.image, geometry.positions
     channels, tiles = min(inputs, outputs), n * math.prod(-(-length // 2) for length in size)
     if (geometry.kernel, geometry.stride) == ((3, 3), (1, 1)):
-        if result == "weight" or max(geometry.padding) > 2:
+        if max(geometry.padding) > 2:
             return False
         if _C.has_matrix_unit():
-            return channels >= _WINOGRAD_CHANNELS_BESIDE_TILES and tiles >= _WINOGRAD_TILES_BESIDE_TILES
+            is_large = channels >= _WINOGRAD_CHANNELS_BESIDE_TILES and tiles >= _WINOGRAD_TILES_BESIDE_TILES
+            return is_large and result != "weight"
     elif (geometry.kernel, geometry.stride) != ((4, 4), (2, 2)) or max(geometry.padding) > 3 or _C.has_matrix_unit():
         return False
     least = _WINOGRAD_CHANNELS_OF_WEIGHT if result == "weight" else _WINOGRAD_CHANNELS
@@ -463,17 +465,19 @@ def _weight_grad_by_tiles(geometry: Geometry, positions: Tensor, image: Tensor, 
 # ── Winograd ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _winograd(geometry: Geometry, turned: bool = False):
-    """The convolution with a weight (O, C, kh, kw); or `turned`, of k3 s1, the one that goes the other way."""
+def _winograd(geometry: Geometry, contiguous: bool = True, turned: bool = False):
+    """The convolution with a weight (O, C, kh, kw) that is contiguous, or else channels_last; or `turned`, of k3 s1, the one that
+    goes the other way."""
     from fastgan import _C
 
     (n, c, h, w), (_, o, *size) = geometry.image, geometry.positions
     taps = math.prod(geometry.kernel)
-    image, positions, padding, strides = (n, h, w, c), (*size, o), geometry.padding, (c * taps, taps)
+    image, positions, padding = (n, h, w, c), (*size, o), geometry.padding
+    of_o, of_c, of_tap = (c * taps, taps, 1) if contiguous else (taps * c, 1, c)
     if turned:
-        image, positions, strides = (n, *size, o), (h, w, c), strides[::-1]
+        image, positions, (of_o, of_c) = (n, *size, o), (h, w, c), (of_c, of_o)
         padding = (2 - padding[0], 2 - padding[1])
-    return _C.Winograd(geometry.kernel[0], image, positions, padding, strides, turned)
+    return _C.Winograd(geometry.kernel[0], image, positions, padding, (of_o, of_c, of_tap), turned)
 
 
 def _convolution_by_winograd(
@@ -482,14 +486,17 @@ def _convolution_by_winograd(
     """None where the result is not finite: stock's is not finite in fewer places, or finite after all."""
     from fastgan import _C
 
-    weight = weight.contiguous()
+    if not weight.is_contiguous(memory_format=torch.channels_last):
+        weight = weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     y = _new_image(x, geometry.image if transposed else geometry.positions)
     if transposed and geometry.kernel == (4, 4):
-        finite = _C.winograd_positions_to_image(_winograd(geometry), x.data_ptr(), weight.data_ptr(), y.data_ptr())
+        call = _winograd(geometry, weight.is_contiguous())
+        finite = _C.winograd_positions_to_image(call, x.data_ptr(), weight.data_ptr(), y.data_ptr())
         return None if not finite else y if bias is None else y.add_(bias.view(-1, 1, 1))
+    call = _winograd(geometry, weight.is_contiguous(), turned=transposed)
     addresses = (x.data_ptr(), weight.data_ptr(), address(bias), y.data_ptr())
-    return y if _C.winograd_image_to_positions(_winograd(geometry, turned=transposed), *addresses) else None
+    return y if _C.winograd_image_to_positions(call, *addresses) else None
 
 
 def _weight_grad_by_winograd(geometry: Geometry, positions: Tensor, image: Tensor, grad_weight: Tensor) -> bool:

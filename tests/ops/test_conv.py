@@ -365,9 +365,7 @@ def test_a_batch_larger_than_the_workspace_is_packed_piece_by_piece(monkeypatch)
 def by_winograd(monkeypatch):
     if backend.obstacle("cpp", "cpu") is not None:
         pytest.skip("the C++ kernels are not there")
-    monkeypatch.setattr(
-        _conv_cpu, "choose_form", lambda geometry, result: "vendor" if result == "weight" else "winograd"
-    )
+    monkeypatch.setattr(_conv_cpu, "choose_form", lambda geometry, result: "winograd")
 
 
 @pytest.mark.parametrize("weight_layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
@@ -389,17 +387,11 @@ def test_winograd_s_form_takes_many_tiles_and_channels_piece_by_piece(by_winogra
     errors.check()
 
 
-@pytest.fixture
-def by_phases(monkeypatch):
-    """Winograd's form of k4 s2, for the weight's gradient too."""
-    monkeypatch.setattr(_conv_cpu, "choose_form", lambda geometry, result: "winograd")
-
-
 @needs_cpp
 @pytest.mark.parametrize("weight_layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
 @pytest.mark.parametrize("padding", [0, 1, 2, 3, (1, 0), (0, 3)], ids=str)
 @pytest.mark.parametrize(("inside", "outside"), [(16, 33), (40, 5)])
-def test_the_phases_of_k4_s2_are_as_exact_as_eager(inside, outside, padding, weight_layout, by_phases, poisoned):
+def test_the_phases_of_k4_s2_are_as_exact_as_eager(inside, outside, padding, weight_layout, by_winograd, poisoned):
     errors = Errors()
     for size in ((16, 17), (19, 14), (4, 5)):
         inputs = [
@@ -415,7 +407,7 @@ def test_the_phases_of_k4_s2_are_as_exact_as_eager(inside, outside, padding, wei
 
 @needs_cpp
 @pytest.mark.parametrize("shape", [(41, 8, 17), (3, 62, 53), (1, 8, 130)], ids=str)
-def test_many_tiles_and_channels_of_the_phases_are_taken_piece_by_piece(shape, by_phases):
+def test_many_tiles_and_channels_of_the_phases_are_taken_piece_by_piece(shape, by_winograd):
     """Parts of an image, whole ones, or many: 96 tiles at a time, 192 for the image, 512 for the weight's gradient."""
     n, height, width = shape
     errors = Errors()
@@ -425,7 +417,7 @@ def test_many_tiles_and_channels_of_the_phases_are_taken_piece_by_piece(shape, b
 
 
 @needs_cpp
-def test_the_bits_of_winograd_s_form_do_not_depend_on_the_number_of_threads(by_phases):
+def test_the_bits_of_winograd_s_form_do_not_depend_on_the_number_of_threads(by_winograd):
     x, weight = torch.randn(5, 24, 34, 38).requires_grad_(), torch.randn(40, 24, 4, 4).requires_grad_()
     threads, results = torch.get_num_threads(), []
     try:
@@ -445,10 +437,7 @@ def test_the_bits_of_winograd_s_form_do_not_depend_on_the_number_of_threads(by_p
     ("where", "special"), [*itertools.product(("x", "weight"), (float("inf"), float("nan"))), ("x", 3.4e38)], ids=str
 )
 def test_numbers_that_would_spread_over_winograd_s_tiles_are_as_stock(where, special, kernel, stride, monkeypatch):
-    takes_weight = kernel == 4
-    monkeypatch.setattr(
-        _conv_cpu, "choose_form", lambda _, result: "winograd" if result != "weight" or takes_weight else "vendor"
-    )
+    monkeypatch.setattr(_conv_cpu, "choose_form", lambda geometry, result: "winograd")
     tensors = {"x": torch.randn(2, 3, 8, 8), "weight": torch.randn(4, 3, kernel, kernel)}
     tensors[where][0, 1, 2, 2] = special
     results = []
