@@ -9,9 +9,9 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.case import OURS, Case, Contest, first_line
-from benchmarks.memory import peak_bytes, saved_bytes
-from benchmarks.op import gate
+from fastgan.bench.case import OURS, Case, Contest, first_line
+from fastgan.bench.memory import peak_bytes, saved_bytes
+from fastgan.bench.op import gate
 from fastgan.training.run import make_accelerator
 
 REALS = 4
@@ -88,7 +88,7 @@ class StepCase(Case):
         setup = Setup(reals, self.latent_dim, self.lr, self.autocast, scale=self.scale)
         contest = Contest({}, gate=self._check(setup), captured=False)
         trainers = {OURS: self.ours(setup)}
-        trainers |= {name: self.stock(stock, setup) for name, stock in self.peers.items()}
+        trainers |= {name: self.stock(stock, setup) for name, stock in self.peers.items() if self.admits(name)}
         for name, trainer in trainers.items():
             try:
                 trainer.step()
