@@ -18,8 +18,7 @@ BACKENDS = {"cpp": "C++", "triton": "Triton"}
 
 @dataclass(frozen=True)
 class Axis:
-    """Where values stand, as parts of the width. The same on every page, so that pages compare; what is outside stands at
-    the edge."""
+    """Where values stand, as parts of the width, and at the edge if they are beyond it. Every page has the same axes."""
 
     low: float
     high: float
@@ -27,12 +26,9 @@ class Axis:
     logarithmic: bool = False
 
     def at(self, value: float) -> float:
-        low, high, here = (
-            map(math.log, (self.low, self.high, max(value, self.low)))
-            if self.logarithmic
-            else (self.low, self.high, value)
-        )
-        return min(1.0, max(0.0, (here - low) / (high - low)))
+        scale = math.log if self.logarithmic else float
+        low, high, here = map(scale, (self.low, self.high, min(max(value, self.low), self.high)))
+        return (here - low) / (high - low)
 
 
 RATIO = Axis(1 / 4, 16, {1 / 4: "¼×", 1 / 2: "½×", 1: "1×", 2: "2×", 4: "4×", 8: "8×", 16: "16×"}, logarithmic=True)
