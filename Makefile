@@ -22,7 +22,7 @@ $(VENV)/installed: $(BIN)/python pyproject.toml setup.py $(shell find csrc fastg
 # The tests and benchmarks run from the checkout, so it is installed in place, with its kernels built there.
 $(VENV)/editable: $(BIN)/python pyproject.toml setup.py $(shell find csrc -type f)
 	$(PIP) "$(TRITON)"
-	$(PIP) --editable ".[test,check,bench]"
+	$(PIP) --editable ".[test,check]"
 	touch $@
 
 train: $(VENV)/installed

@@ -1,1 +1,5 @@
-"""fastgan against stock PyTorch, measured: `python -m benchmarks`, from a checkout."""
+"""What this repository measures with `fastgan.bench`: its results for each device, and the README's tables of them."""
+
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"

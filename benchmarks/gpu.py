@@ -18,8 +18,9 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks import results, suite
-from benchmarks.cli import table
+from benchmarks import RESULTS
+from fastgan.bench import results, suite
+from fastgan.bench.command import table
 
 ROOT = Path(__file__).parent.parent
 TESTS = ("tests/kernels", "tests/ops", "tests/nn", "tests/test_fuse.py")
@@ -57,7 +58,7 @@ def main(
         outcomes[name] = f"{outcome}, {time.monotonic() - start:.0f} s"
         print(f"{name}: {outcomes[name]}", flush=True)
 
-    path = results.results_path(where)
+    path = results.results_path(where, RESULTS)
     if path.exists():
         shutil.copy(path, out)
     rows = [row for row in results.read(path) if row.headline and row.part in chosen]
@@ -74,7 +75,8 @@ def command(part: str, device: str, seconds: float) -> list[str]:
         parallel = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
         return ["-m", "pytest", *parallel, *(test for test in TESTS if (ROOT / test).exists())]
     # Setting up the last case may take longer than its share.
-    return ["-m", "benchmarks", part, "--device", device, "--minutes", f"{0.85 * seconds / 60:.3f}"]
+    option = "--model" if part in suite.MODELS else "--op"
+    return ["-m", "benchmarks", option, part, "--device", device, "--minutes", f"{0.85 * seconds / 60:.3f}"]
 
 
 def run(arguments: list[str], log: Path, seconds: float) -> str:

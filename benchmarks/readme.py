@@ -1,13 +1,16 @@
-"""`python -m benchmarks.readme`: the tables of README.md and the plots, from the CSV files."""
+"""`python -m benchmarks.readme`: the tables of README.md and the pages of plots, from the CSV files."""
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
-from benchmarks.results import RESULTS, TITLES, Row, lines, read, slower
+from benchmarks import RESULTS
+from fastgan.bench import page, suite
+from fastgan.bench.results import TITLES, Row, lines, read, slower
 
 README = Path(__file__).parent.parent / "README.md"
 SHOWN_LOSSES = 12
@@ -20,13 +23,16 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 def main(
     readme: Annotated[Path, typer.Option(help="The file with the marked region.")] = README,
     folder: Annotated[Path, typer.Option(help="Where the CSV files are.")] = RESULTS,
-    plots: Annotated[Path, typer.Option(help="Where the plots go.")] = Path("runs/benchmarks"),
+    pages: Annotated[Path, typer.Option(help="Where the pages go.")] = Path("runs/benchmarks"),
 ) -> None:
-    """Rewrite README.md's tables, and draw the training steps of each device."""
+    """Rewrite README.md's tables, and draw the page of each device."""
     devices = [read(path) for path in sorted(folder.glob("*.csv"))]
     rewrite(readme, "\n\n".join(markdown(rows) for rows in devices if rows))
+    pages.mkdir(parents=True, exist_ok=True)
     for path in sorted(folder.glob("*.csv")):
-        print(plot(read(path), plots / f"{path.stem}.png"))
+        rows = read(path)
+        device = torch.device("cuda" if any(row.backend == "triton" for row in rows) else "cpu")
+        print(page.write(pages / f"{path.stem}.html", rows, suite.keys(device)))
 
 
 def rewrite(path: Path, text: str) -> None:
@@ -66,26 +72,6 @@ def _summary(rows: Sequence[Row]) -> str:
         if row.gate != "passed":
             text += f"\n- no speed, {row.gate}: {row.op} {row.work}, {row.shape}, {row.dtype}, {row.layout}"
     return text
-
-
-def plot(rows: Sequence[Row], path: Path) -> Path:
-    """Bars of the time of a training step: stock PyTorch's variants, and ours."""
-    from matplotlib import pyplot as plt
-
-    steps = [row for row in rows if row.part == "training" and row.fastgan_ms]
-    figure, axes = plt.subplots(1, max(1, len(steps)), figsize=(5 * max(1, len(steps)), 3), squeeze=False)
-    for axis, row in zip(axes[0], steps, strict=False):
-        times = {**row.peers, "fastgan": float(row.fastgan_ms)}
-        colors = ["tab:orange" if name == "fastgan" else "tab:gray" for name in times]
-        axis.bar_label(axis.barh(list(times), list(times.values()), color=colors), fmt="%.0f")
-        axis.invert_yaxis()
-        axis.set(title=f"{row.op} {row.work}, {row.dtype}", xlabel="ms")
-    figure.suptitle(rows[0].device)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return path
 
 
 if __name__ == "__main__":

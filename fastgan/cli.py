@@ -1,4 +1,4 @@
-"""The command line: `fastgan train | generate | doctor`."""
+"""The command line: `fastgan train | generate | bench | doctor`."""
 
 import signal
 import sys
@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fastgan.bench.command import bench
 from fastgan.doctor import report
 from fastgan.training import generate as generating
 from fastgan.training import run
@@ -462,6 +463,9 @@ def generate(
     )
     for path in paths:
         typer.echo(path)
+
+
+app.command()(bench)
 
 
 @app.command()

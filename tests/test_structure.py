@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[1]
 
 # A package may import those further down only, and itself.
 LAYERS = [
-    "cli", "doctor", "training", "penalties", "lean", "dynamo", "fuse", "graph_patterns", "layer_functions", "chains",
-    "little_work", "tracing", "models", "nn", "compat", "ops", "backend", "_C", "_cuda",
+    "cli", "bench", "doctor", "training", "penalties", "lean", "dynamo", "fuse", "graph_patterns", "layer_functions",
+    "chains", "little_work", "tracing", "models", "nn", "compat", "ops", "backend", "_C", "_cuda",
 ]  # fmt: skip
 BESIDE = {("training", "models"), ("fuse", "models")}
 
@@ -82,11 +82,11 @@ LEVELS = {
     "kernels/fastgan_kernels/{}.py": {"conv", "layout"} | MADE_OF_OTHERS | LEAN | COMPOSITE,
     "csrc/cpu/{}.h": MADE_OF_OTHERS | LEAN | COMPOSITE,
     "tests/ops/test_{}.py": {"avg_pool"},  # among the activations' cases
-    "benchmarks/bench_{}.py": {"conv", "layout"} | LEAN | COMPOSITE,
+    "fastgan/bench/bench_{}.py": {"conv", "layout"} | LEAN | COMPOSITE,
 }
 SHARED = {
     "_layers", "_norm", "_units", "kernels", "simd", "slices", "tiles", "conv_tiles", "winograd", "avx2", "avx512",
-    "baseline", "__init__", "training", "wgan_gp", "sngan", "stylegan", "cyclegan", "srgan", "equalized",
+    "baseline", "__init__", "dcgan", "wgan_gp", "sngan", "stylegan", "cyclegan", "srgan", "equalized",
 }  # fmt: skip
 
 
@@ -123,6 +123,7 @@ def test_the_wheel_holds_two_packages_and_the_built_modules(wheel):
     assert any(re.fullmatch(r"fastgan/_C\..*(so|pyd)", name) for name in names)
     assert not shutil.which("nvcc") or any(re.fullmatch(r"fastgan/_cuda\..*(so|pyd)", name) for name in names)
     assert {"fastgan/py.typed", "fastgan/ops/norm_act.py", "fastgan_kernels/norm_act.py"} <= set(names)
+    assert {f"fastgan/bench/{name}" for name in ("command.py", "page.html", "bench_norm_act.py")} <= set(names)
 
 
 def test_the_wheel_names_the_backend_of_torch_compile(wheel):

@@ -1,46 +1,22 @@
 """The harness: what it compares, what it writes, and what it refuses."""
 
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 import typer
+from tiny_case import make_case, make_row, scaled_relu
 
-from benchmarks import cli, gpu, results, suite, timing
-from benchmarks.case import OURS, Contest
-from benchmarks.memory import peak_bytes, saved_bytes
-from benchmarks.op import Contender, Inputs, OpCase, gate
-from benchmarks.readme import END, START, markdown, plot, rewrite
-from benchmarks.timing import interleave
+from benchmarks import gpu
+from benchmarks.readme import END, START, markdown, rewrite
+from fastgan.bench import command, results, suite, timing
+from fastgan.bench.case import OURS
+from fastgan.bench.memory import peak_bytes, saved_bytes
+from fastgan.bench.op import Contender, gate
+from fastgan.bench.timing import interleave
 
 CPU = torch.device("cpu")
-
-
-def scaled_relu(x, weight):
-    return F.relu(x * weight, inplace=True)
-
-
-def make_case(ours=scaled_relu, **changes):
-    case = OpCase(
-        op="scaled_relu",
-        work="second order",
-        shape="2×3×4×5",
-        dtype=torch.float32,
-        layout="channels_last",
-        inputs=lambda: Inputs(torch.randn(2, 3, 4, 5), [torch.randn(1, 3, 1, 1)]),
-        contenders={OURS: Contender(ours, "channels_last"), "NCHW": Contender(scaled_relu)},
-        reference=scaled_relu,
-        preactivation=lambda x, weight: x * weight,
-        tensors_moved=(1, 1),
-    )
-    return replace(case, **changes)
-
-
-def make_row(gate="", **seconds):
-    contest = Contest(dict.fromkeys([OURS, "NCHW", "compile"], lambda: None), gate, bytes_moved=300, floor_bytes=200)
-    return results.make_row("part", make_case(), contest, {"copy_": 1e-3, **seconds}, CPU)
 
 
 # ── Ratios ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -76,7 +52,7 @@ def test_slower_rows_are_listed_the_worst_first():
 
 
 def test_contenders_are_called_in_turn_and_begin_in_turn(monkeypatch):
-    monkeypatch.setattr("benchmarks.timing.BLOCK_SECONDS", 0.0)  # one call in each turn
+    monkeypatch.setattr("fastgan.bench.timing.BLOCK_SECONDS", 0.0)  # one call in each turn
     called = []
     runs = {name: lambda name=name: called.append(name) for name in "abc"}
     assert interleave(runs, 0, CPU, captured=False).keys() == runs.keys()
@@ -97,8 +73,7 @@ def test_what_cannot_be_captured_has_no_time_and_spoils_no_other(monkeypatch):
 def test_calls_that_outlast_all_patience_are_measured_once(monkeypatch):
     samples = iter([1.0, 2.0, 3.0, 4.0, 5.0])
     monkeypatch.setattr(timing, "_sampler", lambda *_: lambda: [next(samples)])
-    monkeypatch.setattr(timing, "PATIENCE_SECONDS", 0.0)
-    assert interleave({"slow": print}, 0, CPU, captured=False) == {"slow": 1.0}
+    assert interleave({"slow": print}, 0, CPU, captured=False, patience=0.0) == {"slow": 1.0}
 
 
 def test_medians_tell_fast_from_slow():
@@ -165,7 +140,7 @@ def test_a_peer_that_fails_is_noted_and_ours_that_fails_is_a_row_without_speed()
     contest = make_case(contenders=contenders).prepare(CPU)
     assert contest.notes == ["broken: NotImplementedError: not today"]
     assert contest.contenders.keys() == {OURS, "NCHW"}
-    (row,) = suite.measure("part", [make_case(fails)], CPU, seconds=0.1)
+    (row,) = suite.measure([make_case(fails)], CPU, seconds=0.1)
     assert row.gate == "NotImplementedError: not today" and row.peers == {} and row.speedup == ""
     assert "not today" in markdown([row])
 
@@ -245,13 +220,6 @@ def test_markdown_shows_headlines_and_owns_up_to_slower_rows():
     assert widths == {len(results.TITLES) + 1}
 
 
-def test_the_plot_is_drawn(tmp_path):
-    pytest.importorskip("matplotlib")
-    row = make_row(fastgan=1e-3, NCHW=4e-3)
-    row.part = "training"
-    assert plot([row], tmp_path / "plots" / "device.png").stat().st_size > 1000
-
-
 # ── The suite ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -265,14 +233,14 @@ def test_every_part_names_its_cases_once_and_starts_with_a_headline(part):
 
 
 def test_a_case_becomes_a_row_and_what_there_is_no_time_for_does_not():
-    rows = list(suite.measure("part", [make_case()], CPU, seconds=0.2))
+    rows = list(suite.measure([make_case()], CPU, seconds=0.2))
     assert [row.gate for row in rows] == ["passed"]
     assert float(rows[0].speedup) > 0 and rows[0].saved_mb and rows[0].peak_mb
-    assert len(list(itertools.islice(suite.measure("part", [make_case()] * 3, CPU, seconds=0.0), 3))) <= 1
+    assert len(list(itertools.islice(suite.measure([make_case()] * 3, CPU, seconds=0.0), 3))) <= 1
 
 
 def test_table_has_a_line_for_each_row():
-    assert cli.table("part", [make_row(fastgan=1e-3, NCHW=4e-3)] * 3).row_count == 3
+    assert command.table("part", [make_row(fastgan=1e-3, NCHW=4e-3)] * 3).row_count == 3
 
 
 # ── The GPU run ──────────────────────────────────────────────────────────────────────────────────────────────────────

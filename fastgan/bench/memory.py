@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.autograd.profiler import profile
 
-from benchmarks.case import Run
+from fastgan.bench.case import Run
 
 
 def saved_bytes(forward: Run, parameters: Iterable[Tensor]) -> int:

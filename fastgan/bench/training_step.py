@@ -10,9 +10,9 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.case import OURS, Case, Contest, first_line
-from benchmarks.memory import peak_bytes, saved_bytes
-from benchmarks.op import error, excess
+from fastgan.bench.case import OURS, Case, Contest, first_line
+from fastgan.bench.memory import peak_bytes, saved_bytes
+from fastgan.bench.op import error, excess
 from fastgan.training.run import make_accelerator
 
 REALS = 4
@@ -92,7 +92,7 @@ class StepCase(Case):
         setup = Setup(reals, self.latent_dim, self.lr, self.autocast, scale=self.scale)
         contest = Contest({}, gate=self._check(setup), captured=False)
         trainers = {OURS: self.ours(setup)}
-        trainers |= {name: self.stock(stock, setup) for name, stock in self.peers.items()}
+        trainers |= {name: self.stock(stock, setup) for name, stock in self.peers.items() if self.admits(name)}
         for name, trainer in trainers.items():
             try:
                 trainer.step()

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn.functional import softplus
 from torch.optim import Adam
 
-from benchmarks.case import Case
-from benchmarks.training_step import Setup, StepCase, Stock, Trainer
+from fastgan.bench.case import Case
+from fastgan.bench.training_step import Setup, StepCase, Stock, Trainer
 from fastgan.models.stylegan import Discriminator, Generator
 from fastgan.training.stylegan import StyleGAN, StyleGANSettings
 

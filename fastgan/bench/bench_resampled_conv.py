@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.case import OURS, Case
-from benchmarks.op import Contender, Function, Inputs, OpCase, Work
+from fastgan.bench.case import OURS, Case
+from fastgan.bench.op import Contender, Function, Inputs, OpCase, Work
 from fastgan.ops import conv2d_avg_pool2d, upsample_conv2d
 from fastgan.ops.resampled_conv import reference_down, reference_up
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.case import OURS, Case, Contest, Run, first_line
-from benchmarks.memory import peak_bytes, saved_bytes
+from fastgan.bench.case import OURS, Case, Contest, Run, first_line
+from fastgan.bench.memory import peak_bytes, saved_bytes
 
 Outputs = Sequence[Tensor]
 Function = Callable[..., Tensor]
@@ -118,7 +118,8 @@ class OpCase(Case):
             expected = perform(self.work, self.reference, data.double())
         contest = Contest({}, flops=counter.get_total_flops())
         results: dict[str, Outputs] = {}
-        for name, contender in self.contenders.items():
+        for name in filter(self.admits, self.contenders):
+            contender = self.contenders[name]
             laid_out = data.laid_out(contender)
             function = torch.compile(contender.function, dynamic=False) if contender.compiled else contender.function
             try:

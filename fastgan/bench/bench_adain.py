@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.case import OURS, Case
-from benchmarks.op import Contender, Function, Inputs, OpCase, Work, kink
+from fastgan.bench.case import OURS, Case
+from fastgan.bench.op import Contender, Function, Inputs, OpCase, Work, kink
 from fastgan.ops import adain, adain_from_features
 
 GOAL = (16, 256, 32, 32)

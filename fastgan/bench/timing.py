@@ -10,11 +10,11 @@ from statistics import median
 
 import torch
 
-from benchmarks.case import Run
+from fastgan.bench.case import Run
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
 PATIENCE_SECONDS = 60.0
-"""After which one round is enough: calls may take minutes."""
+"""After which what rounds there are is enough: calls may take minutes."""
 BLOCK_SECONDS = 0.03
 """A contender is called for about so long before it is the next one's turn."""
 
@@ -26,8 +26,17 @@ class NotCaptured(Exception):
 Sample = Callable[[], list[float]]
 
 
-def interleave(contenders: dict[str, Run], seconds: float, device: torch.device, captured: bool) -> dict[str, float]:
-    """Median seconds of one call of each contender, in rounds for about `seconds`; none of what cannot be captured.
+def interleave(
+    contenders: dict[str, Run],
+    seconds: float,
+    device: torch.device,
+    captured: bool,
+    rounds: int = MIN_ROUNDS,
+    patience: float = PATIENCE_SECONDS,
+) -> dict[str, float]:
+    """Median seconds of one call of each contender; none of what cannot be captured.
+
+    There are as many rounds as `seconds` allow, and at least `rounds`, or one of them if `patience` seconds are over then.
 
     In every round each is called in turn, and every round begins with another one: what disturbs the machine, or slows
     it down, hits all alike.
@@ -41,7 +50,7 @@ def interleave(contenders: dict[str, Run], seconds: float, device: torch.device,
     start = time.perf_counter()
     for turn in range(MAX_ROUNDS):
         passed = time.perf_counter() - start
-        if passed > seconds and (turn >= MIN_ROUNDS or (turn and passed > PATIENCE_SECONDS)):
+        if passed > seconds and (turn >= rounds or (turn and passed > patience)):
             break
         first = turn % len(names)
         for name in names[first:] + names[:first]:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 Run = Callable[[], Any]
+Key = tuple[str, str, str, str, str, str, str]
+"""Of a case and its row: part, operator, work, shape, dtype, layout and cache."""
 
 OURS = "fastgan"
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -45,6 +47,8 @@ def first_line(error: Exception) -> str:
 class Case(ABC):
     """One row of the results. The fields here are its key."""
 
+    part: str = ""
+    """The file `bench_<part>.py` that it comes from, as `suite.cases` has it."""
     op: str
     work: str
     shape: str
@@ -54,10 +58,20 @@ class Case(ABC):
     """warm: the same tensors at every call. cold: others each time, so that they come from memory."""
     headline: bool = False
     """Whether the row is shown in short tables."""
+    quick: bool = False
+    """In few rounds, and without torch.compile, which takes longer to make its code than all else takes."""
+
+    @property
+    def key(self) -> Key:
+        return self.part, self.op, self.work, self.shape, DTYPES[self.dtype], self.layout, self.cache
 
     @property
     def name(self) -> str:
-        return f"{self.op}, {self.work}, {self.shape}, {DTYPES[self.dtype]}, {self.layout}, {self.cache}"
+        return ", ".join(self.key[1:])
+
+    def admits(self, contender: str) -> bool:
+        """Whether the contender of that name takes part."""
+        return not self.quick or "compile" not in contender
 
     @abstractmethod
     def prepare(self, device: torch.device) -> Contest:

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Adam
 
-from benchmarks.case import Case
-from benchmarks.training_step import Setup, StepCase, Stock, Trainer
+from fastgan.bench.case import Case
+from fastgan.bench.training_step import Setup, StepCase, Stock, Trainer
 from fastgan.fuse import fuse
 from fastgan.models.dcgan import Discriminator, Generator, init_weights
 from fastgan.training.dcgan import DCGAN, DCGANSettings

@@ -6,8 +6,8 @@ from itertools import product
 
 import torch
 
-from benchmarks.case import OURS, Case
-from benchmarks.op import Contender, Function, Inputs, OpCase, Work
+from fastgan.bench.case import OURS, Case
+from fastgan.bench.op import Contender, Function, Inputs, OpCase, Work
 from fastgan.ops import bias_act
 from fastgan.ops.bias_act import reference
 

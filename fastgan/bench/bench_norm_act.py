@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.case import OURS, Case
-from benchmarks.op import Contender, Inputs, OpCase, Work
+from fastgan.bench.case import OURS, Case
+from fastgan.bench.op import Contender, Inputs, OpCase, Work
 from fastgan.ops import batch_norm_act
 
 GOAL = (64, 64, 32, 32)

@@ -6,8 +6,8 @@ from itertools import product
 
 import torch
 
-from benchmarks.case import OURS, Case
-from benchmarks.op import Contender, Inputs, OpCase, Work
+from fastgan.bench.case import OURS, Case
+from fastgan.bench.op import Contender, Inputs, OpCase, Work
 from fastgan.ops import pixel_shuffle_act
 from fastgan.ops.pixel_shuffle_act import reference
 

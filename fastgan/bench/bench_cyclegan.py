@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.functional import l1_loss, mse_loss
 from torch.optim import Adam
 
-from benchmarks.case import Case
-from benchmarks.training_step import Setup, StepCase, Stock, Trainer
+from fastgan.bench.case import Case
+from fastgan.bench.training_step import Setup, StepCase, Stock, Trainer
 from fastgan.models.cyclegan import PatchDiscriminator, ResNetGenerator, init_weights
 from fastgan.training.cyclegan import POOL, CycleGAN, CycleGANSettings, ImagePool
 

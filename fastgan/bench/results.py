@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.case import DTYPES, OURS, Case, Contest
-from benchmarks.timing import matmul_flops_per_s
 from fastgan import backend
+from fastgan.bench.case import OURS, Case, Contest, Key
+from fastgan.bench.timing import matmul_flops_per_s
 
-RESULTS = Path(__file__).parent / "results"
+QUICK = "quick"
+"""The note of rows that were measured in few rounds, and without torch.compile among the peers."""
 
 
 @dataclass
@@ -51,7 +52,7 @@ class Row:
     device: str = ""
 
     @property
-    def key(self) -> tuple[str, ...]:
+    def key(self) -> Key:
         return self.part, self.op, self.work, self.shape, self.dtype, self.layout, self.cache
 
     @property
@@ -65,10 +66,10 @@ class Row:
         return {name: float(ms) for name, ms in (pair.rsplit("=", 1) for pair in self.stock_ms.split("; ") if pair)}
 
 
-def make_row(part: str, case: Case, contest: Contest, seconds: dict[str, float], device: torch.device) -> Row:
+def make_row(case: Case, contest: Contest, seconds: dict[str, float], device: torch.device) -> Row:
     """What a contest has shown: without our time where the gate refuses it, without any where nothing was timed."""
     row = Row(
-        part, case.op, case.work, case.shape, DTYPES[case.dtype], case.layout, case.cache,
+        *case.key,
         headline="yes" if case.headline else "",
         gate=contest.gate or "passed",
         note="; ".join(contest.notes),
@@ -125,16 +126,34 @@ def device_name(device: torch.device) -> str:
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
-def results_path(device: torch.device, folder: Path = RESULTS) -> Path:
+def results_path(device: torch.device, folder: Path, quick: bool = False) -> Path:
+    """The file of a device. Quick results have one of their own: better ones should not be lost to them."""
     plain = re.sub(r"\((R|TM)\)", "", device_name(device))
-    return folder / (re.sub(r"[^a-z0-9]+", "-", plain.lower()).strip("-") + ".csv")
+    return folder / (re.sub(r"[^a-z0-9]+", "-", plain.lower()).strip("-") + "-quick" * quick + ".csv")
 
 
 def read(path: Path) -> list[Row]:
+    """The rows of a file, none where there is no file. Raises `ValueError` if it holds something else."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        return [Row(**line) for line in csv.DictReader(file)]
+        reader = csv.DictReader(file)
+        if list(reader.fieldnames or ()) != [field.name for field in fields(Row)]:
+            raise ValueError("its first line does not name the columns of results")
+        return [_row(line, reader.line_num) for line in reader]
+
+
+def _row(line: dict[str, str], number: int) -> Row:
+    if None in line or None in line.values():
+        raise ValueError(f"line {number} has not as many cells as there are columns")
+    row = Row(**line)
+    try:
+        for cell in (row.fastgan_ms, row.best_stock_ms, row.speedup, row.of_floor):
+            float(cell or 0)
+        _ = row.peers
+    except ValueError:
+        raise ValueError(f"line {number} has something else where numbers should be") from None
+    return row
 
 
 def merge(path: Path, rows: Iterable[Row], drop_part: str | None = None) -> None:

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.case import OURS, Case
-from benchmarks.op import Contender, Function, Inputs, OpCase, Work
+from fastgan.bench.case import OURS, Case
+from fastgan.bench.op import Contender, Function, Inputs, OpCase, Work
 from fastgan.ops import group_norm_act, instance_norm_act, layer_norm_act
 
 GOAL = (32, 64, 32, 32)

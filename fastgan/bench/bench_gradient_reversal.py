@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.case import OURS, Case
-from benchmarks.op import Contender, Function, Inputs, OpCase, Work
+from fastgan.bench.case import OURS, Case
+from fastgan.bench.op import Contender, Function, Inputs, OpCase, Work
 from fastgan.ops import gradient_reversal, reversed_linear
 from fastgan.ops.gradient_reversal import reference
 
