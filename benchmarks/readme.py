@@ -43,13 +43,13 @@ def markdown(rows: Sequence[Row]) -> str:
     newest = max(rows, key=lambda row: row.date)
     parts = [
         f"### {newest.device}\n\ntorch {newest.torch}, {newest.backend} kernels, {newest.date}.",
-        _table(TITLES, lines(row for row in rows if row.headline)),
+        table(TITLES, lines(row for row in rows if row.headline)),
         _summary(rows),
     ]
     return "\n\n".join(parts)
 
 
-def _table(titles: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+def table(titles: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     rule = ["---"] * 2 + ["---:"] * (len(titles) - 2)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (titles, rule, *body))
 
