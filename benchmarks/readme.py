@@ -60,12 +60,16 @@ def _summary(rows: Sequence[Row]) -> str:
     text = f"Of all {len(compared)} rows {len(compared) - len(losing)} are at least as fast as the best stock PyTorch."
     if len(losing) > SHOWN_LOSSES:
         text += f" The worst {SHOWN_LOSSES} of those that are not:"
-    for row in losing[:SHOWN_LOSSES]:
-        text += f"\n- {row.speedup}×: {row.op} {row.work}, {row.shape}, {row.dtype}, {row.layout}, {row.cache}"
-    for row in rows:
-        if row.gate != "passed":
-            text += f"\n- no speed, {row.gate}: {row.op} {row.work}, {row.shape}, {row.dtype}, {row.layout}"
-    return text
+    listed = [
+        f"- {row.speedup}×: {row.op} {row.work}, {row.shape}, {row.dtype}, {row.layout}, {row.cache}"
+        for row in losing[:SHOWN_LOSSES]
+    ]
+    listed += [
+        f"- no speed, {row.gate}: {row.op} {row.work}, {row.shape}, {row.dtype}, {row.layout}"
+        for row in rows
+        if row.gate != "passed"
+    ]
+    return "\n\n".join(filter(None, [text, "\n".join(listed)]))
 
 
 def plot(rows: Sequence[Row], path: Path) -> Path:

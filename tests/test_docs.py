@@ -1,6 +1,7 @@
 """The pages' code runs as it stands there, their commands are real ones, their links lead somewhere, and all that is public
 has a page."""
 
+import ast
 import contextlib
 import doctest
 import importlib
@@ -161,6 +162,27 @@ def test_both_penalties_of_the_migration_page_are_stock_s():
         penalties.append(known["compute_gradient_penalty"](net, real, fake))
     stock, lean = penalties
     torch.testing.assert_close(stock, lean)
+
+
+def test_messages_of_the_troubleshooting_page_are_the_library_s():
+    said = "\n".join(text for path in ROOT.glob("fastgan/**/*.py") for text in texts(path))
+    first = re.findall(r"^(?:\| )?(`[^|\n]*)", PAGES["docs/troubleshooting.md"], re.MULTILINE)
+    messages = [message for cell in first for message in re.findall("`([^`]+)`", cell)]
+    assert messages
+    for message in messages:
+        parts = message.replace("the forward of …", "its forward").split("…")
+        assert all(part in said for part in parts), message
+
+
+def texts(path: Path) -> list[str]:
+    """The strings in a file, with … for what is filled in."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append(node.value)
+        elif isinstance(node, ast.JoinedStr):
+            found.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+    return found
 
 
 # ── Commands ─────────────────────────────────────────────────────────────────────────────────────────────────────────
