@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # Python compiles what it imports, which is little of what torch and its like hold.
 PIP := $(BIN)/pip install --quiet --no-compile
 
-.PHONY: train test check bench kernels gpu clean
+.PHONY: train test check docs bench kernels gpu clean
 
 # torch first: with one installed, `torch>=2.10` is satisfied and pip replaces nothing.
 $(BIN)/python:
@@ -22,7 +22,7 @@ $(VENV)/installed: $(BIN)/python pyproject.toml setup.py $(shell find csrc fastg
 # The tests and benchmarks run from the checkout, so it is installed in place, with its kernels built there.
 $(VENV)/editable: $(BIN)/python pyproject.toml setup.py $(shell find csrc -type f)
 	$(PIP) "$(TRITON)"
-	$(PIP) --editable ".[test,check]"
+	$(PIP) --editable ".[test,check,docs]"
 	touch $@
 
 train: $(VENV)/installed
@@ -33,10 +33,14 @@ train: $(VENV)/installed
 test: $(VENV)/editable
 	OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-check: $(VENV)/editable
+check: $(VENV)/editable docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Into build/site. A broken link, a page that nothing leads to and a name that is not there are errors.
+docs: $(VENV)/editable
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 bench: $(VENV)/editable
 	$(BIN)/python -m benchmarks

@@ -49,13 +49,13 @@ def markdown(rows: Sequence[Row]) -> str:
     newest = max(rows, key=lambda row: row.date)
     parts = [
         f"### {newest.device}\n\ntorch {newest.torch}, {newest.backend} kernels, {newest.date}.",
-        _table(TITLES, lines(row for row in rows if row.headline)),
+        table(TITLES, lines(row for row in rows if row.headline)),
         _summary(rows),
     ]
     return "\n\n".join(parts)
 
 
-def _table(titles: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+def table(titles: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     rule = ["---"] * 2 + ["---:"] * (len(titles) - 2)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (titles, rule, *body))
 
@@ -66,12 +66,16 @@ def _summary(rows: Sequence[Row]) -> str:
     text = f"Of all {len(compared)} rows {len(compared) - len(losing)} are at least as fast as the best stock PyTorch."
     if len(losing) > SHOWN_LOSSES:
         text += f" The worst {SHOWN_LOSSES} of those that are not:"
-    for row in losing[:SHOWN_LOSSES]:
-        text += f"\n- {row.speedup}×: {row.op} {row.work}, {row.shape}, {row.dtype}, {row.layout}, {row.cache}"
-    for row in rows:
-        if row.gate != "passed":
-            text += f"\n- no speed, {row.gate}: {row.op} {row.work}, {row.shape}, {row.dtype}, {row.layout}"
-    return text
+    listed = [
+        f"- {row.speedup}×: {row.op} {row.work}, {row.shape}, {row.dtype}, {row.layout}, {row.cache}"
+        for row in losing[:SHOWN_LOSSES]
+    ]
+    listed += [
+        f"- no speed, {row.gate}: {row.op} {row.work}, {row.shape}, {row.dtype}, {row.layout}"
+        for row in rows
+        if row.gate != "passed"
+    ]
+    return "\n\n".join(filter(None, [text, "\n".join(listed)]))
 
 
 if __name__ == "__main__":

@@ -83,10 +83,12 @@ LEVELS = {
     "csrc/cpu/{}.h": MADE_OF_OTHERS | LEAN | COMPOSITE,
     "tests/ops/test_{}.py": {"avg_pool"},  # among the activations' cases
     "fastgan/bench/bench_{}.py": {"conv", "layout"} | LEAN | COMPOSITE,
+    "docs/ops/{}.md": {"layout"},
 }
 SHARED = {
     "_layers", "_norm", "_units", "kernels", "simd", "slices", "tiles", "conv_tiles", "winograd", "avx2", "avx512",
     "baseline", "__init__", "dcgan", "wgan_gp", "sngan", "stylegan", "cyclegan", "srgan", "equalized",
+    "index",
 }  # fmt: skip
 
 

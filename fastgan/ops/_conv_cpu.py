@@ -466,8 +466,8 @@ def _weight_grad_by_tiles(geometry: Geometry, positions: Tensor, image: Tensor, 
 
 
 def _winograd(geometry: Geometry, contiguous: bool = True, turned: bool = False):
-    """The convolution with a weight (O, C, kh, kw) that is contiguous, or else channels_last; or `turned`, of k3 s1, the one that
-    goes the other way."""
+    """The convolution with a weight (O, C, kh, kw) that is contiguous, or else channels_last; or `turned`, of k3 s1, the one
+    that goes the other way."""
     from fastgan import _C
 
     (n, c, h, w), (_, o, *size) = geometry.image, geometry.positions

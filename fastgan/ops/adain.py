@@ -294,7 +294,7 @@ def adain(
             and the output keeps the layout; any other strides are copied first.
         scale, shift: (N, C), in x's dtype or float32. StyleGAN's style is 1 + scale: add the 1 before.
         noise: (N, 1, \\*) or (1, 1, \\*) with x's pixels, in x's dtype or float32.
-        noise_weight: (C,); None stands for 1. bias: (C,); None stands for 0. In x's dtype or float32.
+        noise_weight, bias: (C,), in x's dtype or float32; None stands for 1 and 0.
         act: "none", "relu" or "leaky_relu" (max(y, 0) + negative_slope · min(y, 0)).
 
     Statistics and sums are float32 (float64 for float64), and deterministic. Twice differentiable by its own kernels in x,

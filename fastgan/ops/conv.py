@@ -206,7 +206,8 @@ def conv2d(
 
     Args:
         x: (N, C, H, W), of any strides; float32, float64, bfloat16 or float16. Under autocast x, weight and bias are cast.
-        weight: (C', C / groups, kh, kw). bias: (C',).
+        weight: (C', C / groups, kh, kw).
+        bias: (C',).
         keep_layout: return the layout that stock torch returns: channels_last if x or weight is, else NCHW. Otherwise the
             layout comes as it is fast, for the next convolution.
 

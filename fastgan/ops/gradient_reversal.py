@@ -127,7 +127,8 @@ def reversed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, coeff
 
     Args:
         x: (\\*, in); float32, float64, bfloat16 or float16. Under autocast x, weight and bias are cast.
-        weight: (out, in). bias: (out,).
+        weight: (out, in).
+        bias: (out,).
         coeff: as in `gradient_reversal`.
 
     Differentiable to every order, each computing only what is asked.
