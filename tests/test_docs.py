@@ -24,9 +24,9 @@ from typer.testing import CliRunner
 
 import fastgan
 from benchmarks import RESULTS, gpu
+from fastgan import backend, compat
 from fastgan.bench import suite
 from fastgan.bench.results import read
-from fastgan import backend, compat
 from fastgan.cli import app
 from fastgan.training import run
 
@@ -291,7 +291,8 @@ PROGRAMS = {
     "line",
     [
         "fastgan dance", "fastgan train dcgan --gamma 1", "fastgan train dcgan --image-size 33", "make love",
-        "pip install .[tests]", "python -m benchmarks --op norm", "pytest tests/test_nothing.py", "FASTGAN_BACKENDS=cpp pytest",
+        "pip install .[tests]", "python -m benchmarks --op norm", "pytest tests/test_nothing.py",
+        "FASTGAN_BACKENDS=cpp pytest",
         "ninja", "fastgan train dcgan --data nothing --dry-run",
     ],
 )  # fmt: skip
