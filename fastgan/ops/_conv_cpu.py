@@ -472,12 +472,12 @@ def _winograd(geometry: Geometry, contiguous: bool = True, turned: bool = False)
 
     (n, c, h, w), (_, o, *size) = geometry.image, geometry.positions
     taps = math.prod(geometry.kernel)
-    image, positions, padding = (n, h, w, c), (*size, o), geometry.padding
+    image, positions, padding = [h, w, c], [*size, o], geometry.padding
     of_o, of_c, of_tap = (c * taps, taps, 1) if contiguous else (taps * c, 1, c)
     if turned:
-        image, positions, (of_o, of_c) = (n, *size, o), (h, w, c), (of_c, of_o)
+        image, positions, of_o, of_c = positions, image, of_c, of_o
         padding = (2 - padding[0], 2 - padding[1])
-    return _C.Winograd(geometry.kernel[0], image, positions, padding, (of_o, of_c, of_tap), turned)
+    return _C.Winograd(geometry.kernel[0], [n, *image], positions, padding, (of_o, of_c, of_tap), turned)
 
 
 def _convolution_by_winograd(
