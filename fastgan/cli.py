@@ -350,9 +350,9 @@ def dann(
         int | None, typer.Option(help="Images of each domain per batch and process.", show_default="64")
     ] = None,
     steps: Steps = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the domains.", show_default="30")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the domains.", show_default="16")] = None,
     lr: Annotated[
-        float | None, typer.Option(help="Adam's learning rate at the start, from which it falls.", show_default="0.001")
+        float | None, typer.Option(help="Adam's learning rate at the start, from which it falls.", show_default="0.003")
     ] = None,
     features: Annotated[int | None, typer.Option(help="Channels of the first convolution.", show_default="32")] = None,
     seed: Seed = None,

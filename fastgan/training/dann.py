@@ -35,7 +35,7 @@ class DANNSettings(Settings):
     sources: ClassVar[tuple[str, ...]] = ()
 
     image_size: int = 28
-    lr: float = 0.001
+    lr: float = 0.003
     features: int = 32
 
     def load(self) -> list[ImageSet]:
@@ -56,7 +56,7 @@ class DANN(System[DANNSettings]):
 
     name = "dann"
     settings_type = DANNSettings
-    epochs = 30
+    epochs = 16
     draws = 2
 
     def __init__(self, settings: DANNSettings, channels: int, accelerator: Accelerator):
@@ -93,14 +93,15 @@ class DANN(System[DANNSettings]):
     def adapt(self, source: Labelled, target: Tensor) -> dict[str, Tensor]:
         """Descends the loss of the labels plus that of the domains, which the features, behind the reversal, ascend.
 
-        Each domain goes through the batch norms on its own.
+        Each domain goes through the batch norms of the features on its own, and both through the head's together: it has to
+        tell them apart.
         """
         self.optimizers["adapted"].zero_grad()
         self.optimizers["domains"].zero_grad()
         with self.accelerator.autocast():
             features = [self.adapted.features(images) for images in (source.images, target)]
             logits = self.adapted.labels(features[0])
-            of_source, of_target = (self.domains(part).float() for part in features)
+            of_source, of_target = self.domains(torch.cat(features)).float().chunk(2)
         loss = cross_entropy(logits.float(), source.labels)
         loss_domains = (dcgan.cross_entropy(of_source, 1) + dcgan.cross_entropy(of_target, 0)) / 2
         (loss + loss_domains).backward()
