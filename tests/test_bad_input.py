@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from calls import CONSTANTS, DTYPES, fitting, values
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -13,101 +14,14 @@ from torch import Tensor
 from fastgan import backend, ops
 
 EXAMPLES = int(os.environ.get("FASTGAN_FUZZ", "80"))
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-ACTS = ["none", "relu", "leaky_relu"]
-N, C, SIZE = 2, 4, (5, 6)
-
-# ── Arguments that fit ───────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def tensor(*shape, positive=False):
-    """Strategy of tensors of a shape. The dtype comes later, as it is one for a whole call."""
-    return st.integers(0, 99).map(lambda seed: _values(shape, seed, positive))
-
-
-def _values(shape, seed, positive):
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    return values.abs() + 0.1 if positive else values
-
-
-def maybe(strategy):
-    return st.none() | strategy
-
-
-X, VECTOR = tensor(N, C, *SIZE), tensor(C)
-EPS, SLOPE, ACT = st.sampled_from([1e-5, 0.1, 0.0]), st.sampled_from([0.01, 0.2, 0.0, -0.5]), st.sampled_from(ACTS)
-SIZE2 = st.sampled_from([1, 2, (1, 2), [2, 1]])
-PADDING = st.sampled_from([0, 1, (1, 0)])
-CONV = {"stride": SIZE2, "padding": PADDING, "dilation": st.just(1), "groups": st.sampled_from([1, 2])}
-NORM = {"weight": maybe(VECTOR), "bias": maybe(VECTOR), "eps": EPS, "act": ACT, "negative_slope": SLOPE}
-RUNNING = {"running_mean": VECTOR, "running_var": tensor(C, positive=True), "training": st.booleans()}
-UPFIRDN = {"x": X, "f": maybe(tensor(3, 3) | tensor(4) | tensor(1, 2)), "flip_filter": st.booleans(), "gain": EPS}
-
-
-def conv(transposed, norm=False):
-    """Of 4 channels to 6, in one group or two."""
-    shapes = [(C, 6, 3, 3), (C, 3, 3, 3)] if transposed else [(6, C, 3, 3), (6, C // 2, 3, 3)]
-    drawn = {
-        "x": X,
-        "weight": st.sampled_from(shapes).flatmap(lambda shape: tensor(*shape)),
-        "bias": maybe(tensor(6)),
-        **CONV,
-    }
-    if transposed:
-        drawn["output_padding"] = st.sampled_from([0, 0, 1])
-    if norm:
-        drawn |= {"running_mean": tensor(6), "running_var": tensor(6, positive=True), "training": st.booleans()}
-        drawn |= {"bn_weight": maybe(tensor(6)), "bn_bias": maybe(tensor(6)), "eps": EPS, "act": ACT}
-    return drawn
-
-
-CALLS = {
-    "adain": {
-        "x": X, "scale": tensor(N, C), "shift": tensor(N, C), "eps": EPS, "noise": maybe(tensor(N, 1, *SIZE)),
-        "noise_weight": maybe(VECTOR), "bias": maybe(VECTOR), "act": ACT, "negative_slope": SLOPE,
-    },
-    "adain_from_features": {"content": X, "style": tensor(N, C, 3, 2), "eps": EPS},
-    "batch_norm_act": {"x": X, **RUNNING, **NORM, "residual": maybe(X)},
-    "bias_act": {
-        "x": X, "b": maybe(VECTOR), "dim": st.just(1), "act": st.sampled_from(["linear", "lrelu", "swish", "tanh"]),
-        "alpha": maybe(SLOPE), "gain": maybe(EPS), "clamp": maybe(EPS),
-    },
-    "conv2d": conv(False),
-    "conv2d_avg_pool2d": {"x": X, "weight": tensor(6, C, 3, 3), "bias": maybe(tensor(6)), "padding": st.just(1)},
-    "conv2d_batch_norm_act": conv(False, norm=True),
-    "conv_transpose2d": conv(True),
-    "conv_transpose2d_batch_norm_act": conv(True, norm=True),
-    "downsample2d": {**UPFIRDN, "down": SIZE2, "padding": PADDING},
-    "filter2d": {**UPFIRDN, "padding": PADDING},
-    "gradient_reversal": {"x": X, "coeff": EPS},
-    "group_norm_act": {"x": X, "num_groups": st.sampled_from([1, 2, 4]), **NORM, "residual": maybe(X)},
-    "instance_norm_act": {"x": X, **NORM, "residual": maybe(X)},
-    "layer_norm_act": {
-        "x": X, "normalized_shape": st.just((C, *SIZE)), "weight": maybe(tensor(C, *SIZE)),
-        "bias": maybe(tensor(C, *SIZE)), "eps": EPS, "act": ACT, "negative_slope": SLOPE,
-    },
-    "minibatch_stddev": {"x": X, "group_size": st.sampled_from([None, 1, 2, 4]), "num_channels": st.sampled_from([1, 2])},
-    "pixel_norm": {"x": X, "eps": EPS},
-    "pixel_shuffle_act": {
-        "x": X, "upscale_factor": st.sampled_from([1, 2]), "act": st.sampled_from([*ACTS, "prelu"]),
-        "prelu_weight": maybe(tensor(1)), "negative_slope": SLOPE,
-    },
-    "reversed_linear": {"x": tensor(N, C), "weight": tensor(3, C), "bias": maybe(tensor(3)), "coeff": EPS},
-    "sample_norms": {"x": X, "eps": EPS},
-    "sample_squares": {"x": X},
-    "upfirdn2d": {**UPFIRDN, "up": SIZE2, "down": SIZE2, "padding": PADDING | st.sampled_from([[2, 1, 0, 3], -1])},
-    "upsample2d": {**UPFIRDN, "up": SIZE2, "padding": PADDING},
-    "upsample_conv2d": {"x": X, "weight": tensor(6, C, 3, 3), "bias": maybe(tensor(6)), "padding": st.just(1)},
-}  # fmt: skip
-
-LEFT_OUT = {
-    *("adaptive_avg_pool2d", "avg_pool2d", "hardtanh", "leaky_relu", "prelu", "relu"),  # they raise stock's errors
-    *("setup_filter", "spectral_norm", "sync_batch_norm_act"),  # of numbers and lists, and of several processes
-}
+RAISE_STOCK_S_ERRORS = {"adaptive_avg_pool2d", "avg_pool2d", "hardtanh", "leaky_relu", "prelu", "relu"}
+OF_LISTS = {"spectral_norm"}
+CALLS = {name: call for name, call in fitting().items() if name not in RAISE_STOCK_S_ERRORS | OF_LISTS}
 
 
 def test_every_operator_is_called():
-    assert set(CALLS) | LEFT_OUT == set(ops.__all__)
+    others = {"setup_filter", "sync_batch_norm_act"}  # of numbers, and of several processes
+    assert set(fitting()) | others == set(ops.__all__)
 
 
 # ── What may come instead ────────────────────────────────────────────────────────────────────────────────────────────
@@ -125,7 +39,7 @@ def other_tensor(given):
 
     def changed(draw_shape, dtype, change):
         if change == "shape":
-            return _values(draw_shape, 0, False).to(given.dtype)
+            return values(draw_shape, 0).to(given.dtype)
         if change == "dtype":
             return given.to(dtype)
         if change == "meta":
@@ -192,9 +106,6 @@ def calls(draw, name):
 
 
 # ── What comes of it ─────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-CONSTANTS = ("coeff", "f", "running_mean", "running_var")
 
 
 def outcome(name, arguments, backend_name, monkeypatch):

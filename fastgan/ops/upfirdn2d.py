@@ -163,8 +163,8 @@ def upfirdn2d(
         gain: multiplies the result; not negative where f has one axis, each pass over which takes its root.
 
     No multiplication by an inserted zero takes place. An f that is an outer product to rounding costs what two passes along
-    the axes cost. Sums are float32 (float64 for float64), and deterministic. Differentiable in x to every order by the same
-    kernel; saved for backward: f. Under autocast it runs in x's dtype.
+    the axes cost. Sums are float32 (float64 for float64), and deterministic, for any number of threads. Differentiable in x
+    to every order by the same kernel; saved for backward: f. Under autocast it runs in x's dtype.
 
     Raises:
         TypeError: x or f is no floating-point tensor.
