@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 ACTS = ["none", "relu", "leaky_relu"]
-CONSTANTS = ("coeff", "f", "running_mean", "running_var", "u", "v")
+CONSTANTS = ("coeff", "f", "mean", "running_mean", "running_var", "u", "v")
 """Arguments that have no gradient."""
 
 

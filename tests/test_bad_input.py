@@ -1,27 +1,73 @@
 """Whatever an operator is given: it does what its definition does, or names the argument that does not fit."""
 
+import functools
 import inspect
 import math
 import os
+import re
 
 import pytest
 import torch
-from calls import CONSTANTS, DTYPES, fitting, values
+from calls import ACT, CONSTANTS, DTYPES, EPS, fitting, tensor, values
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastgan import backend, ops
+from fastgan import backend, nn, ops, penalties
 
 EXAMPLES = int(os.environ.get("FASTGAN_FUZZ", "80"))
+
+
+def spectral_norm(weights, u, v, dims, n_power_iterations, eps):
+    """Of one weight."""
+    return ops.spectral_norm([weights], [u], [v], [dims], n_power_iterations, eps)[0][0]
+
+
+def path_length_penalty(mean, weight, decay):
+    latents = torch.linspace(-1, 1, 6).view(2, 3).requires_grad_()
+    images = latents.square().cumsum(1).view(2, 3, 1, 1)
+    return penalties.path_length_penalty(images, latents, mean, weight=weight, decay=decay)
+
+
+def critic(x):
+    return x.square().flatten(1).cumsum(1)
+
+
+def of_a_critic(penalty):
+    return functools.wraps(penalty)(functools.partial(penalty, critic))
+
+
 RAISE_STOCK_S_ERRORS = {"adaptive_avg_pool2d", "avg_pool2d", "hardtanh", "leaky_relu", "prelu", "relu"}
-OF_LISTS = {"spectral_norm"}
-CALLS = {name: call for name, call in fitting().items() if name not in RAISE_STOCK_S_ERRORS | OF_LISTS}
+IMAGES, NUMBER = tensor(2, 4, 5, 6), st.sampled_from([1.0, 10, 0.0, -0.5])
+DISTANCE = {"weight": NUMBER, "center": NUMBER, "one_sided": st.booleans(), "create_graph": st.booleans()}
+CALLS = {
+    **{name: call for name, call in fitting().items() if name not in RAISE_STOCK_S_ERRORS},
+    "spectral_norm": {
+        "weights": tensor(4, 2, 3), "u": tensor(4), "v": tensor(6), "dims": st.sampled_from([0, -3]),
+        "n_power_iterations": st.sampled_from([0, 1, 3]), "eps": EPS,
+    },
+    "gradient_penalty": {"real": IMAGES, "fake": IMAGES, **DISTANCE},
+    "dragan_penalty": {"real": IMAGES, "spread": NUMBER, **DISTANCE},
+    "r1_penalty": {"real": IMAGES, "gamma": NUMBER, "create_graph": st.booleans()},
+    "r2_penalty": {"fake": IMAGES, "gamma": NUMBER, "create_graph": st.booleans()},
+    "path_length_penalty": {"mean": tensor(1), "weight": NUMBER, "decay": NUMBER},
+}  # fmt: skip
+FUNCTIONS = {name: getattr(ops, name) for name in CALLS if name in ops.__all__}
+FUNCTIONS |= {name: of_a_critic(getattr(penalties, name)) for name in CALLS if name not in ops.__all__}
+FUNCTIONS |= {"spectral_norm": spectral_norm, "path_length_penalty": path_length_penalty}
 
 
 def test_every_operator_is_called():
     others = {"setup_filter", "sync_batch_norm_act"}  # of numbers, and of several processes
     assert set(fitting()) | others == set(ops.__all__)
+
+
+@pytest.mark.parametrize("name", ["weights", "u", "v", "dims"])
+@pytest.mark.parametrize("value", [3, torch.ones(2, 3), object()], ids=["a number", "a tensor", "an object"])
+def test_a_spectral_norm_of_what_is_no_list_is_refused(name, value):
+    given = {"weights": [torch.ones(2, 3)], "u": [torch.ones(2)], "v": [torch.ones(3)], "dims": [0]}
+    with pytest.raises(TypeError, match=f"^{name} must be a list"):
+        ops.spectral_norm(**given | {name: value})
 
 
 # ── What may come instead ────────────────────────────────────────────────────────────────────────────────────────────
@@ -121,8 +167,9 @@ def outcome(name, arguments, backend_name, monkeypatch):
             arguments[key] = value.clone()
         elif value.is_floating_point():
             leaves[key] = arguments[key] = value.detach().requires_grad_()
-    y = getattr(ops, name)(**arguments)
-    if y.device.type != "cpu" or not y.requires_grad:
+    torch.manual_seed(0)
+    y = FUNCTIONS[name](**arguments)
+    if y.device.type != "cpu" or not y.requires_grad or not leaves:
         return y, {}
     weights = torch.linspace(-1, 1, y.numel()).view(y.shape).to(y.dtype)
     grads = torch.autograd.grad((y * weights).sum(), list(leaves.values()), allow_unused=True)
@@ -164,8 +211,8 @@ def test_a_call_does_what_its_definition_does_or_names_the_argument(name, monkey
             y, grads = outcome(name, arguments, "cpp", monkeypatch)
         except (TypeError, ValueError) as error:
             assert "\n" not in str(error), error
-            names = set(inspect.signature(getattr(ops, name)).parameters)
-            assert any(word in str(error) for word in names), error
+            names = inspect.signature(FUNCTIONS[name]).parameters
+            assert re.search(rf"\b({'|'.join(names)})\b", str(error)), error
             return
         others = [value.double() for key, value in arguments.items() if _is_floating(value) and key != "x"]
         if any((value.device.type == "cpu" and not (value.abs() < 1e15).all()) for value in others):
@@ -175,6 +222,62 @@ def test_a_call_does_what_its_definition_does_or_names_the_argument(name, monkey
         if y.dtype.itemsize > 2:  # in 16 bits rounding decides on which side of its kink an activation is
             for key, grad in grads.items():
                 assert_agree(grad, expected_grads[key], f"gradient of {key}")
+
+    try:
+        check()
+    finally:
+        monkeypatch.undo()
+        backend.reset()
+
+
+# ── Modules ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+SLOPES, PRELU = {"act", "negative_slope"}, {"act", "negative_slope", "num_parameters", "init"}
+MODULES = {
+    "BatchNormAct2d": ((4,), PRELU),
+    "Blur": ((), {"kernel", "normalize", "flip_filter", "gain"}),
+    "ConvBnAct2d": ((4, 6, 3), PRELU),
+    "ConvTransposeBnAct2d": ((4, 6, 3), PRELU),
+    "EqualConv2d": ((4, 6, 3), {"gain"}),
+    "EqualLinear": ((6, 3), {"gain", "lr_multiplier"}),
+    "GradientReversal": ((), {"coeff"}),
+    "GroupNormAct": ((2, 4), SLOPES),
+    "InstanceNormAct2d": ((4,), SLOPES),
+    "LayerNormAct": (((4, 5, 6),), SLOPES),
+    "PixelShuffleAct": ((2,), PRELU),
+    "ReversedLinear": ((6, 3), {"coeff"}),
+    "WarmStartGradientReversal": ((), {"alpha", "lo", "hi", "max_iters", "auto_step"}),
+}
+"""What makes each, and the arguments that it has besides those of the layer of torch's that it is."""
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_does_what_its_definition_does_or_names_the_argument(name, monkeypatch):
+    positional, own = MODULES[name]
+
+    def result(settings, backend_name):
+        monkeypatch.setenv("FASTGAN_BACKEND", backend_name)
+        backend.reset()
+        torch.manual_seed(0)
+        module = getattr(nn, name)(*positional, **settings)
+        return module(torch.linspace(-1, 1, 240).view(2, 4, 5, 6).requires_grad_())
+
+    @given(st.dictionaries(st.sampled_from(sorted(own)), JUNK | ACT | st.just("prelu"), min_size=1, max_size=2))
+    @settings(
+        max_examples=EXAMPLES // 4,
+        derandomize=EXAMPLES < 1000,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    def check(drawn):
+        try:
+            y = result(drawn, "cpp")
+        except (TypeError, ValueError) as error:
+            assert "\n" not in str(error), error
+            assert re.search(rf"\b({'|'.join(own)}|prelu_weight|f)\b", str(error)), error
+            return
+        assert_agree(y, result(drawn, "reference"), "y")
 
     try:
         check()
