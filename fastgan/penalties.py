@@ -148,6 +148,8 @@ def path_length_penalty(
         raise ValueError(f"latents must have shape ({n}, D) or ({n}, L, D), not {tuple(latents.shape)}")
     if mean.numel() != 1:
         raise ValueError(f"mean must be one number, not of shape {tuple(mean.shape)}")
+    if mean.device != latents.device:
+        raise ValueError(f"mean is on {mean.device}, latents on {latents.device}")
     shape, dtype, device = generator_output.shape, generator_output.dtype, generator_output.device
     noise = torch.randn(shape, generator=generator, dtype=dtype, device=device) / (shape[2] * shape[3]) ** 0.5
     gradient = _gradient(generator_output, latents, noise, True, "generator_output", "latents")

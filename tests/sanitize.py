@@ -1,5 +1,6 @@
-"""The operators' tests with C++ kernels that are built for AddressSanitizer and UndefinedBehaviorSanitizer, then for
-ThreadSanitizer: `python tests/sanitize.py`, or with `address` or `thread` one of the two. Takes hours; needs Linux and GCC.
+"""The operators' tests with C++ kernels that are built for AddressSanitizer, for UndefinedBehaviorSanitizer and for
+ThreadSanitizer: `python tests/sanitize.py`, or with `address`, `undefined` or `thread` one of them. Takes hours; needs Linux
+and GCC.
 
 The extension is built, not a driver of the kernels: torch takes the memory of its tensors from malloc, which the sanitizer
 fences, and so all that the tests call with their dtypes, layouts, odd shapes and views is checked as users call it. What is
@@ -17,16 +18,22 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "sanitize"
 INSTRUCTION_SETS = ("default", "avx2", "avx512")
-FLAGS = {"address": ["-fsanitize=address,undefined", "-fno-omit-frame-pointer"], "thread": ["-fsanitize=thread"]}
-LIBRARIES = {"address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}
+FLAGS = {
+    "address": ["-fsanitize=address", "-fno-omit-frame-pointer"],
+    "undefined": ["-fsanitize=undefined"],
+    "thread": ["-fsanitize=thread"],
+}
+LIBRARIES = {"address": "libasan.so", "undefined": "libubsan.so", "thread": "libtsan.so"}
 # Python and torch keep what they have until the process ends, which counts as a leak. Of what they do, who are not built for
 # it, ThreadSanitizer sees the mutexes only.
 OPTIONS = {
-    "address": {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"},
-    "thread": {"TSAN_OPTIONS": "ignore_noninstrumented_modules=1 report_thread_leaks=0 detect_deadlocks=0"},
+    "address": ("ASAN_OPTIONS", "detect_leaks=0"),
+    "undefined": ("UBSAN_OPTIONS", "print_stacktrace=1"),
+    "thread": ("TSAN_OPTIONS", "ignore_noninstrumented_modules=1 report_thread_leaks=0 detect_deadlocks=0"),
 }
 FAULTS = {
     "address": "_C.sample_scale(samples, x.data_ptr(), x.data_ptr(), torch.empty(4999).data_ptr())",
+    "undefined": "_C.sample_scale(_C.Samples(0, -(2**62), 4), 0, 0, 0)",
     "thread": """
 threads = [threading.Thread(target=_C.sample_scale, args=(samples, *[x.data_ptr()] * 3)) for _ in range(8)]
 [thread.start() for thread in threads], [thread.join() for thread in threads]
@@ -34,7 +41,9 @@ threads = [threading.Thread(target=_C.sample_scale, args=(samples, *[x.data_ptr(
 }
 FAULT = "import threading, torch; from fastgan import _C; samples, x = _C.Samples(0, 1, 5000), torch.ones(5000)\n"
 TESTS = {
-    "address": [["tests/ops", "tests/nn", "tests/test_bad_input.py", "tests/test_same_bits.py"]],
+    **dict.fromkeys(
+        ("address", "undefined"), [["tests/ops", "tests/nn", "tests/test_bad_input.py", "tests/test_same_bits.py"]]
+    ),
     "thread": [["tests/test_same_bits.py"], ["tests/ops", "-k", "threads"]],
 }
 
@@ -75,11 +84,12 @@ def run(kind: str, instruction_set: str, package: Path, *arguments: str) -> tupl
     reports = FOLDER / kind / f"reports-{instruction_set}"
     shutil.rmtree(reports, ignore_errors=True)
     reports.mkdir(parents=True)
-    found = [subprocess.check_output(["g++", f"-print-file-name={name}"], text=True) for name in LIBRARIES[kind]]
+    library = subprocess.check_output(["g++", f"-print-file-name={LIBRARIES[kind]}"], text=True).strip()
+    variable, options = OPTIONS[kind]
     environment = {
         **os.environ,
-        **{name: f"log_path={reports / 'report'} {options}" for name, options in OPTIONS[kind].items()},
-        "LD_PRELOAD": " ".join(map(str.strip, found)),
+        variable: f"log_path={reports / 'report'} {options}",
+        "LD_PRELOAD": library,
         "PYTHONPATH": os.pathsep.join(map(str, (package, ROOT / "kernels"))),
         "ATEN_CPU_CAPABILITY": instruction_set,
         "OMP_NUM_THREADS": "4",

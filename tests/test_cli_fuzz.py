@@ -56,7 +56,7 @@ def _in_a_folder_of_bad_files(tmp_path, monkeypatch, one_thread):
     Path("empty").mkdir()
     Path("few").mkdir()
     for number in range(3):
-        Image.effect_noise((80, 80), 50).save(f"few/{number}.png")
+        Image.effect_noise((160, 160), 50).save(f"few/{number}.png")
     Path("broken").mkdir()
     Path("broken/1.png").write_bytes(b"no image")
     Path("broken/2.gif").write_bytes(b"GIF89a")

@@ -209,9 +209,13 @@ def setup_filter(
         separable: keep taps (taps,) as they are, for two passes, instead of their outer product; None does from 8 taps on.
 
     Raises:
+        TypeError: f is not made of numbers.
         ValueError: f has more than 2 axes or no tap, or is to be separable and has 2.
     """
-    f = torch.as_tensor(1 if f is None else f, dtype=torch.float32)
+    try:
+        f = torch.as_tensor(1 if f is None else f, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:  # of what is no number, of uneven rows, of any object
+        raise TypeError(f"f must be numbers, one tap, (taps,) or (h, w), not {type(f).__name__}") from error
     if f.dim() > 2 or f.numel() == 0:
         raise ValueError(f"f must be one tap, (taps,) or (h, w), not of shape {tuple(f.shape)}")
     f = f.reshape(1) if f.dim() == 0 else f
