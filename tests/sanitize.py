@@ -32,14 +32,19 @@ OPTIONS = {
     "thread": ("TSAN_OPTIONS", "ignore_noninstrumented_modules=1 report_thread_leaks=0 detect_deadlocks=0"),
 }
 FAULTS = {
-    "address": "_C.sample_scale(samples, x.data_ptr(), x.data_ptr(), torch.empty(4999).data_ptr())",
+    "address": "_C.sample_scale(samples, x.data_ptr(), x.data_ptr(), torch.empty(count - 1).data_ptr())",
     "undefined": "_C.sample_scale(_C.Samples(0, -(2**62), 4), 0, 0, 0)",
     "thread": """
 threads = [threading.Thread(target=_C.sample_scale, args=(samples, *[x.data_ptr()] * 3)) for _ in range(8)]
 [thread.start() for thread in threads], [thread.join() for thread in threads]
 """,
 }
-FAULT = "import threading, torch; from fastgan import _C; samples, x = _C.Samples(0, 1, 5000), torch.ones(5000)\n"
+FAULT = """
+import threading, torch
+from fastgan import _C
+count = 1 << 22
+samples, x = _C.Samples(0, 1, count), torch.ones(count)
+"""
 TESTS = {
     **dict.fromkeys(
         ("address", "undefined"), [["tests/ops", "tests/nn", "tests/test_bad_input.py", "tests/test_same_bits.py"]]

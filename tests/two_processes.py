@@ -22,7 +22,11 @@ def run(folder: Path) -> list[dict]:
     """What the two processes have found: of each case (outcome of stock, outcome of fused, the operators that ran)."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     started = [subprocess.Popen([sys.executable, __file__, str(rank), folder], env=env) for rank in range(2)]
-    assert [process.wait(timeout=300) for process in started] == [0, 0]
+    try:
+        assert [process.wait(timeout=300) for process in started] == [0, 0]
+    finally:
+        for process in started:
+            process.kill()
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
