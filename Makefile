@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # Python compiles what it imports, which is little of what torch and its like hold.
 PIP := $(BIN)/pip install --quiet --no-compile
 
-.PHONY: train test check docs bench kernels gpu clean
+.PHONY: train test check docs bench kernels sanitize matrix gpu clean
 
 # torch first: with one installed, `torch>=2.10` is satisfied and pip replaces nothing.
 $(BIN)/python:
@@ -48,6 +48,14 @@ bench: $(VENV)/editable
 # Compiles the Triton kernels for every GPU, and writes down what became of them; the tests ask for it when a kernel changes.
 kernels: $(VENV)/editable
 	$(BIN)/python tests/ahead_of_time.py
+
+# Builds the C++ kernels for AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer, and runs the operators' tests.
+sanitize: $(VENV)/editable
+	$(BIN)/python tests/sanitize.py
+
+# The tests with one wheel over the versions of Python, torch and numpy that can be installed here.
+matrix:
+	$(PYTHON) tests/matrix.py
 
 # On a machine with CUDA where nothing can be downloaded: uses the Python that is there.
 gpu:

@@ -51,7 +51,8 @@ class OneLineErrors(typer.core.TyperGroup):
         finally:
             signal.signal(signal.SIGTERM, previous)
         if message:
-            print(f"fastgan: {message}", file=sys.stderr)
+            line = message.replace("\n", "\\n")  # of a value that has one, or of a file's name
+            print(f"fastgan: {line}", file=sys.stderr)
         sys.exit(status)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgan.lean import lean_double_backward
-from fastgan.ops._tensors import DTYPES, accumulation_dtype, check_is_tensor
+from fastgan.ops._tensors import DTYPES, accumulation_dtype, check_flag, check_is_tensor, check_number
 from fastgan.ops.penalty import sample_norms, sample_squares
 
 Critic = Callable[..., Any]
@@ -48,10 +48,11 @@ def gradient_penalty(
     float64).
 
     Raises:
-        TypeError: real or fake is no floating-point tensor, or the critic does not return one.
+        TypeError: real or fake is no floating-point tensor, the critic does not return one, or a setting is of another kind.
         ValueError: real and fake differ in shape, dtype or device; the critic's output does not depend on its input; or
             gradients are switched off, by `torch.no_grad` for instance.
     """
+    _check_settings(weight=weight, center=center, one_sided=one_sided, create_graph=create_graph, generator=generator)
     _check_images("real", real)
     _check_images("fake", fake)
     for name in ("shape", "dtype", "device"):
@@ -79,6 +80,8 @@ def dragan_penalty(
     x̂ = real + t · spread · σ · u, with σ the standard deviation of all elements of `real`, u uniform in [0, 1) for each
     element and t for each sample, as in its authors' code. All else is as in `gradient_penalty`.
     """
+    _check_settings(weight=weight, center=center, one_sided=one_sided, create_graph=create_graph, generator=generator)
+    _check_settings(spread=spread)
     _check_images("real", real)
     real = real.detach()
     noise = torch.rand(real.shape, generator=generator, dtype=real.dtype, device=real.device)
@@ -91,6 +94,7 @@ def r1_penalty(
     critic: Critic, real: Tensor, *args: Any, gamma: float = 10.0, create_graph: bool = True, **kwargs: Any
 ) -> Tensor:
     """gamma/2 · E ‖∇D(real)‖²: R1 (Mescheder et al. 2018). All else is as in `gradient_penalty`."""
+    _check_settings(gamma=gamma, create_graph=create_graph)
     _check_images("real", real)
     gradient = _input_gradient(critic, real.detach(), args, kwargs, create_graph)
     return gamma / 2 * sample_squares(gradient).mean()
@@ -100,6 +104,7 @@ def r2_penalty(
     critic: Critic, fake: Tensor, *args: Any, gamma: float = 10.0, create_graph: bool = True, **kwargs: Any
 ) -> Tensor:
     """gamma/2 · E ‖∇D(fake)‖²: R2 (Mescheder et al. 2018). All else is as in `gradient_penalty`."""
+    _check_settings(gamma=gamma, create_graph=create_graph)
     _check_images("fake", fake)
     gradient = _input_gradient(critic, fake.detach(), args, kwargs, create_graph)
     return gamma / 2 * sample_squares(gradient).mean()
@@ -128,10 +133,11 @@ def path_length_penalty(
     Returns a scalar.
 
     Raises:
-        TypeError: a tensor is not floating point.
+        TypeError: a tensor is not floating point, or a setting is of another kind.
         ValueError: shapes that do not fit; generator_output does not depend on latents; or gradients are switched off.
     """
     _check_gradients_are_on()
+    _check_settings(weight=weight, decay=decay, generator=generator)
     _check_images("generator_output", generator_output)
     _check_images("latents", latents)
     check_is_tensor("mean", mean)
@@ -142,12 +148,14 @@ def path_length_penalty(
         raise ValueError(f"latents must have shape ({n}, D) or ({n}, L, D), not {tuple(latents.shape)}")
     if mean.numel() != 1:
         raise ValueError(f"mean must be one number, not of shape {tuple(mean.shape)}")
+    if mean.device != latents.device:
+        raise ValueError(f"mean is on {mean.device}, latents on {latents.device}")
     shape, dtype, device = generator_output.shape, generator_output.dtype, generator_output.device
     noise = torch.randn(shape, generator=generator, dtype=dtype, device=device) / (shape[2] * shape[3]) ** 0.5
     gradient = _gradient(generator_output, latents, noise, True, "generator_output", "latents")
     layers = latents.shape[1] if latents.dim() == 3 else 1
     lengths = (sample_squares(gradient) / layers + 1e-12).sqrt()
-    moved = mean.detach().to(lengths.dtype).reshape(()).lerp(lengths.mean(), decay)
+    moved = mean.detach().to(lengths.dtype, copy=True).reshape(()).lerp(lengths.mean(), decay)
     with torch.no_grad():
         mean.copy_(moved.reshape(mean.shape))
     return weight * (lengths - moved).square().mean()
@@ -179,12 +187,19 @@ def _without_compiled_code() -> AbstractContextManager:
 def _gradient(y: Tensor, x: Tensor, grad_y: Tensor, create_graph: bool, name_y: str, name_x: str) -> Tensor:
     gradient = None
     # Under autocast the forward has cast what it casts; its gradient must not be cast once more.
-    with torch.autocast(y.device.type, enabled=False):
+    with _without_autocast(y.device.type):
         if y.requires_grad and x.requires_grad:
             (gradient,) = torch.autograd.grad(y, x, grad_y, create_graph=create_graph, allow_unused=True)
     if gradient is None:
         raise ValueError(f"{name_y} does not depend on {name_x}: there is no gradient to penalise")
     return gradient
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager:
+    """There is none to switch off for meta tensors, say."""
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def _distance(norms: Tensor, center: float, one_sided: bool) -> Tensor:
@@ -197,6 +212,22 @@ def _uniform(x: Tensor, generator: torch.Generator | None) -> Tensor:
     shape = (x.shape[0], *[1] * (x.dim() - 1))
     numbers = torch.rand(shape, generator=generator, dtype=accumulation_dtype(x.dtype), device=x.device)
     return numbers.to(x.dtype)
+
+
+def _check_settings(**given: Any) -> None:
+    """Raise of a setting that is of another kind. Numbers may be tensors of one: a schedule on the device, say."""
+    for name, value in given.items():
+        if name == "generator":
+            if not isinstance(value, torch.Generator | None):
+                raise TypeError(f"generator must be a torch.Generator, not {type(value).__name__}")
+        elif name in ("one_sided", "create_graph"):
+            check_flag(name, value)
+        elif isinstance(value, bool):
+            raise TypeError(f"{name} must be a number, not {value}")
+        elif not isinstance(value, Tensor):
+            check_number(name, value, "a number, or a tensor of one")
+        elif value.numel() != 1:
+            raise ValueError(f"{name} must be one number, not a tensor of shape {tuple(value.shape)}")
 
 
 def _check_images(name: str, images: object) -> None:

@@ -1,113 +1,73 @@
 """Whatever an operator is given: it does what its definition does, or names the argument that does not fit."""
 
+import functools
 import inspect
 import math
 import os
+import re
 
 import pytest
 import torch
+from calls import ACT, CONSTANTS, DTYPES, EPS, fitting, tensor, values
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastgan import backend, ops
+from fastgan import backend, nn, ops, penalties
 
 EXAMPLES = int(os.environ.get("FASTGAN_FUZZ", "80"))
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-ACTS = ["none", "relu", "leaky_relu"]
-N, C, SIZE = 2, 4, (5, 6)
-
-# ── Arguments that fit ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def tensor(*shape, positive=False):
-    """Strategy of tensors of a shape. The dtype comes later, as it is one for a whole call."""
-    return st.integers(0, 99).map(lambda seed: _values(shape, seed, positive))
+def spectral_norm(weights, u, v, dims, n_power_iterations, eps):
+    """Of one weight."""
+    return ops.spectral_norm([weights], [u], [v], [dims], n_power_iterations, eps)[0][0]
 
 
-def _values(shape, seed, positive):
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    return values.abs() + 0.1 if positive else values
+def path_length_penalty(mean, weight, decay):
+    latents = torch.linspace(-1, 1, 6).view(2, 3).requires_grad_()
+    images = latents.square().cumsum(1).view(2, 3, 1, 1)
+    return penalties.path_length_penalty(images, latents, mean, weight=weight, decay=decay)
 
 
-def maybe(strategy):
-    return st.none() | strategy
+def critic(x):
+    return x.square().flatten(1).cumsum(1)
 
 
-X, VECTOR = tensor(N, C, *SIZE), tensor(C)
-EPS, SLOPE, ACT = st.sampled_from([1e-5, 0.1, 0.0]), st.sampled_from([0.01, 0.2, 0.0, -0.5]), st.sampled_from(ACTS)
-SIZE2 = st.sampled_from([1, 2, (1, 2), [2, 1]])
-PADDING = st.sampled_from([0, 1, (1, 0)])
-CONV = {"stride": SIZE2, "padding": PADDING, "dilation": st.just(1), "groups": st.sampled_from([1, 2])}
-NORM = {"weight": maybe(VECTOR), "bias": maybe(VECTOR), "eps": EPS, "act": ACT, "negative_slope": SLOPE}
-RUNNING = {"running_mean": VECTOR, "running_var": tensor(C, positive=True), "training": st.booleans()}
-UPFIRDN = {"x": X, "f": maybe(tensor(3, 3) | tensor(4) | tensor(1, 2)), "flip_filter": st.booleans(), "gain": EPS}
+def of_a_critic(penalty):
+    return functools.wraps(penalty)(functools.partial(penalty, critic))
 
 
-def conv(transposed, norm=False):
-    """Of 4 channels to 6, in one group or two."""
-    shapes = [(C, 6, 3, 3), (C, 3, 3, 3)] if transposed else [(6, C, 3, 3), (6, C // 2, 3, 3)]
-    drawn = {
-        "x": X,
-        "weight": st.sampled_from(shapes).flatmap(lambda shape: tensor(*shape)),
-        "bias": maybe(tensor(6)),
-        **CONV,
-    }
-    if transposed:
-        drawn["output_padding"] = st.sampled_from([0, 0, 1])
-    if norm:
-        drawn |= {"running_mean": tensor(6), "running_var": tensor(6, positive=True), "training": st.booleans()}
-        drawn |= {"bn_weight": maybe(tensor(6)), "bn_bias": maybe(tensor(6)), "eps": EPS, "act": ACT}
-    return drawn
-
-
+RAISE_STOCK_S_ERRORS = {"adaptive_avg_pool2d", "avg_pool2d", "hardtanh", "leaky_relu", "prelu", "relu"}
+IMAGES, NUMBER = tensor(2, 4, 5, 6), st.sampled_from([1.0, 10, 0.0, -0.5])
+DISTANCE = {"weight": NUMBER, "center": NUMBER, "one_sided": st.booleans(), "create_graph": st.booleans()}
 CALLS = {
-    "adain": {
-        "x": X, "scale": tensor(N, C), "shift": tensor(N, C), "eps": EPS, "noise": maybe(tensor(N, 1, *SIZE)),
-        "noise_weight": maybe(VECTOR), "bias": maybe(VECTOR), "act": ACT, "negative_slope": SLOPE,
+    **{name: call for name, call in fitting().items() if name not in RAISE_STOCK_S_ERRORS},
+    "spectral_norm": {
+        "weights": tensor(4, 2, 3), "u": tensor(4), "v": tensor(6), "dims": st.sampled_from([0, -3]),
+        "n_power_iterations": st.sampled_from([0, 1, 3]), "eps": EPS,
     },
-    "adain_from_features": {"content": X, "style": tensor(N, C, 3, 2), "eps": EPS},
-    "batch_norm_act": {"x": X, **RUNNING, **NORM, "residual": maybe(X)},
-    "bias_act": {
-        "x": X, "b": maybe(VECTOR), "dim": st.just(1), "act": st.sampled_from(["linear", "lrelu", "swish", "tanh"]),
-        "alpha": maybe(SLOPE), "gain": maybe(EPS), "clamp": maybe(EPS),
-    },
-    "conv2d": conv(False),
-    "conv2d_avg_pool2d": {"x": X, "weight": tensor(6, C, 3, 3), "bias": maybe(tensor(6)), "padding": st.just(1)},
-    "conv2d_batch_norm_act": conv(False, norm=True),
-    "conv_transpose2d": conv(True),
-    "conv_transpose2d_batch_norm_act": conv(True, norm=True),
-    "downsample2d": {**UPFIRDN, "down": SIZE2, "padding": PADDING},
-    "filter2d": {**UPFIRDN, "padding": PADDING},
-    "gradient_reversal": {"x": X, "coeff": EPS},
-    "group_norm_act": {"x": X, "num_groups": st.sampled_from([1, 2, 4]), **NORM, "residual": maybe(X)},
-    "instance_norm_act": {"x": X, **NORM, "residual": maybe(X)},
-    "layer_norm_act": {
-        "x": X, "normalized_shape": st.just((C, *SIZE)), "weight": maybe(tensor(C, *SIZE)),
-        "bias": maybe(tensor(C, *SIZE)), "eps": EPS, "act": ACT, "negative_slope": SLOPE,
-    },
-    "minibatch_stddev": {"x": X, "group_size": st.sampled_from([None, 1, 2, 4]), "num_channels": st.sampled_from([1, 2])},
-    "pixel_norm": {"x": X, "eps": EPS},
-    "pixel_shuffle_act": {
-        "x": X, "upscale_factor": st.sampled_from([1, 2]), "act": st.sampled_from([*ACTS, "prelu"]),
-        "prelu_weight": maybe(tensor(1)), "negative_slope": SLOPE,
-    },
-    "reversed_linear": {"x": tensor(N, C), "weight": tensor(3, C), "bias": maybe(tensor(3)), "coeff": EPS},
-    "sample_norms": {"x": X, "eps": EPS},
-    "sample_squares": {"x": X},
-    "upfirdn2d": {**UPFIRDN, "up": SIZE2, "down": SIZE2, "padding": PADDING | st.sampled_from([[2, 1, 0, 3], -1])},
-    "upsample2d": {**UPFIRDN, "up": SIZE2, "padding": PADDING},
-    "upsample_conv2d": {"x": X, "weight": tensor(6, C, 3, 3), "bias": maybe(tensor(6)), "padding": st.just(1)},
+    "gradient_penalty": {"real": IMAGES, "fake": IMAGES, **DISTANCE},
+    "dragan_penalty": {"real": IMAGES, "spread": NUMBER, **DISTANCE},
+    "r1_penalty": {"real": IMAGES, "gamma": NUMBER, "create_graph": st.booleans()},
+    "r2_penalty": {"fake": IMAGES, "gamma": NUMBER, "create_graph": st.booleans()},
+    "path_length_penalty": {"mean": tensor(1), "weight": NUMBER, "decay": NUMBER},
 }  # fmt: skip
-
-LEFT_OUT = {
-    *("adaptive_avg_pool2d", "avg_pool2d", "hardtanh", "leaky_relu", "prelu", "relu"),  # they raise stock's errors
-    *("setup_filter", "spectral_norm", "sync_batch_norm_act"),  # of numbers and lists, and of several processes
-}
+FUNCTIONS = {name: getattr(ops, name) for name in CALLS if name in ops.__all__}
+FUNCTIONS |= {name: of_a_critic(getattr(penalties, name)) for name in CALLS if name not in ops.__all__}
+FUNCTIONS |= {"spectral_norm": spectral_norm, "path_length_penalty": path_length_penalty}
 
 
 def test_every_operator_is_called():
-    assert set(CALLS) | LEFT_OUT == set(ops.__all__)
+    others = {"setup_filter", "sync_batch_norm_act"}  # of numbers, and of several processes
+    assert set(fitting()) | others == set(ops.__all__)
+
+
+@pytest.mark.parametrize("name", ["weights", "u", "v", "dims"])
+@pytest.mark.parametrize("value", [3, torch.ones(2, 3), object()], ids=["a number", "a tensor", "an object"])
+def test_a_spectral_norm_of_what_is_no_list_is_refused(name, value):
+    given = {"weights": [torch.ones(2, 3)], "u": [torch.ones(2)], "v": [torch.ones(3)], "dims": [0]}
+    with pytest.raises(TypeError, match=f"^{name} must be a list"):
+        ops.spectral_norm(**given | {name: value})
 
 
 # ── What may come instead ────────────────────────────────────────────────────────────────────────────────────────────
@@ -125,7 +85,7 @@ def other_tensor(given):
 
     def changed(draw_shape, dtype, change):
         if change == "shape":
-            return _values(draw_shape, 0, False).to(given.dtype)
+            return values(draw_shape, 0).to(given.dtype)
         if change == "dtype":
             return given.to(dtype)
         if change == "meta":
@@ -194,9 +154,6 @@ def calls(draw, name):
 # ── What comes of it ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-CONSTANTS = ("coeff", "f", "running_mean", "running_var")
-
-
 def outcome(name, arguments, backend_name, monkeypatch):
     """(y, gradients), or the error."""
     on_cpu = all(value.device.type == "cpu" for value in arguments.values() if isinstance(value, Tensor))
@@ -210,8 +167,9 @@ def outcome(name, arguments, backend_name, monkeypatch):
             arguments[key] = value.clone()
         elif value.is_floating_point():
             leaves[key] = arguments[key] = value.detach().requires_grad_()
-    y = getattr(ops, name)(**arguments)
-    if y.device.type != "cpu" or not y.requires_grad:
+    torch.manual_seed(0)
+    y = FUNCTIONS[name](**arguments)
+    if y.device.type != "cpu" or not y.requires_grad or not leaves:
         return y, {}
     weights = torch.linspace(-1, 1, y.numel()).view(y.shape).to(y.dtype)
     grads = torch.autograd.grad((y * weights).sum(), list(leaves.values()), allow_unused=True)
@@ -253,8 +211,8 @@ def test_a_call_does_what_its_definition_does_or_names_the_argument(name, monkey
             y, grads = outcome(name, arguments, "cpp", monkeypatch)
         except (TypeError, ValueError) as error:
             assert "\n" not in str(error), error
-            names = set(inspect.signature(getattr(ops, name)).parameters)
-            assert any(word in str(error) for word in names), error
+            names = inspect.signature(FUNCTIONS[name]).parameters
+            assert re.search(rf"\b({'|'.join(names)})\b", str(error)), error
             return
         others = [value.double() for key, value in arguments.items() if _is_floating(value) and key != "x"]
         if any((value.device.type == "cpu" and not (value.abs() < 1e15).all()) for value in others):
@@ -264,6 +222,62 @@ def test_a_call_does_what_its_definition_does_or_names_the_argument(name, monkey
         if y.dtype.itemsize > 2:  # in 16 bits rounding decides on which side of its kink an activation is
             for key, grad in grads.items():
                 assert_agree(grad, expected_grads[key], f"gradient of {key}")
+
+    try:
+        check()
+    finally:
+        monkeypatch.undo()
+        backend.reset()
+
+
+# ── Modules ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+SLOPES, PRELU = {"act", "negative_slope"}, {"act", "negative_slope", "num_parameters", "init"}
+MODULES = {
+    "BatchNormAct2d": ((4,), PRELU),
+    "Blur": ((), {"kernel", "normalize", "flip_filter", "gain"}),
+    "ConvBnAct2d": ((4, 6, 3), PRELU),
+    "ConvTransposeBnAct2d": ((4, 6, 3), PRELU),
+    "EqualConv2d": ((4, 6, 3), {"gain"}),
+    "EqualLinear": ((6, 3), {"gain", "lr_multiplier"}),
+    "GradientReversal": ((), {"coeff"}),
+    "GroupNormAct": ((2, 4), SLOPES),
+    "InstanceNormAct2d": ((4,), SLOPES),
+    "LayerNormAct": (((4, 5, 6),), SLOPES),
+    "PixelShuffleAct": ((2,), PRELU),
+    "ReversedLinear": ((6, 3), {"coeff"}),
+    "WarmStartGradientReversal": ((), {"alpha", "lo", "hi", "max_iters", "auto_step"}),
+}
+"""What makes each, and the arguments that it has besides those of the layer of torch's that it is."""
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_does_what_its_definition_does_or_names_the_argument(name, monkeypatch):
+    positional, own = MODULES[name]
+
+    def result(settings, backend_name):
+        monkeypatch.setenv("FASTGAN_BACKEND", backend_name)
+        backend.reset()
+        torch.manual_seed(0)
+        module = getattr(nn, name)(*positional, **settings)
+        return module(torch.linspace(-1, 1, 240).view(2, 4, 5, 6).requires_grad_())
+
+    @given(st.dictionaries(st.sampled_from(sorted(own)), JUNK | ACT | st.just("prelu"), min_size=1, max_size=2))
+    @settings(
+        max_examples=EXAMPLES // 4,
+        derandomize=EXAMPLES < 1000,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    def check(drawn):
+        try:
+            y = result(drawn, "cpp")
+        except (TypeError, ValueError) as error:
+            assert "\n" not in str(error), error
+            assert re.search(rf"\b({'|'.join(own)}|prelu_weight|f)\b", str(error)), error
+            return
+        assert_agree(y, result(drawn, "reference"), "y")
 
     try:
         check()

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from fastgan import backend
 from fastgan.fuse import Fused, explain, fuse, unfuse
+from fastgan.models import sngan
 
 C = 4
 
@@ -71,7 +72,13 @@ class UNet(nn.Module):
         return torch.tanh(self.up1(torch.relu(torch.cat([skip, inner], 1))))
 
 
+def critic():
+    """Of spectral norms."""
+    return sngan.Discriminator(8, C, 4)
+
+
 MODELS = {"chain": chain, "residual": Residual, "unet": UNet}
+WITHOUT_CHANCE = {"chain": chain, "residual": Residual, "critic": critic}
 NORMS = {"chain": 2, "residual": 5, "unet": 2}
 of_each_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 of_each_forward = pytest.mark.parametrize("make", [Residual, UNet])
@@ -291,6 +298,21 @@ def test_two_processes_compute_what_they_do_in_stock(kind, case, found):
 def test_synchronised_norms_raise_stock_s_error_in_training_on_the_cpu(kind, found):
     stock, fused, _ = found[0][kind, "refused"]
     assert fused == stock and "SyncBatchNorm" in stock
+
+
+def test_two_processes_train_a_critic_of_spectral_norms_as_in_stock(found):
+    for stock, fused, _ in (outcomes["critic", "distributed"] for outcomes in found):
+        torch.testing.assert_close(fused, stock)
+
+
+@pytest.mark.parametrize("make", WITHOUT_CHANCE.values(), ids=WITHOUT_CHANCE)
+def test_two_processes_compute_what_one_does_with_the_batches_of_both(make, found):
+    stock, _ = twins(make)
+    stock(two_processes.whole_batch()).square().mean().backward()
+    expected = [*(p.grad for p in stock.parameters()), *stock.buffers()]
+    kind = next(name for name, other in WITHOUT_CHANCE.items() if other is make)
+    for outcomes in found:
+        torch.testing.assert_close(outcomes[kind, "half"], expected)
 
 
 # ── Copies and files ─────────────────────────────────────────────────────────────────────────────────────────────────

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgan import ops
+from fastgan.ops._tensors import check_count, check_number
 
 GAIN = math.sqrt(2)
 """He's gain: what a leaky ReLU stands behind keeps its variance."""
@@ -23,6 +24,10 @@ class EqualLinear(nn.Linear):
     """
 
     def __init__(self, in_features: int, out_features: int, gain: float = GAIN, lr_multiplier: float = 1.0):
+        check_number("gain", gain)
+        check_number("lr_multiplier", lr_multiplier)
+        if not lr_multiplier > 0:
+            raise ValueError(f"lr_multiplier must be positive, not {lr_multiplier}")
         super().__init__(in_features, out_features)
         self.scale = gain / math.sqrt(in_features) * lr_multiplier
         self.lr_multiplier = lr_multiplier
@@ -51,6 +56,8 @@ class EqualConv2d(nn.Conv2d):
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, gain: float = GAIN, bias: bool = True):
+        check_number("gain", gain)
+        check_count("kernel_size", kernel_size)
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, for y to be as large as x, not {kernel_size}")
         super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgan import ops
+from fastgan.ops._tensors import check_count, check_flag, check_number
 from fastgan.ops.gradient_reversal import Coeff, check_coeff
 
 
@@ -48,6 +49,7 @@ class WarmStartGradientReversal(nn.Module):
     module's device, as `coeff` is, so that no step waits for the device, and a CUDA graph may hold the schedule.
 
     Raises:
+        TypeError: an argument is of another kind.
         ValueError: alpha, lo or hi is not finite, or max_iters is not positive.
     """
 
@@ -58,10 +60,11 @@ class WarmStartGradientReversal(nn.Module):
     ):
         super().__init__()
         for name, value in (("alpha", alpha), ("lo", lo), ("hi", hi)):
+            check_number(name, value)
             if not math.isfinite(value):
                 raise ValueError(f"{name} must be finite, not {value}")
-        if not max_iters >= 1:
-            raise ValueError(f"max_iters must be 1 or more, not {max_iters}")
+        check_count("max_iters", max_iters)
+        check_flag("auto_step", auto_step)
         self.alpha, self.lo, self.hi, self.max_iters, self.auto_step = alpha, lo, hi, max_iters, auto_step
         self.register_buffer("iter_num", torch.zeros((), dtype=torch.long))
 

@@ -10,7 +10,7 @@ from torch.nn.modules import module as torch_module
 from fastgan import ops
 from fastgan.ops._autograd import is_transformed
 from fastgan.ops._norm import check_act
-from fastgan.ops._tensors import accumulation_dtype
+from fastgan.ops._tensors import accumulation_dtype, check_count, check_number
 from fastgan.ops._types import Act, FixedAct
 
 BatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm
@@ -40,6 +40,7 @@ class Activation(NamedTuple):
     def named(cls, act: Act, negative_slope: float, acts: Any = FixedAct) -> "Activation":
         """`acts`: the type of setting that `act` is of."""
         check_act(act, acts)
+        check_number("negative_slope", negative_slope)
         return cls(act, negative_slope)
 
     @property
@@ -144,6 +145,8 @@ def new_prelu_weight(act: Act, count: int, init: float, like: Tensor | None) -> 
     """What a layer has for `prelu_weight`, on the device and in the dtype of `like`."""
     if act != "prelu":
         return None
+    check_count("num_parameters", count)
+    check_number("init", init)
     like = torch.empty(0) if like is None else like
     return nn.Parameter(torch.full((count,), init, device=like.device, dtype=like.dtype))
 

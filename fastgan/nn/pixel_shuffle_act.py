@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from fastgan import ops
 from fastgan.nn.norm_act import new_prelu_weight
 from fastgan.ops._norm import check_act
+from fastgan.ops._tensors import check_number
 from fastgan.ops._types import Act
 
 
@@ -36,6 +37,7 @@ class PixelShuffleAct(nn.PixelShuffle):
     ):
         super().__init__(upscale_factor)
         check_act(act, Act)
+        check_number("negative_slope", negative_slope)
         self.act: Act = act
         self.negative_slope = negative_slope
         self.weight = new_prelu_weight(act, num_parameters, init, None)

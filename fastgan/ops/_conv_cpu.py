@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastgan import backend
+from fastgan.ops._kernels import tell_openmp
 from fastgan.ops._tensors import DTYPES, address, dense, in_layout, is_channels_last
 
 Form = Literal["vendor", "patches", "few", "tiles", "winograd"]
@@ -61,11 +62,13 @@ class Geometry(NamedTuple):
         )
 
 
-def _without_autocast(compute: Callable) -> Callable:
-    """It would have the products of float32 matrices in 16 bits, which C++ takes for float32."""
+def _kernel(compute: Callable) -> Callable:
+    """On as many threads as torch; and without autocast, which would have the products of float32 matrices in 16 bits, which
+    C++ takes for float32."""
 
     @functools.wraps(compute)
     def run(*args):
+        tell_openmp()
         if not torch.is_autocast_enabled("cpu"):
             return compute(*args)
         with torch.autocast("cpu", enabled=False):
@@ -74,7 +77,7 @@ def _without_autocast(compute: Callable) -> Callable:
     return run
 
 
-@_without_autocast
+@_kernel
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple) -> Tensor:
     """`fastgan::convolution`."""
     x = dense(x, channels_last=True)
@@ -137,7 +140,7 @@ def _hashable(setting: Any) -> Any:
     return tuple(setting) if isinstance(setting, list) else setting
 
 
-@_without_autocast
+@_kernel
 def weight_grad(grad_y: Tensor, x: Tensor, weight_shape: Sequence[int], settings: tuple) -> Tensor:
     """`fastgan::convolution_weight_grad`."""
     grad_y, x = dense(grad_y, channels_last=True), dense(x, channels_last=True)
@@ -166,7 +169,7 @@ def weight_grad(grad_y: Tensor, x: Tensor, weight_shape: Sequence[int], settings
     return grad.to(x.dtype).contiguous()
 
 
-@_without_autocast
+@_kernel
 def backward(grad_y: Tensor, x: Tensor, weight: Tensor, settings: tuple) -> tuple[Tensor, Tensor]:
     """`fastgan::convolution_backward`."""
     grad_y, x = dense(grad_y, channels_last=True), dense(x, channels_last=True)

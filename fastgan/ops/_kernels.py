@@ -12,6 +12,11 @@ KERNELS: dict[str, dict[str, Callable]] = {}
 """Of each operator, what computes it on a device: what the dispatcher is told as well."""
 
 
+tell_openmp = torch.get_num_threads
+"""A thread's first question has torch tell OpenMP, which counts for each thread of the process anew, what `set_num_threads`
+said. Without it our kernels would take all cores there."""
+
+
 def register_kernel(operator: str, device: str, kernel: Callable) -> None:
     torch.library.impl(f"fastgan::{operator}", device, kernel)
     KERNELS.setdefault(operator, {})[device] = kernel
@@ -41,7 +46,10 @@ def register_kernels(
             serving = backend.serving(device)
             if serving == "reference" and definition is not None:
                 return definition(*args)
-            return (cpp if serving == "cpp" else triton)(*args)
+            if serving == "cpp":
+                tell_openmp()
+                return cpp(*args)
+            return triton(*args)
 
         register_kernel(operator, device, serve)
 

@@ -198,7 +198,8 @@ def relu(x: Tensor, inplace: bool = False) -> Tensor:
     """`torch.nn.functional.relu`: max(x, 0), of any shape, dtype, layout and device that stock torch takes.
 
     Differentiable to every order, where the second and all further derivatives in x are zeros that are not computed: only
-    the parameters before x get them, as from stock torch. Saved for backward: y. Errors are stock torch's.
+    the parameters before x get them, as from stock torch. Deterministic, for any number of threads. Saved for backward: y.
+    Errors are stock torch's.
 
     In place, x is written to and returned; a view runs as stock.
     """
@@ -223,7 +224,8 @@ def hardtanh(x: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bo
 def prelu(x: Tensor, weight: Tensor) -> Tensor:
     """`torch.nn.functional.prelu`: max(x, 0) + weight · min(x, 0), weight of one number or one for each channel (axis 1).
 
-    All else is as in `relu`, but that x is saved, and that the mixed derivatives in x and weight are there.
+    All else is as in `relu`, but that x is saved, and that the mixed derivatives in x and weight are there. The gradient of
+    weight is torch's own sum, whose order may depend on the number of threads.
     """
     fits = x.dtype == weight.dtype and weight.dim() == 1 and (weight.numel() == 1 or x.dim() > 1)
     if is_transformed() or not fits or weight.numel() not in (1, x.shape[1] if x.dim() > 1 else 1):

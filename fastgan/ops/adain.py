@@ -297,9 +297,9 @@ def adain(
         noise_weight, bias: (C,), in x's dtype or float32; None stands for 1 and 0.
         act: "none", "relu" or "leaky_relu" (max(y, 0) + negative_slope · min(y, 0)).
 
-    Statistics and sums are float32 (float64 for float64), and deterministic. Twice differentiable by its own kernels in x,
-    scale, shift, noise_weight and bias; higher orders, and gradients of noise, go through the definition. Saved for
-    backward: x, the noise, and (N, C) statistics.
+    Statistics and sums are float32 (float64 for float64), and deterministic, for any number of threads where no gradient of
+    noise is asked. Twice differentiable by its own kernels in x, scale, shift, noise_weight and bias; higher orders, and
+    gradients of noise, go through the definition. Saved for backward: x, the noise, and (N, C) statistics.
 
     Raises:
         TypeError: x is not floating point, or another tensor has a dtype that does not fit it.

@@ -100,7 +100,7 @@ def avg_pool2d(
     """`torch.nn.functional.avg_pool2d` of x (N, C, H, W), with every dtype, layout, device and error of stock torch.
 
     Differentiable to every order. The second derivative is zero, and is not computed: only the parameters before x get
-    zeros, as from stock torch. Saved for backward: nothing.
+    zeros, as from stock torch. Deterministic, for any number of threads. Saved for backward: nothing.
     """
     if x.dim() != 4 or is_transformed():
         return F.avg_pool2d(x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)

@@ -309,10 +309,10 @@ def bias_act(
         gain: √2 by default for relu, lrelu and swish, 1 for the others.
         clamp: y is limited to [-clamp, clamp], and where it lies on the limit its gradient is 0; None for no limits.
 
-    Sums are float32 (float64 for float64), and deterministic. Twice differentiable by its own kernels in x and b; higher
-    orders are exact too, those of the activations with a curvature through the definition. Saved for backward: y of relu
-    and lrelu, nothing of linear (y with a clamp), else x and b. Gains that are not positive and negative slopes run as the
-    definition does.
+    Sums are float32 (float64 for float64), and deterministic, for any number of threads. Twice differentiable by its own
+    kernels in x and b; higher orders are exact too, those of the activations with a curvature through the definition. Saved
+    for backward: y of relu and lrelu, nothing of linear (y with a clamp), else x and b. Gains that are not positive and
+    negative slopes run as the definition does.
 
     Raises:
         TypeError: x is not floating point, or b has a dtype that does not fit it.

@@ -212,6 +212,7 @@ def conv2d(
             layout comes as it is fast, for the next convolution.
 
     Twice differentiable and more: every derivative is one of two operators, so no order computes what nobody asks for.
+    Deterministic; among the sums are the vendor's, whose order may depend on the number of threads.
 
     Raises:
         TypeError, ValueError: dtypes, shapes, devices or settings that do not fit; the message names the argument.

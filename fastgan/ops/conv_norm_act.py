@@ -81,8 +81,8 @@ def conv2d_batch_norm_act(
             `running_mean`, `running_var`, `weight`, `bias`, … in `fastgan.ops.batch_norm_act`.
 
     Under autocast the convolution runs in the autocast dtype; statistics, bn_weight, bn_bias and the running statistics
-    stay float32. Twice differentiable by kernels, and further through the definition of the norm. Saved for backward: x,
-    the weight, the convolution's output, and (C',) vectors.
+    stay float32. Deterministic as `conv2d` is. Twice differentiable by kernels, and further through the definition of the
+    norm. Saved for backward: x, the weight, the convolution's output, and (C',) vectors.
 
     Raises:
         TypeError, ValueError: dtypes, shapes, devices or settings that do not fit; the message names the argument.

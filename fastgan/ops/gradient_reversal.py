@@ -106,7 +106,8 @@ def gradient_reversal(x: Tensor, coeff: Coeff = 1.0) -> Tensor:
         coeff: a finite number, or a 0-d tensor, which no gradient reaches. A tensor on x's device is never waited for: the
             schedule that fills it may be captured in a CUDA graph.
 
-    Differentiable to every order; backward is one multiplication. Under autocast y keeps x's dtype.
+    Differentiable to every order; backward is one multiplication. Deterministic, for any number of threads. Under autocast
+    y keeps x's dtype.
 
     Raises:
         TypeError: x is no tensor, or coeff neither a number nor a tensor.
@@ -131,7 +132,7 @@ def reversed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, coeff
         bias: (out,).
         coeff: as in `gradient_reversal`.
 
-    Differentiable to every order, each computing only what is asked.
+    Differentiable to every order, each computing only what is asked. Deterministic as torch's matrix product is.
 
     Raises:
         TypeError, ValueError: as `gradient_reversal`, and dtypes, shapes or devices that do not fit; the message names the

@@ -271,9 +271,9 @@ def group_norm_act(
         act: "none", "relu" or "leaky_relu" (max(y, 0) + negative_slope · min(y, 0)).
         residual: of x's shape, dtype and device, added before the activation.
 
-    Statistics and sums are float32 (float64 for float64), and deterministic. Twice differentiable by its own kernels in x,
-    weight, bias and residual; higher orders go through the definition. Saved for backward: x, (N, num_groups) statistics,
-    and the residual where an activation follows.
+    Statistics and sums are float32 (float64 for float64), and deterministic, for any number of threads. Twice
+    differentiable by its own kernels in x, weight, bias and residual; higher orders go through the definition. Saved for
+    backward: x, (N, num_groups) statistics, and the residual where an activation follows.
 
     Raises:
         TypeError: x is not floating point, or another tensor has a dtype that does not fit it.

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fastgan import backend
 from fastgan.ops._autograd import register_gradient
+from fastgan.ops._kernels import tell_openmp
 from fastgan.ops._tensors import DTYPES
 
 # ── Definition ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -50,6 +51,7 @@ def _(x, channels_last):
         return reference(x, channels_last)
     from fastgan import _C
 
+    tell_openmp()
     n, c, h, w = x.shape
     y = torch.empty(
         x.shape, dtype=x.dtype, memory_format=torch.channels_last if channels_last else torch.contiguous_format

@@ -22,8 +22,8 @@ def minibatch_stddev(x: Tensor, group_size: int | None = 4, num_channels: int = 
             raises.
         num_channels: divides C.
 
-    Made of stock operations, on every device; the statistics are float32 (float64 for float64). Differentiable to every
-    order, where all samples are equal too.
+    Made of stock operations, on every device, and deterministic as these are; the statistics are float32 (float64 for
+    float64). Differentiable to every order, where all samples are equal too.
 
     Raises:
         TypeError: x is no floating-point tensor.

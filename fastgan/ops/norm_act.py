@@ -313,9 +313,9 @@ def batch_norm_act(
         prelu_weight: (1,) or (C,), in x's dtype or float32; with "prelu" only.
         residual: of x's shape, dtype and device, added before the activation.
 
-    Statistics and sums are float32 (float64 for float64), and deterministic. Twice differentiable by its own kernels in x,
-    weight, bias, residual and prelu_weight; higher orders, and what differentiates the gradient of prelu_weight, go through
-    the definition. Saved for backward: x, the residual, and (C,) vectors.
+    Statistics and sums are float32 (float64 for float64), and deterministic, for any number of threads. Twice
+    differentiable by its own kernels in x, weight, bias, residual and prelu_weight; higher orders, and what differentiates
+    the gradient of prelu_weight, go through the definition. Saved for backward: x, the residual, and (C,) vectors.
 
     Raises:
         TypeError: x is not floating point, or another tensor has a dtype that does not fit it.

@@ -13,8 +13,8 @@ def pixel_norm(x: Tensor, eps: float = 1e-8) -> Tensor:
         x: (N, C, \\*), at least 2 dimensions; float32, float64, bfloat16 or float16, of any strides. The output keeps the
             layout of NCHW and of channels_last.
 
-    Made of stock operations, on every device. The mean is float32 (float64 for float64), so that bfloat16 and float16 do not
-    overflow. Differentiable to every order, at x = 0 too as long as eps is positive.
+    Made of stock operations, on every device, and deterministic as these are. The mean is float32 (float64 for float64), so
+    that bfloat16 and float16 do not overflow. Differentiable to every order, at x = 0 too as long as eps is positive.
 
     Raises:
         TypeError: x is no floating-point tensor.

@@ -252,11 +252,11 @@ def pixel_shuffle_act(
         prelu_weight: with "prelu", and only there: (1,), or (C,) for the channels of y, in x's dtype or float32.
         negative_slope: of "leaky_relu".
 
-    Sums are float32 (float64 for float64), and deterministic. Differentiable to every order by its own kernels, in x and
-    prelu_weight; the second derivatives in x alone are zeros that are not computed, as in `prelu`. At 0 and NaN everything
-    is as in stock torch. Saved for backward: y of "relu" and "leaky_relu", which the next layer saves as well; x and
-    prelu_weight of "prelu"; nothing of "none"; x where negative_slope is negative. Under autocast "prelu" runs in its dtype,
-    as stock does, and the others in x's.
+    Sums are float32 (float64 for float64), and deterministic, for any number of threads. Differentiable to every order by
+    its own kernels, in x and prelu_weight; the second derivatives in x alone are zeros that are not computed, as in
+    `prelu`. At 0 and NaN everything is as in stock torch. Saved for backward: y of "relu" and "leaky_relu", which the next
+    layer saves as well; x and prelu_weight of "prelu"; nothing of "none"; x where negative_slope is negative. Under
+    autocast "prelu" runs in its dtype, as stock does, and the others in x's.
 
     Raises:
         TypeError: x is not floating point, upscale_factor no integer, or prelu_weight of a dtype that does not fit.

@@ -15,6 +15,8 @@ from fastgan.ops._kernels import register_kernels
 from fastgan.ops._tensors import (
     DTYPES,
     accumulation_dtype,
+    check_count,
+    check_eps,
     check_input,
     check_is_tensor,
     dense,
@@ -384,6 +386,9 @@ def spectral_norm(
         TypeError: a weight is not floating point, or the dtypes differ.
         ValueError: numbers, shapes, devices or settings that do not fit. The message names the argument.
     """
+    for name, given in (("weights", weights), ("u", u), ("v", v), ("dims", [] if dims is None else dims)):
+        if not isinstance(given, Sequence):
+            raise TypeError(f"{name} must be a list, with one for each weight, not {type(given).__name__}")
     weights, u, v = list(weights), list(u), list(v)
     dims = [0] * len(weights) if dims is None else list(dims)
     _check(weights, u, v, dims, n_power_iterations, eps)
@@ -408,15 +413,15 @@ def _check(weights: list, u: list, v: list, dims: list[int], n_power_iterations:
     for name, given in (("u", u), ("v", v), ("dims", dims)):
         if len(given) != len(weights):
             raise ValueError(f"{name} must have one for each of {len(weights)} weights, not {len(given)}")
-    if n_power_iterations < 0:
-        raise ValueError(f"n_power_iterations must not be negative, not {n_power_iterations}")
-    if eps < 0:
-        raise ValueError(f"eps must not be negative, not {eps}")
+    check_count("n_power_iterations", n_power_iterations, least=0)
+    check_eps(eps)
     for i, (weight, dim) in enumerate(zip(weights, dims, strict=True)):
         name = f"weights[{i}]"
         check_input(weight, name)
         if weight.dim() < 2:
             raise ValueError(f"{name} must have 2 axes or more, not shape {tuple(weight.shape)}")
+        if not isinstance(dim, int):
+            raise TypeError(f"dims[{i}] must be an integer, not {type(dim).__name__}")
         if not -weight.dim() <= dim < weight.dim():
             raise ValueError(f"dims[{i}] must be an axis of a weight with {weight.dim()}, not {dim}")
         rows = weight.shape[dim]

@@ -114,9 +114,10 @@ def sync_batch_norm_act(
     All else is as in `batch_norm_act`, on CUDA and the CPU. The moments μᵢ, σᵢ² and numbers nᵢ of the processes are merged
     as in Chan, Golub and LeVeque (1983): σ² = Σ nᵢ·(σᵢ² + (μᵢ − μ)²) / Σ nᵢ.
 
-    Differentiable to every order. As with `torch.nn.SyncBatchNorm`, a gradient is that of the sum of what all processes
-    differentiate; with `autograd.grad(..., create_graph=True)` it has a gradient of its own. Each pass is one collective:
-    2·C + 1 numbers from each process forward, and as many for each of them backward.
+    Differentiable to every order; deterministic, as torch's sums and the collectives of the processes are. As with
+    `torch.nn.SyncBatchNorm`, a gradient is that of the sum of what all processes differentiate; with
+    `autograd.grad(..., create_graph=True)` it has a gradient of its own. Each pass is one collective: 2·C + 1 numbers from
+    each process forward, and as many for each of them backward.
 
     Raises:
         TypeError, ValueError: what `batch_norm_act` raises, but for a batch that is too small: others may have more.

@@ -163,8 +163,8 @@ def upfirdn2d(
         gain: multiplies the result; not negative where f has one axis, each pass over which takes its root.
 
     No multiplication by an inserted zero takes place. An f that is an outer product to rounding costs what two passes along
-    the axes cost. Sums are float32 (float64 for float64), and deterministic. Differentiable in x to every order by the same
-    kernel; saved for backward: f. Under autocast it runs in x's dtype.
+    the axes cost. Sums are float32 (float64 for float64), and deterministic, for any number of threads. Differentiable in x
+    to every order by the same kernel; saved for backward: f. Under autocast it runs in x's dtype.
 
     Raises:
         TypeError: x or f is no floating-point tensor.
@@ -209,9 +209,13 @@ def setup_filter(
         separable: keep taps (taps,) as they are, for two passes, instead of their outer product; None does from 8 taps on.
 
     Raises:
+        TypeError: f is not made of numbers.
         ValueError: f has more than 2 axes or no tap, or is to be separable and has 2.
     """
-    f = torch.as_tensor(1 if f is None else f, dtype=torch.float32)
+    try:
+        f = torch.as_tensor(1 if f is None else f, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:  # of what is no number, of uneven rows, of any object
+        raise TypeError(f"f must be numbers, one tap, (taps,) or (h, w), not {type(f).__name__}") from error
     if f.dim() > 2 or f.numel() == 0:
         raise ValueError(f"f must be one tap, (taps,) or (h, w), not of shape {tuple(f.shape)}")
     f = f.reshape(1) if f.dim() == 0 else f

@@ -45,7 +45,7 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
 def load(path: Path) -> dict[str, Any]:
     """Reads what `save` wrote, with every tensor on the CPU. Raises `InputError` for anything else."""
     expected = "expected one written by `fastgan train`"
-    if not path.is_file():
+    if not os.path.isfile(path):  # which, unlike pathlib's, takes names of any length
         raise InputError(f"{path}: no checkpoint there; {expected}")
     try:
         with warnings.catch_warnings():

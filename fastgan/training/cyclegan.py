@@ -15,7 +15,7 @@ from fastgan.models.cyclegan import PatchDiscriminator, ResNetGenerator, UNetGen
 from fastgan.training.data import ImageSet, to_floats
 from fastgan.training.dcgan import cross_entropy
 from fastgan.training.images import Grid
-from fastgan.training.system import Settings, System, adam, require
+from fastgan.training.system import Settings, System, adam, require, require_count
 
 Architecture = Literal["resnet", "unet"]
 Loss = Literal["lsgan", "log"]
@@ -52,8 +52,8 @@ class CycleGANSettings(Settings):
         require(fits, "--image-size", self.image_size, "a multiple of 4, 24 or more")
         require(self.generator in generators, "--generator", self.generator, " or ".join(generators))
         require(self.loss in losses, "--loss", self.loss, " or ".join(losses))
-        require(self.blocks >= 1, "--blocks", self.blocks, "1 or more")
-        require(self.features >= 1, "--features", self.features, "1 or more")
+        require_count("--blocks", self.blocks)
+        require_count("--features", self.features)
         require(self.cycle_weight >= 0, "--cycle-weight", self.cycle_weight, "0 or more")
         require(self.identity_weight >= 0, "--identity-weight", self.identity_weight, "0 or more")
 

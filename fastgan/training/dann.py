@@ -16,7 +16,7 @@ from fastgan.training import dcgan
 from fastgan.training.data import ImageSet, Labelled, to_floats
 from fastgan.training.domains import LARGEST, load_domains
 from fastgan.training.images import Grid, scatter
-from fastgan.training.system import Score, Settings, System, adam, require
+from fastgan.training.system import Score, Settings, System, adam, require, require_count
 
 SHOWN = 300
 """Images of each domain whose features are drawn."""
@@ -47,7 +47,7 @@ class DANNSettings(Settings):
         fits = 16 <= self.image_size <= LARGEST and self.image_size % 4 == 0
         require(fits, "--image-size", self.image_size, f"a multiple of 4 from 16 to {LARGEST}")
         require(self.batch_size >= 2, "--batch-size", self.batch_size, "2 or more, as batch norm needs")
-        require(self.features >= 1, "--features", self.features, "1 or more")
+        require_count("--features", self.features)
 
 
 class DANN(System[DANNSettings]):

@@ -9,6 +9,7 @@ grayscale (16-bit and transparent ones included) batches have one channel, else 
 
 import io
 import logging
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -233,14 +234,14 @@ def image_files(path: Path) -> list[Path]:
         hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
         return file.suffix.lower() in readable and not hidden and file.is_file()
 
-    files = sorted(filter(counts, path.rglob("*")))
+    files = sorted(filter(counts, path.rglob("*"))) if os.path.isdir(path) else []
     if not files:
         raise InputError(f"no images found in {path} or below; archives are not opened")
     return files
 
 
 def _folder(path: Path) -> Pictures:
-    if not path.is_dir():
+    if not os.path.isdir(path):  # which, unlike pathlib's, takes names of any length
         raise InputError(f"{path} is no folder; expected {KINDS}")
     files = image_files(path)
     return Pictures(len(files), lambda row: str(files[row]), lambda row: Image.open(files[row]))

@@ -15,7 +15,8 @@ class OutputError(RuntimeError):
 
 
 class Diverged(RuntimeError):
-    """A loss or a gradient is no longer finite. The message names the step and what is kept of the run."""
+    """A loss or a gradient is no longer finite. The message names the step, the norms of the gradients and
+    what is kept of the run."""
 
 
 class Interrupted(Exception):

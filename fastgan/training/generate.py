@@ -1,6 +1,7 @@
 """Images from a checkpoint: samples, walks from one latent to another and mixed styles; or images translated or upscaled."""
 
 import math
+import os
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -96,9 +97,10 @@ def transform(
         system.generator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # much faster on a CPU
     else:
         raise InputError(f"--input: {checkpoint} is of {system.name}, which makes images from noise, not from images")
-    folder = source.parent if source.is_file() else source
+    is_file = os.path.isfile(source)  # which, unlike pathlib's, takes names of any length
+    folder = source.parent if is_file else source
     try:
-        files = [source] if source.is_file() else image_files(source)
+        files = [source] if is_file else image_files(source)
     except InputError as error:
         raise InputError(f"--input: {error}") from error
     for file in files:
@@ -119,7 +121,7 @@ def transform(
 
 def _load(checkpoint: Path) -> tuple[System, Path]:
     """The system of a checkpoint or of a run's folder, and the checkpoint."""
-    if checkpoint.is_dir():
+    if os.path.isdir(checkpoint):
         checkpoint = RunFolder(checkpoint).checkpoint
     state = read_checkpoint(checkpoint)
     system_type = SYSTEMS[state["system"]]

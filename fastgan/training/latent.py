@@ -12,7 +12,7 @@ from fastgan.models.dcgan import doublings
 from fastgan.training.data import ImageSet
 from fastgan.training.errors import InputError
 from fastgan.training.images import Grid
-from fastgan.training.system import Settings, System, require
+from fastgan.training.system import Settings, System, require, require_count
 
 LARGEST = 1024
 """Pixels. Each doubling makes DCGAN's widest layer twice as wide: 8192 channels here, and 23 GB of networks with Adam."""
@@ -38,6 +38,8 @@ class LatentSettings(Settings):
             doublings(self.image_size)
         except ValueError as error:
             raise InputError(f"--image-size: {error}") from error
+        require_count("--latent-dim", self.latent_dim)
+        require_count("--features", self.features)
         require(self.image_size <= LARGEST, "--image-size", self.image_size, f"{LARGEST} or less")
 
 
@@ -81,7 +83,7 @@ class AlternatingSettings(LatentSettings):
 
     def check(self) -> None:
         super().check()
-        require(self.d_steps >= 1, "--d-steps", self.d_steps, "1 or more")
+        require_count("--d-steps", self.d_steps)
 
 
 A = TypeVar("A", bound=AlternatingSettings)

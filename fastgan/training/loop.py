@@ -69,10 +69,12 @@ class Training:
         return self.system.step(iter(reals))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from a checkpoint: exactly, on the same device with the same number of processes."""
+        """Continues from a checkpoint: exactly, on the same device with the same number of processes. Of more or fewer each
+        draws where all together had come to."""
         self.system.load_state_dict(state)
         self.step = self.saved = state["step"]
-        self.batches.seek(state["drawn"])
+        draws, processes = self.system.draws, len(state["rng"])
+        self.batches.seek(state["drawn"] // draws * processes // self.accelerator.num_processes * draws)
         rank = self.accelerator.process_index
         if rank < len(state["rng"]):
             checkpoint.set_rng_state(self.accelerator.device, state["rng"][rank])

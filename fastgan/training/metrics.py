@@ -63,8 +63,10 @@ class Curves:
         self.restart_clock()
         for offset, (row, finite) in enumerate(zip(rows, block.isfinite().tolist(), strict=True), start=1):
             if not all(finite):
-                name = self.names[finite.index(False)]
-                raise Diverged(f"step {self.step + offset}: {name} is {row[finite.index(False)]}")
+                named = list(zip(self.names, row, strict=True))
+                name, value = named[finite.index(False)]
+                norms = ", ".join(f"{name} {value:.3g}" for name, value in named if name.startswith("grad_norm"))
+                raise Diverged(f"step {self.step + offset}: {name} is {value} ({norms})")
         return self._write([[*row, images / seconds] for row in rows])
 
     def _write(self, rows: list[list[float]]) -> dict[str, float]:

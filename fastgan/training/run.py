@@ -24,7 +24,7 @@ from fastgan.training.memory import keep_freed_memory
 from fastgan.training.sngan import SNGAN
 from fastgan.training.srgan import SRGAN
 from fastgan.training.stylegan import StyleGAN
-from fastgan.training.system import Score, Settings, System, as_option, require
+from fastgan.training.system import Score, Settings, System, as_option, require, require_count
 from fastgan.training.wgan_gp import WGANGP
 
 SYSTEMS: dict[str, type[System]] = {
@@ -271,4 +271,5 @@ def _typed(name: str, value: Any) -> str:
 def _check_schedule(steps: int | None, epochs: int | None, checkpoint_every: int) -> None:
     require(steps is None or epochs is None, "--steps", f"{steps} with --epochs {epochs}", "one of the two")
     for option, value in (("--steps", steps), ("--epochs", epochs), ("--checkpoint-every", checkpoint_every)):
-        require(value is None or value >= 1, option, value, "1 or more")
+        if value is not None:
+            require_count(option, value)

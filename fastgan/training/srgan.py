@@ -17,7 +17,7 @@ from fastgan.training.data import open_pictures, to_floats
 from fastgan.training.dcgan import cross_entropy
 from fastgan.training.errors import InputError, one_line
 from fastgan.training.images import Grid, to_pixels
-from fastgan.training.system import Score, Settings, System, adam, require
+from fastgan.training.system import Score, Settings, System, adam, require, require_count
 
 VGG_SCALE = 0.006
 """Of the squared difference of VGG19's features: it is then about as large as that of pixels (section 3.2)."""
@@ -62,9 +62,9 @@ class SRGANSettings(Settings):
         require(fits, "--image-size", self.image_size, "a multiple of 16, 32 or more")
         require(self.batch_size >= 2, "--batch-size", self.batch_size, "2 or more, as batch norm needs")
         require(self.scale in {2, 4, 8}, "--scale", self.scale, "2, 4 or 8")
-        require(self.features >= 1, "--features", self.features, "1 or more")
-        require(self.blocks >= 1, "--blocks", self.blocks, "1 or more")
-        require(self.pretrain_steps >= 0, "--pretrain-steps", self.pretrain_steps, "0 or more")
+        require_count("--features", self.features)
+        require_count("--blocks", self.blocks)
+        require_count("--pretrain-steps", self.pretrain_steps, least=0)
         require(self.adversarial_weight >= 0, "--adversarial-weight", self.adversarial_weight, "0 or more")
 
 

@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate, softplus
 from fastgan.models.stylegan import Discriminator, Generator, mix, shrink
 from fastgan.penalties import r1_penalty
 from fastgan.training.latent import LatentSettings, LatentSystem
-from fastgan.training.system import adam, require
+from fastgan.training.system import adam, as_option, require, require_count
 
 FIRST = 8
 """The resolution at which training starts."""
@@ -37,12 +37,11 @@ class StyleGANSettings(LatentSettings):
 
     def check(self) -> None:
         super().check()
-        for name in ("latent_dim", "w_dim", "mapping_layers", "features", "penalty_every", "average_images"):
-            value = getattr(self, name)
-            require(value >= 1, f"--{name.replace('_', '-')}", value, "1 or more")
+        for name in ("w_dim", "mapping_layers", "penalty_every", "average_images"):
+            require_count(as_option(name), getattr(self, name))
         require(self.gamma >= 0, "--gamma", self.gamma, "0 or more")
         require(0 <= self.mixing_probability <= 1, "--mixing-probability", self.mixing_probability, "from 0 to 1")
-        require(self.phase_images >= 0, "--phase-images", self.phase_images, "0 or more")
+        require_count("--phase-images", self.phase_images, least=0)
 
 
 def growth(images: int, phase_images: int, image_size: int) -> tuple[int, float]:

@@ -58,6 +58,11 @@ def require(fits: bool, option: str, value: object, expected: str) -> None:
         raise InputError(f"{option}: {value} does not fit; expected {expected}")
 
 
+def require_count(option: str, value: int, least: int = 1) -> None:
+    """`require` that it is `least` or more, and no more than any number of things can be."""
+    require(least <= value < 2**31, option, value, f"{least} or more" if value < least else "a number below 2**31")
+
+
 class Score(NamedTuple):
     """What a run says of its networks in a number, and how that is written."""
 

@@ -13,7 +13,7 @@ from fastgan.models.dcgan import Generator, init_weights
 from fastgan.models.wgan_gp import Critic, Norm, ResidualCritic, ResidualGenerator, init_residual
 from fastgan.penalties import gradient_penalty
 from fastgan.training.latent import LatentSettings, LatentSystem
-from fastgan.training.system import adam, require
+from fastgan.training.system import adam, require, require_count
 
 Architecture = Literal["dcgan", "residual"]
 
@@ -34,7 +34,7 @@ class WGANGPSettings(LatentSettings):
         architectures, norms = get_args(Architecture), get_args(Norm)
         require(self.architecture in architectures, "--architecture", self.architecture, " or ".join(architectures))
         require(self.critic_norm in norms, "--critic-norm", self.critic_norm, f"one of {', '.join(norms)}")
-        require(self.critic_steps >= 1, "--critic-steps", self.critic_steps, "1 or more")
+        require_count("--critic-steps", self.critic_steps)
         require(self.penalty_weight >= 0, "--penalty-weight", self.penalty_weight, "0 or more")
         least = 16 if self.architecture == "residual" else 8
         require(self.image_size >= least, "--image-size", self.image_size, f"{least} or more for this architecture")

@@ -239,7 +239,7 @@ def test_bad_input_names_the_argument():
         ops.spectral_norm([w], [u, u], [v])
     with pytest.raises(ValueError, match=r"dims\[0\] must be an axis of a weight with 2, not 2"):
         ops.spectral_norm([w], [u], [v], [2])
-    with pytest.raises(ValueError, match="n_power_iterations must not be negative"):
+    with pytest.raises(ValueError, match="n_power_iterations must be 0 or more"):
         ops.spectral_norm([w], [u], [v], n_power_iterations=-1)
     with pytest.raises(ValueError, match="eps must not be negative"):
         ops.spectral_norm([w], [u], [v], eps=-1.0)

@@ -108,6 +108,6 @@ def test_a_full_disk_is_named(folder, accelerator, full_disk, at, name):
 def test_the_first_step_that_is_not_finite_is_named(folder, accelerator, bad):
     curves = Curves(folder, accelerator, images_per_step=8)
     for value in (1, 2, bad, bad):
-        curves.add(scalars(loss_d=1, grad_norm_g=value))
-    with pytest.raises(Diverged, match=f"step 3: grad_norm_g is {bad}"):
+        curves.add(scalars(loss_d=value, grad_norm_d=0.25, grad_norm_g=value))
+    with pytest.raises(Diverged, match=rf"^step 3: loss_d is {bad} \(grad_norm_d 0\.25, grad_norm_g {bad}\)$"):
         curves.flush()

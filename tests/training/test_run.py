@@ -1,11 +1,14 @@
 """Whole runs: what they leave behind, that they continue exactly, and how they stop."""
 
 import csv
+import multiprocessing
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fastgan.training import checkpoint, data, dcgan, run
 from fastgan.training.dcgan import DCGAN
-from fastgan.training.errors import Diverged, InputError, Interrupted
+from fastgan.training.errors import Diverged, InputError, Interrupted, OutputError
 from fastgan.training.loop import KEPT
 
 
@@ -174,6 +177,90 @@ def test_after_a_crash_the_run_continues_exactly_from_the_last_checkpoint(train,
     assert points(whole) == points(parts)
 
 
+KILLS = int(os.environ.get("FASTGAN_KILLS", "4"))
+
+
+def saved_step(out):
+    """Of the checkpoint, which must be whole if it is there."""
+    path = out / "checkpoint.pt"
+    return checkpoint.load(path)["step"] if path.exists() else 0
+
+
+def shown_step(out):
+    """The last whole row of the curves."""
+    path = out / "curves.csv"
+    text = path.read_text() if path.exists() else ""
+    whole = text[: text.rfind("\n") + 1].splitlines()[1:]
+    return int(whole[-1].partition(",")[0]) if whole else 0
+
+
+def kill_soon(train, out, chance):
+    """Starts a run, or continues it, and kills it: soon after the start, or within some steps once it has saved."""
+
+    def written():
+        path = out / "checkpoint.pt"
+        return path.stat().st_mtime_ns if path.exists() else 0
+
+    before, written_before = saved_step(out), written()
+    # A copy of this process, which has imported all: a process of its own would take seconds to get that far.
+    process = multiprocessing.get_context("fork").Process(
+        target=train, args=(out,), kwargs=dict(steps=10**6, checkpoint_every=3, resume=before > 0)
+    )
+    process.start()
+    if chance.random() < 0.7:
+        while written() == written_before and process.is_alive():
+            time.sleep(0.02)
+    time.sleep(chance.uniform(0, 0.2))
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert saved_step(out) >= before
+    assert shown_step(out) <= saved_step(out) + 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a copy of a process that has used CUDA cannot differentiate")
+def test_a_run_that_is_killed_at_random_moments_ends_as_if_nothing_had_happened(train, tmp_path):
+    """`FASTGAN_KILLS=50` kills it so often."""
+    whole, parts, chance = tmp_path / "whole", tmp_path / "parts", random.Random(0)
+    for _ in range(KILLS):
+        kill_soon(train, parts, chance)
+    steps = saved_step(parts) + 5
+    train(parts, resume=saved_step(parts) > 0, steps=steps, checkpoint_every=3)
+    train(whole, steps=steps, checkpoint_every=3)
+    assert_same_run(whole, parts)
+    assert points(whole) == points(parts)
+    assert not list(parts.rglob("*.partial"))
+
+
+def fill(disk):
+    with pytest.raises(OSError, match="No space left"), open(disk / "filler", "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1 << 12))
+
+
+def test_a_disk_that_fills_leaves_the_last_good_checkpoint(train, tmp_path, small_disk, monkeypatch):
+    whole, parts = tmp_path / "whole", small_disk / "parts"
+    train(whole, steps=9, checkpoint_every=3)
+    with monkeypatch.context() as patch:
+        stop_at(5, patch, lambda: fill(small_disk))
+        message = (
+            r"^cannot write .* \(No space left on device\); the last good checkpoint: .*checkpoint\.pt \(step 3\)$"
+        )
+        with pytest.raises(OutputError, match=message):
+            train(parts, steps=9, checkpoint_every=3)
+    with pytest.raises(InputError, match=r"^--out: cannot write to .*parts \(No space left on device\)$"):
+        train(parts, resume=True)
+    (small_disk / "filler").unlink()
+    train(parts, resume=True, checkpoint_every=3)
+    assert_same_run(whole, parts)
+
+
+def test_a_disk_that_is_read_only_is_told_before_training(train, small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(InputError, match=r"^--out: cannot write to .*out \(Read-only file system\)$"):
+        train(small_disk / "out", steps=1)
+
+
 def test_resuming_a_finished_run_changes_nothing(train, tmp_path):
     train(tmp_path, steps=3)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
@@ -247,7 +334,8 @@ def test_divergence_names_the_step_and_the_last_good_checkpoint(train, tmp_path,
         monkeypatch.setattr(dcgan, "cross_entropy", lambda logits, _: logits.mean() * torch.nan)
 
     stop_at(6, monkeypatch, break_down)
-    with pytest.raises(Diverged, match=rf"^step 6: loss_g is nan; the last good checkpoint: {good}$"):
+    norms = r"grad_norm_d \d\S*, grad_norm_g nan"
+    with pytest.raises(Diverged, match=rf"^step 6: loss_g is nan \({norms}\); the last good checkpoint: {good}$"):
         train(tmp_path, steps=12, checkpoint_every=every)
     assert (tmp_path / "checkpoint.pt").exists() == (every == 2)
     if every == 2:
@@ -337,25 +425,47 @@ def test_a_checkpoint_of_another_system_is_refused(train, tmp_path):
 TWO_PROCESSES = """
 import os, sys
 from pathlib import Path
-from fastgan.training import run
-if os.environ["RANK"] != "0":
-    run.check_writable = None  # it makes and removes --out; two processes would take the folder from each other
+from fastgan.training import checkpoint, data, run
+
+out, other, drawn = map(Path, sys.argv[1:])
+rank, draw = os.environ["RANK"], data.ImageSet.draw
+
+def note(self, rows, random):
+    with open(drawn / rank, "a") as file:
+        print(*rows, file=file)
+    return draw(self, rows, random)
+
+data.ImageSet.draw = note
+if rank != "0":
+    run.check_writable = checkpoint.atomic_write = None  # whoever writes is the first
 settings = {"image_size": 8, "batch_size": 128, "features": 4, "fuse": False}
-run.train("dcgan", settings, out=Path(sys.argv[1]), steps=11, device="cpu")
+run.train("dcgan", settings, out=out, steps=11, device="cpu")
+run.train("dcgan", {}, out=other, steps=8, device="cpu", resume=True)
 """
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
-def test_two_processes_make_one_run(tmp_path):
-    script = tmp_path / "script.py"
+def test_two_processes_make_one_run(train, tmp_path):
+    out, other, drawn, script = (tmp_path / name for name in ("out", "other", "drawn", "script.py"))
     script.write_text(TWO_PROCESSES)
+    drawn.mkdir()
+    train(other, steps=4)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run(
-        [*launch, script, tmp_path / "out"], check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert [row["step"] for row in rows(tmp_path / "out")] == [str(step) for step in range(1, 12)]
-    assert {path.name for path in (tmp_path / "out" / "samples").iterdir()} == {"epoch_0001.png", "final.png"}
-    state = checkpoint.load(tmp_path / "out" / "checkpoint.pt")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*launch, script, out, other, drawn], check=True, timeout=300, env=environment)
+
+    assert [row["step"] for row in rows(out)] == [str(step) for step in range(1, 12)]
+    assert {path.name for path in (out / "samples").iterdir()} == {"epoch_0001.png", "final.png"}
+    state = checkpoint.load(out / "checkpoint.pt")
     first, second = (rng["cpu"] for rng in state["rng"])
     assert not torch.equal(first, second), "each process has noise of its own"
     assert state["drawn"] == 11
+    epoch = [row for rank in "01" for batch in (drawn / rank).read_text().splitlines()[:7] for row in batch.split()]
+    assert len(set(epoch)) == len(epoch) == 7 * 2 * 128, "they share an epoch's images, and none is drawn twice"
+
+    # One process drew 4 batches, two 4 more each, and one goes on: each where the images before it end.
+    assert checkpoint.load(other / "checkpoint.pt")["drawn"] == 4 // 2 + 4
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(other, resume=True, steps=10)
+    assert checkpoint.load(other / "checkpoint.pt")["drawn"] == 2 * 6 + 2
+    assert [row["step"] for row in rows(other)] == [str(step) for step in range(1, 11)]
