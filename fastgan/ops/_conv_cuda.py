@@ -22,13 +22,13 @@ _LEAST_CHANNELS = 16
 
 
 def takes(x: Tensor, weight_shape: Sequence[int], settings: tuple) -> bool:
-    """Whether there may be another form than the vendor's."""
+    """Whether there may be another form than the vendor's: of what tensor cores multiply."""
     _, _, dilation, _, _, groups = settings
     return (
         x.device.type == "cuda"
         and _autotune.is_on()
         and backend.serving("cuda") == "triton"
-        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and (x.dtype in (torch.bfloat16, torch.float16) or (x.dtype == torch.float32 and allows_tf32()))
         and type(x) in (Tensor, nn.Parameter)
         and groups == 1
         and tuple(dilation) == (1, 1)
@@ -36,8 +36,8 @@ def takes(x: Tensor, weight_shape: Sequence[int], settings: tuple) -> bool:
     )
 
 
-def tiles(dtype: torch.dtype) -> list[str]:
-    return _kernels().tiles(dtype)
+def tiles_with_moments(dtype: torch.dtype) -> list[str]:
+    return _kernels().tiles(dtype, moments=True)
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple) -> Tensor:
@@ -53,8 +53,10 @@ def _form_of_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, setting
         return VENDOR
 
     def candidates() -> _autotune.Candidates:
-        by_tiles = {tile: partial(_convolution_by_tiles, x, weight, bias, settings, tile) for tile in tiles(x.dtype)}
-        return {VENDOR: partial(torch.ops.aten.convolution, x, weight, bias, *settings), **by_tiles}
+        vendor = {VENDOR: partial(torch.ops.aten.convolution, x, weight, bias, *settings)}
+        return vendor | {
+            tile: partial(_convolution_by_tiles, x, weight, bias, settings, tile) for tile in _kernels().tiles(x.dtype)
+        }
 
     return choose("convolution", (x, weight, bias), settings, candidates)
 
@@ -123,7 +125,6 @@ def choose(
         str(like.dtype),
         *(t if t is None else (tuple(t.shape), suggests_channels_last(t)) for t in tensors),
         tuple(tuple(s) if isinstance(s, (list, tuple)) else s for s in settings),
-        like.dtype == torch.float32 and allows_tf32(),
     )
     return _autotune.choose(operator, like.device, key, candidates)
 

@@ -83,6 +83,9 @@ def conv2d_batch_norm_act(
         running_mean, running_var, bn_weight, bn_bias, training, momentum, eps, act, negative_slope, prelu_weight: as
             `running_mean`, `running_var`, `weight`, `bias`, … in `fastgan.ops.batch_norm_act`.
 
+    On CUDA one kernel may convolve and find the statistics, where that has been measured to be faster for the shape:
+    `_autotune` says when and how.
+
     Under autocast the convolution runs in the autocast dtype; statistics, bn_weight, bn_bias and the running statistics
     stay float32. Twice differentiable by kernels, and further through the definition of the norm. Saved for backward: x,
     the weight, the convolution's output, and (C',) vectors.
@@ -195,7 +198,7 @@ def _fastest_tile(
 
     def candidates():
         return {_conv_cuda.VENDOR: partial(run, None)} | {
-            tile: partial(run, tile) for tile in _conv_cuda.tiles(x.dtype)
+            tile: partial(run, tile) for tile in _conv_cuda.tiles_with_moments(x.dtype)
         }
 
     form = _conv_cuda.choose("conv_norm_act", (x, weight), settings, candidates)

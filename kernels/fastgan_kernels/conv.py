@@ -258,11 +258,13 @@ class _Plan:
 _plan = lru_cache(maxsize=4096)(_Plan)
 
 
-def tiles(dtype: torch.dtype, behind_norm: bool = False) -> list[str]:
-    """Those of TILES for which this GPU has registers enough: fewer if x is normalised as well."""
-    spilling = {"128x128x64", "128x64x64"} if behind_norm else {"128x128x64"}
-    if _capability() == 9 and dtype.itemsize == 2 and not behind_norm:
-        spilling = set()
+def tiles(dtype: torch.dtype, moments: bool = False, behind_norm: bool = False) -> list[str]:
+    """Those of TILES for which this GPU has registers enough: fewer if y's moments are found as well, or x normalised."""
+    spilling = set()
+    if moments or behind_norm or dtype == torch.float32 or _capability() != 9:
+        spilling.add("128x128x64")
+    if behind_norm:
+        spilling.add("128x64x64")
     return [name for name in TILES if name not in spilling]
 
 
@@ -310,7 +312,10 @@ def convolution_moments(
     allow_tf32: bool = False,
     before: Before | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, mean, var): `convolution` without a bias, and y's mean and biased variance over all axes but 1, in float32."""
+    """(y, mean, var): `convolution` without a bias, and y's mean and biased variance over all axes but 1, in float32.
+
+    tile: of `tiles` with moments.
+    """
     y, partial = _convolve(x, weight, None, stride, padding, transposed, output_padding, tile, allow_tf32, before, True)
     mean, var = (y.new_empty(y.shape[1], dtype=torch.float32) for _ in range(2))
     with torch.cuda.device_of(x):

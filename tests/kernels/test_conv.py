@@ -22,7 +22,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS, SLOPE = 1e-3, 0.2
 # kernel, stride, padding, output_padding; and an x of an odd size, channels that fill no tile, or one image.
 LAYERS = {
-    "k4 s2 p1": ((4, 2, 1, 0), (2, 5, 17, 3, 2)),
+    "k4 s2 p1": ((4, 2, 1, 0), (3, 5, 17, 3, 2)),
     "k3 s2 p1 op1": ((3, 2, 1, 1), (1, 18, 5, 3, 3)),
     "k4 s1 p0 from 1×1": ((4, 1, 0, 0), (3, 6, 5, 1, 1)),
     "k3 s1 p1": ((3, 1, 1, 0), (2, 3, 4, 3, 3)),
@@ -124,9 +124,9 @@ def assert_as_exact_as_eager(p: Problem, ours: dict[str, Tensor]) -> None:
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Several tiles, blocks and splits of tensors that the interpreter can cover."""
+    """Several tiles, blocks and splits of tensors that the interpreter can cover. A depth of 16 is the least on a GPU."""
     for tiles in (TILES, WEIGHT_TILES):
-        monkeypatch.setitem(tiles, "small", Tile(16, 16, 8, 2))
+        monkeypatch.setitem(tiles, "small", Tile(16, 16, 32, 2))
     monkeypatch.setattr(conv, "_SUMMING_PROGRAMS", 64)
     monkeypatch.setattr(conv, "_LEAST_STEPS", 1)
 
@@ -250,6 +250,7 @@ def test_what_comes_in_is_what_batch_norm_act_would_have_written(small_tiles):
 def test_whichever_form_is_measured_to_be_faster_computes(small_tiles, monkeypatch, tmp_path, fastest, transposed):
     monkeypatch.setenv("FASTGAN_AUTOTUNE", "1")
     monkeypatch.setenv("FASTGAN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     monkeypatch.setattr(_conv_cuda, "takes", lambda *_: True)
     for tiles in ("tiles", "weight_tiles"):
         monkeypatch.setattr(conv, tiles, lambda dtype: ["small"])
@@ -276,23 +277,28 @@ def test_whichever_form_is_measured_to_be_faster_computes(small_tiles, monkeypat
 # ── Ahead of time, and CUDA ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def launch_everything(p: Problem, tile: str, weight_tile: str, allow_tf32: bool) -> None:
-    stride, padding, *_ = p.settings
-    convolution_moments(p.x, p.weight, *p.settings, tile, allow_tf32, p.before)
-    convolution(p.grad_y, p.weight, None, stride, padding, False, (0, 0), tile, allow_tf32)
-    convolution_weight_grad(p.grad_y, p.x, p.weight.shape, stride, padding, True, weight_tile, allow_tf32, p.before)
-
-
 def compiled_cases() -> Iterator[tuple[str, Callable]]:
-    for dtype, allow_tf32 in ((torch.bfloat16, False), (torch.float32, True), (torch.float32, False)):
-        for act in (None, "leaky_relu"):
-            p = problem("k4 s2 p1", dtype, act, shape=(2, 64, 32, 4, 4))
-            weight_tiles = conv.weight_tiles(dtype)
-            for tile, weight_tile in itertools.zip_longest(
-                conv.tiles(dtype, act is not None), weight_tiles, fillvalue=weight_tiles[0]
-            ):
-                case = f"rows {dtype}{' as tf32' if allow_tf32 else ''}, {act} before, {tile}, {weight_tile}"
-                yield case, partial(launch_everything, p, tile, weight_tile, allow_tf32)
+    for dtype in (torch.bfloat16, torch.float32):  # the latter as TF32, which is all of it that has a choice
+        p, behind_norm = (problem("k4 s2 p1", dtype, act, shape=(2, 64, 32, 4, 4)) for act in (None, "leaky_relu"))
+        stride, padding, transposed, _ = p.settings
+        for tile in conv.tiles(dtype):
+            yield (
+                f"rows {dtype} {tile}",
+                partial(convolution, p.grad_y, p.weight, None, stride, padding, False, (0, 0), tile, True),
+            )
+        for tile in conv.tiles(dtype, moments=True):
+            yield f"rows {dtype} {tile} moments", partial(convolution_moments, p.x, p.weight, *p.settings, tile, True)
+        for tile in conv.tiles(dtype, moments=True, behind_norm=True):
+            yield (
+                f"rows {dtype} {tile} moments, behind a norm",
+                partial(convolution_moments, p.x, p.weight, *p.settings, tile, True, behind_norm.before),
+            )
+        shape = p.weight.shape
+        for tile, before in itertools.product(conv.weight_tiles(dtype), (None, behind_norm.before)):
+            yield (
+                f"rows {dtype} {tile} weight, {'behind a norm' if before else 'alone'}",
+                partial(convolution_weight_grad, p.grad_y, p.x, shape, stride, padding, transposed, tile, True, before),
+            )
     # An integer argument of 1 is a constant to the compiler; and so many tiles that their moments are merged first.
     for layer, act, shape in (("k4 s1 p0 from 1×1", "prelu", ()), ("k3 s2 p1 op1", None, (1, 18, 17, 160, 160))):
         p = problem(layer, torch.float16, act, shape=shape)
@@ -308,15 +314,19 @@ needs_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_tile_computes_a_layer_of_a_real_size(dtype, act, layer):
     p = problem(layer, dtype, act, shape=(16, 256, 128, 16, 16))
-    for tile in conv.tiles(dtype, act is not None):
-        for weight_tile in conv.weight_tiles(dtype):
-            assert_as_exact_as_eager(p, by_kernels(p, tile, weight_tile, allow_tf32=True))
+    weight_tiles = itertools.cycle(conv.weight_tiles(dtype))
+    for tile in conv.tiles(dtype, moments=True, behind_norm=act is not None):
+        assert_as_exact_as_eager(p, by_kernels(p, tile, next(weight_tiles), allow_tf32=True))
+    stride, padding, *_ = p.settings
+    for tile in conv.tiles(dtype):
+        grad_x = convolution(p.grad_y, p.weight, None, stride, padding, False, (0, 0), tile, allow_tf32=True)
+        assert_as_exact_as_eager(p, {"grad_x": grad_x})
 
 
 @needs_cuda
 def test_a_captured_graph_replays_everything_bit_for_bit():
     p = problem("k4 s2 p1", torch.bfloat16, shape=(8, 128, 64, 16, 16))
-    run = partial(by_kernels, p, next(iter(TILES)), next(iter(WEIGHT_TILES)))
+    run = partial(by_kernels, p, "64x64x64", "64x64x64")
     expected = run()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -118,7 +118,7 @@ def test_measuring_computes_nothing_twice_that_anybody_sees(transposed, monkeypa
     monkeypatch.setenv("FASTGAN_AUTOTUNE", "1")
     monkeypatch.setenv("FASTGAN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(_conv_cuda, "takes", lambda x, *_: True)
-    monkeypatch.setattr(_conv_cuda, "tiles", lambda dtype: ["any"])
+    monkeypatch.setattr(_conv_cuda, "tiles_with_moments", lambda dtype: ["any"])
     faster_and_faster = itertools.count(0, -1)
     monkeypatch.setattr(_autotune, "_milliseconds", lambda *_: float(next(faster_and_faster)))
     _autotune.reset()
@@ -152,7 +152,7 @@ def test_every_form_on_cuda_is_as_exact_as_eager(dtype, transposed, monkeypatch,
     truth = two_orders(stock, leaves(given, torch.float64), dtype)
     names = [str(i) for i in range(len(eager))]
     choice = conv_norm_act._fastest_tile
-    for tile in (None, "measured", *_conv_cuda.tiles(dtype)):
+    for tile in (None, "measured", *_conv_cuda.tiles_with_moments(dtype)):
         monkeypatch.setattr(
             conv_norm_act, "_fastest_tile", choice if tile == "measured" else lambda *_, tile=tile: tile
         )
