@@ -270,7 +270,8 @@ def tiles(dtype: torch.dtype, moments: bool = False, behind_norm: bool = False) 
 
 def weight_tiles(dtype: torch.dtype) -> list[str]:
     """Those of WEIGHT_TILES, likewise."""
-    return [name for name in WEIGHT_TILES if name != "128x128x64" or _capability() in (9, 10)]
+    is_wide = dtype.itemsize == 2 and _capability() in (9, 10)
+    return [name for name in WEIGHT_TILES if is_wide or name != "128x128x64"]
 
 
 def _capability() -> int:
