@@ -261,21 +261,25 @@ _plan = lru_cache(maxsize=4096)(_Plan)
 def tiles(dtype: torch.dtype, moments: bool = False, behind_norm: bool = False) -> list[str]:
     """Those of TILES for which this GPU has registers enough: fewer if y's moments are found as well, or x normalised."""
     spilling = set()
-    if moments or behind_norm or dtype == torch.float32 or _capability() != 9:
+    if moments or behind_norm or not _is_roomy(dtype):
         spilling.add("128x128x64")
-    if behind_norm:
+    if behind_norm or (moments and _capability() == 10):
         spilling.add("128x64x64")
     return [name for name in TILES if name not in spilling]
 
 
 def weight_tiles(dtype: torch.dtype) -> list[str]:
     """Those of WEIGHT_TILES, likewise."""
-    is_wide = dtype.itemsize == 2 and _capability() in (9, 10)
-    return [name for name in WEIGHT_TILES if is_wide or name != "128x128x64"]
+    return [name for name in WEIGHT_TILES if name != "128x128x64" or _is_roomy(dtype)]
+
+
+def _is_roomy(dtype: torch.dtype) -> bool:
+    """Whether operands go to the tensor cores from shared memory, and take no registers: in 16 bits, on Hopper."""
+    return dtype.itemsize == 2 and _capability() == 9
 
 
 def _capability() -> int:
-    """Nvidia's major number of the GPU's compute capability: 9 is Hopper."""
+    """Nvidia's major number of the GPU's compute capability: 9 is Hopper, 10 a Blackwell for data centres."""
     target = triton.runtime.driver.active.get_current_target()
     return target.arch // 10 if target.backend == "cuda" else 0
 
