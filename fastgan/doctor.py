@@ -8,6 +8,7 @@ from rich.console import Group
 from rich.table import Table
 
 from fastgan import backend
+from fastgan.ops import _autotune
 
 OPERATORS = {
     "batch_norm_act": "normalisation, residual, activation",
@@ -92,7 +93,8 @@ def _served(operator: str, device: str) -> tuple[str, str]:
 
 def _convolution(device: str, serving: str) -> tuple[str, str]:
     if device != "cpu":
-        return "cuDNN", "the vendor's convolution in the fast layout"
+        how = "whichever is measured to be faster for a shape" if _autotune.is_on() else "FASTGAN_AUTOTUNE=0"
+        return ("cuDNN, Triton" if _autotune.is_on() else "cuDNN"), how
     if serving != "cpp":
         return "oneDNN", "the vendor's convolution in the fast layout"
     from fastgan import _C

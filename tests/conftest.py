@@ -8,6 +8,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Shapes that a test has made up are not worth measuring, nor remembering.
+os.environ["FASTGAN_AUTOTUNE"] = "0"
+
 from fastgan import backend, ops
 
 # Files that take minutes. They begin first, so that no process is left alone with one at the end.

@@ -79,7 +79,7 @@ COMPOSITE = {"minibatch_stddev", "pixel_norm", "sync_batch_norm_act"}
 MADE_OF_OTHERS = {"conv_norm_act", "gradient_reversal", "resampled_conv"}
 LEVELS = {
     "fastgan/nn/{}.py": {"bias_act", "conv", "layout", "penalty", "resampled_conv"} | LEAN | COMPOSITE,
-    "kernels/fastgan_kernels/{}.py": {"conv", "layout"} | MADE_OF_OTHERS | LEAN | COMPOSITE,
+    "kernels/fastgan_kernels/{}.py": {"layout"} | MADE_OF_OTHERS | LEAN | COMPOSITE,
     "csrc/cpu/{}.h": MADE_OF_OTHERS | LEAN | COMPOSITE,
     "tests/ops/test_{}.py": {"avg_pool"},  # among the activations' cases
     "fastgan/bench/bench_{}.py": {"conv", "layout"} | LEAN | COMPOSITE,

@@ -1,6 +1,7 @@
 """`conv_transpose2d_batch_norm_act` and `conv2d_batch_norm_act` against the three layers in stock PyTorch."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
@@ -9,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgan.bench.case import OURS, Case
+from fastgan.bench.case import OURS, Case, Contest
 from fastgan.bench.op import Contender, Inputs, OpCase, Work
-from fastgan.ops import conv2d_batch_norm_act, conv_transpose2d_batch_norm_act
+from fastgan.ops import _autotune, conv2d_batch_norm_act, conv_transpose2d_batch_norm_act
 
 
 class Layer(NamedTuple):
@@ -100,6 +101,20 @@ def inputs(layer: Layer) -> Inputs:
     return Inputs(x, parameters, [torch.zeros(c_out), torch.ones(c_out)])
 
 
+@dataclass(frozen=True, kw_only=True)
+class ChosenCase(OpCase):
+    """Notes which forms of a convolution have been chosen, and the milliseconds of all: there are several on CUDA."""
+
+    def prepare(self, device: torch.device) -> Contest:
+        _autotune.reset()
+        contest = super().prepare(device)
+        for operator, times in _autotune.chosen():
+            contest.notes.append(
+                f"{operator} by " + ", not ".join(f"{form} ({ms:.4g} ms)" for form, ms in times.items())
+            )
+        return contest
+
+
 def case(layer: Layer, dtype: torch.dtype, layout: str, work: Work) -> Case:
     act = "relu" if layer.transposed else "leaky_relu"
     fixed: dict[str, Any] = {"layer": layer, "training": work != "eval forward"}
@@ -112,7 +127,7 @@ def case(layer: Layer, dtype: torch.dtype, layout: str, work: Work) -> Case:
     }
     if layer == GOAL:
         contenders["compile"] = Contender(peer, "channels_last", "channels_last", compiled=True)
-    return OpCase(
+    return ChosenCase(
         op="conv_norm_act",
         work=work,
         shape=str(layer),

@@ -1,7 +1,7 @@
 """2-d convolution and transposed convolution whose derivatives are convolutions again, to every order.
 
-The arithmetic is cuDNN's on CUDA. On the CPU it is oneDNN's, or one matrix product over patches, or C++ on the CPU's matrix
-unit, whichever is fastest for the shape: `_conv_cpu` has the forms and the choice.
+The arithmetic is the vendor's, cuDNN's on CUDA and oneDNN's on the CPU, or that of kernels, whichever is fastest for the
+shape: `_conv_cuda` and `_conv_cpu` have the forms and the choice.
 """
 
 import functools
@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgan import backend
-from fastgan.ops import _conv_cpu
+from fastgan.ops import _conv_cpu, _conv_cuda
 from fastgan.ops._autograd import is_transformed, operators, register_gradient, register_without_gradient
 from fastgan.ops._kernels import register_kernel
 from fastgan.ops._tensors import (
+    accumulation_dtype,
     check_count,
     check_dtype,
     check_is_tensor,
@@ -59,6 +60,12 @@ torch.library.define(
     f"(Tensor x, Tensor weight, Tensor? bias, {_SETTINGS}) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
+# Without a bias, with y's mean and biased variance over all axes but 1. `tile`: of the kernel that finds both at once.
+torch.library.define(
+    "fastgan::convolution_moments",
+    f"(Tensor x, Tensor weight, {_SETTINGS}, str tile) -> (Tensor y, Tensor mean, Tensor var)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
 torch.library.define(
     "fastgan::convolution_weight_grad",
     f"(Tensor grad_y, Tensor x, SymInt[] weight_shape, {_SETTINGS}) -> Tensor",
@@ -76,6 +83,11 @@ torch.library.define(
 def _(x, weight, bias, *settings):
     y = torch.ops.aten.convolution(x, weight, bias, *settings)
     return dense(y, channels_last=True) if x.device.type == "cpu" else y
+
+
+@torch.library.register_fake("fastgan::convolution_moments")
+def _(x, weight, *settings_and_tile):
+    return _moments_by_definition(x, weight, *settings_and_tile)
 
 
 @torch.library.register_fake("fastgan::convolution_weight_grad")
@@ -109,10 +121,17 @@ def _save_convolution(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_y):
+    grad_x, grad_weight = _gradients(ctx, grad_y)
+    grad_bias = grad_y.sum((0, 2, 3)) if grad_y is not None and will_use(ctx, 2) else None
+    return grad_x, grad_weight, grad_bias, *[None] * len(ctx.settings)
+
+
+def _gradients(ctx, grad_y: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Those in x and weight."""
+    grad_x = grad_weight = None
     if grad_y is None:
-        return None, None, None, *[None] * len(ctx.settings)
+        return grad_x, grad_weight
     x, weight = ctx.saved_tensors
-    grad_x = grad_weight = grad_bias = None
     uses_x, uses_weight = will_use(ctx, 0), will_use(ctx, 1)
     if uses_x and uses_weight and not torch.is_grad_enabled():
         grad_x, grad_weight = operators.convolution_backward(grad_y, x, weight, *ctx.settings)
@@ -120,12 +139,26 @@ def _backward(ctx, grad_y):
         grad_x = _input_grad(grad_y, weight, x.shape[2:], ctx.settings)
     if uses_weight and grad_weight is None:
         grad_weight = operators.convolution_weight_grad(grad_y, x, weight.shape, *ctx.settings)
-    if will_use(ctx, 2):
-        grad_bias = grad_y.sum((0, 2, 3))
-    return grad_x, grad_weight, grad_bias, *[None] * len(ctx.settings)
+    return grad_x, grad_weight
 
 
 register_gradient("convolution", _backward, _save_convolution)
+
+
+def _save_moments(ctx, inputs, output) -> None:
+    x, weight, *ctx.settings, _ = inputs
+    _, mean, var = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(mean, var)  # whoever uses them has the gradient of what they are of y
+    ctx.save_for_backward(x, weight)
+    remember_edges(ctx, inputs)
+
+
+def _moments_backward(ctx, grad_y, _mean, _var):
+    return *_gradients(ctx, grad_y), *[None] * (len(ctx.settings) + 1)
+
+
+register_gradient("convolution_moments", _moments_backward, _save_moments)
 
 
 def _save_weight_grad(ctx, inputs, output) -> None:
@@ -158,6 +191,12 @@ def _vendor_convolution(x, weight, bias, *settings):
     return torch.ops.aten.convolution(x, weight, bias, *settings)
 
 
+def _moments_by_definition(x, weight, *settings_and_tile):
+    y = dense(_vendor_convolution(x, weight, None, *settings_and_tile[:-1]), channels_last=True)
+    var, mean = torch.var_mean(y.to(accumulation_dtype(y.dtype)), (0, 2, 3), correction=0)
+    return y, mean, var
+
+
 def _vendor_weight_grad(grad_y, x, weight_shape, *settings):
     weight = x.new_empty(weight_shape)  # only its shape is read
     mask = [False, True, False]
@@ -180,12 +219,33 @@ def _cpu_backward(grad_y, x, weight, *settings):
     return _conv_cpu.backward(grad_y, x, weight, settings)
 
 
+def _cuda_convolution(x, weight, bias, *settings):
+    return _conv_cuda.convolution(x, weight, bias, settings)
+
+
+def _cuda_moments(x, weight, *settings_and_tile):
+    return _conv_cuda.convolution_moments(x, weight, settings_and_tile[:-1], settings_and_tile[-1])
+
+
+def _cuda_weight_grad(grad_y, x, weight_shape, *settings):
+    return _conv_cuda.weight_grad(grad_y, x, weight_shape, settings)
+
+
+def _cuda_backward(grad_y, x, weight, *settings):
+    return _conv_cuda.backward(grad_y, x, weight, settings)
+
+
 torch.library.impl("fastgan::convolution", "CompositeExplicitAutograd", _vendor_convolution)
 register_kernel("convolution", "cpu", _cpu_convolution)
+register_kernel("convolution", "cuda", _cuda_convolution)
+torch.library.impl("fastgan::convolution_moments", "CompositeExplicitAutograd", _moments_by_definition)
+register_kernel("convolution_moments", "cuda", _cuda_moments)
 torch.library.impl("fastgan::convolution_weight_grad", "CompositeExplicitAutograd", _vendor_weight_grad)
 register_kernel("convolution_weight_grad", "cpu", _cpu_weight_grad)
+register_kernel("convolution_weight_grad", "cuda", _cuda_weight_grad)
 torch.library.impl("fastgan::convolution_backward", "CompositeExplicitAutograd", _vendor_backward)
 register_kernel("convolution_backward", "cpu", _cpu_backward)
+register_kernel("convolution_backward", "cuda", _cuda_backward)
 
 
 # ── The functions ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -317,10 +377,19 @@ def convolve(prepared: Prepared, keep_layout: bool) -> Tensor:
     if runs_as_stock:
         return reference(x, weight, bias, *settings)
     given = x
-    if _prefers_rows(x):
-        x = dense(with_contiguous_gradient(x), channels_last=True)
+    if prefers_rows(x):
+        x = _in_rows(x)
     y = operators.convolution(x, weight, bias, *settings)
     return in_stock_s_layout(y, given, weight) if keep_layout else y
+
+
+def convolve_with_moments(prepared: Prepared, tile: str) -> tuple[Tensor, Tensor, Tensor]:
+    """y without the bias, in channels_last, and its mean and biased variance, by the kernel that finds both at once."""
+    return operators.convolution_moments(_in_rows(prepared.x), prepared.weight, *prepared.settings, tile)
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    return dense(with_contiguous_gradient(x), channels_last=True)
 
 
 def in_stock_s_layout(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -328,7 +397,7 @@ def in_stock_s_layout(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return in_layout(y, suggests_channels_last(x) or suggests_channels_last(weight))
 
 
-def _prefers_rows(x: Tensor) -> bool:
+def prefers_rows(x: Tensor) -> bool:
     """Whether convolutions of such tensors are faster in channels_last: on CUDA, tensor cores read 16-bit NHWC."""
     return x.device.type == "cpu" or x.dtype in (torch.float16, torch.bfloat16)
 

@@ -1,13 +1,15 @@
 """(Transposed) convolution, batch normalisation and activation in one call: the unit that DCGAN is made of."""
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from fastgan.ops import conv, norm_act
+from fastgan.ops import _conv_cuda, conv, norm_act
+from fastgan.ops._autograd import operators
 from fastgan.ops._norm import with_zero_gradient
-from fastgan.ops._tensors import accumulation_dtype, in_layout, lies_in_both
+from fastgan.ops._tensors import accumulation_dtype, in_layout, lies_in_both, suggests_channels_last
 from fastgan.ops._types import Act
 from fastgan.ops.conv import Size2
 
@@ -45,7 +47,8 @@ def reference(
 
 
 # ── The functions ────────────────────────────────────────────────────────────────────────────────────────────────────
-# Made of the registered operators `fastgan::convolution` and `fastgan::batch_norm_act`, whose gradients they have.
+# Made of the registered operators `fastgan::convolution`, or `fastgan::convolution_moments`, and `fastgan::batch_norm_act`,
+# whose gradients they have.
 
 
 def conv2d_batch_norm_act(
@@ -79,6 +82,9 @@ def conv2d_batch_norm_act(
         x, weight, bias, stride, padding, dilation, groups, keep_layout: as in `fastgan.ops.conv2d`.
         running_mean, running_var, bn_weight, bn_bias, training, momentum, eps, act, negative_slope, prelu_weight: as
             `running_mean`, `running_var`, `weight`, `bias`, … in `fastgan.ops.batch_norm_act`.
+
+    On CUDA one kernel may convolve and find the statistics, where that has been measured to be faster for the shape:
+    `_autotune` says when and how.
 
     Under autocast the convolution runs in the autocast dtype; statistics, bn_weight, bn_bias and the running statistics
     stay float32. Deterministic as `conv2d` is. Twice differentiable by kernels, and further through the definition of the
@@ -143,10 +149,17 @@ def _conv_norm_act(
             y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps, act, negative_slope, prelu_weight
         )
     if training:
-        y = conv.convolve(convolution._replace(bias=None), keep_layout=False)
+        convolution = convolution._replace(bias=None)
+        tile = _fastest_tile(convolution, bn_weight, bn_bias, eps, act, negative_slope, prelu_weight)
+        moments = None
+        if tile is None:
+            y = conv.convolve(convolution, keep_layout=False)
+        else:
+            y, mean, var = conv.convolve_with_moments(convolution, tile)
+            moments = mean, var
         y = norm_act.normalise(
             y, running_mean, running_var, bn_weight, with_zero_gradient(bn_bias, bias), True, momentum, eps, act,
-            negative_slope, prelu_weight, mean_offset=bias,
+            negative_slope, prelu_weight, mean_offset=bias, moments=moments,
         )  # fmt: skip
     elif weight.dtype.itemsize == 2 or _costs_more_to_fold(convolution):
         # A folded 16-bit weight would be rounded once more.
@@ -162,6 +175,34 @@ def _conv_norm_act(
         return y
     # What lies in both layouts a norm gives as contiguous.
     return in_layout(y, False) if lies_in_both(y) else conv.in_stock_s_layout(y, x, weight)
+
+
+def _fastest_tile(
+    convolution: conv.Prepared, bn_weight, bn_bias, eps: float, act: Act, negative_slope: float, prelu_weight
+) -> str | None:
+    """The tile with which a convolution that finds its moments on its way is faster than one and a pass that finds them;
+    None where none is."""
+    x, weight, _, settings, *_ = convolution
+    is_in_rows = conv.prefers_rows(x) or suggests_channels_last(x) or suggests_channels_last(weight)
+    if torch.compiler.is_compiling() or not (_conv_cuda.takes(x, weight.shape, settings) and is_in_rows):
+        return None
+
+    def run(tile: str | None) -> Tensor:
+        if tile is None:
+            y, mean, var = conv.convolve(convolution, keep_layout=False), None, None
+        else:
+            y, mean, var = conv.convolve_with_moments(convolution, tile)
+        return operators.batch_norm_act(
+            y, bn_weight, bn_bias, None, prelu_weight, mean, var, True, eps, act, negative_slope
+        )
+
+    def candidates():
+        return {_conv_cuda.VENDOR: partial(run, None)} | {
+            tile: partial(run, tile) for tile in _conv_cuda.tiles_with_moments(x.dtype)
+        }
+
+    form = _conv_cuda.choose("conv_norm_act", (x, weight), settings, candidates)
+    return None if form == _conv_cuda.VENDOR else form
 
 
 def _costs_more_to_fold(convolution: conv.Prepared) -> bool:

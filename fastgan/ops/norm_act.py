@@ -67,13 +67,13 @@ def reference(
 
 
 # ── Schema ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-# `mean` and `var` are given in evaluation; where they are absent the batch's own are used and returned. What an operator
-# need not compute it returns as an empty tensor.
+# `mean` and `var` are given in evaluation; in training the batch's own are used, and returned unless they are given, as
+# whoever computed x may know them. What an operator need not compute it returns as an empty tensor.
 
 torch.library.define(
     "fastgan::batch_norm_act",
-    "(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? prelu_weight, Tensor? mean, Tensor? var, float eps, "
-    "str act, float negative_slope) -> (Tensor y, Tensor mean, Tensor var)",
+    "(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? prelu_weight, Tensor? mean, Tensor? var, bool "
+    "training, float eps, str act, float negative_slope) -> (Tensor y, Tensor mean, Tensor var)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 torch.library.define(
@@ -94,7 +94,7 @@ torch.library.define(
 
 
 @torch.library.register_fake("fastgan::batch_norm_act")
-def _(x, weight, bias, residual, prelu_weight, mean, var, eps, act, negative_slope):
+def _(x, weight, bias, residual, prelu_weight, mean, var, training, eps, act, negative_slope):
     channels = x.shape[1] if mean is None else 0
     y = torch.empty_like(dense(x, is_channels_last(x)))
     return y, empty_statistics(x, channels), empty_statistics(x, channels)
@@ -134,9 +134,8 @@ def _like_prelu_weight(x: Tensor, prelu_weight: Tensor | None, needed: bool = Tr
 
 
 def _save_forward(ctx, inputs, output) -> None:
-    x, weight, bias, residual, prelu_weight, mean, var, *settings = inputs
+    x, weight, bias, residual, prelu_weight, mean, var, ctx.training, *ctx.settings = inputs
     _, batch_mean, batch_var = output
-    ctx.training, ctx.settings = mean is None, settings
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(batch_mean, batch_var)
     statistics = (batch_mean, batch_var) if mean is None else (mean, var)
@@ -146,7 +145,7 @@ def _save_forward(ctx, inputs, output) -> None:
 def _backward(ctx, grad_y, _mean, _var):
     needs_x, needs_weight, needs_bias, needs_residual, needs_prelu_weight, *_ = ctx.needs_input_grad
     act = ctx.settings[1]
-    grads: list[Tensor | None] = [None] * 10
+    grads: list[Tensor | None] = [None] * 11
     if grad_y is None:
         return tuple(grads)
     # Without an activation the residual's gradient is grad_y itself.
@@ -247,7 +246,7 @@ register_gradient("batch_norm_act_double_backward", _triple_backward, _save_doub
 # ── Kernels ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _cpp_forward(x, weight, bias, residual, prelu_weight, mean, var, *settings):
+def _cpp_forward(x, weight, bias, residual, prelu_weight, mean, var, _training, *settings):
     found_mean, found_var = (empty_statistics(x, x.shape[1] if mean is None else 0) for _ in range(2))
     statistics = (found_mean, found_var, True) if mean is None else (mean, var, False)
     y = NormCall(x, weight, bias, residual, *statistics, *settings, prelu_weight=prelu_weight).forward()
@@ -346,10 +345,11 @@ def normalise(
     residual: Tensor | None = None,
     mean_offset: Tensor | None = None,
     lean: bool = False,
+    moments: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """`batch_norm_act` on checked arguments. `mean_offset` (C,) is added to the mean that `running_mean` sees: the bias of
     a convolution, which cancels everywhere else. With `lean` the operator serves be stock torch faster in the forward or
-    not."""
+    not. `moments`: mean and biased variance of x, where they are known, in training."""
     if (
         x.numel() == 0
         or is_transformed()
@@ -364,10 +364,11 @@ def normalise(
             # torch's own saves it for backward, and does not count its change by the batch either.
             running_mean.data.add_(mean_offset.detach().to(running_mean.dtype) * momentum)
         return y
-    mean, var = (None, None) if training else (running_mean, running_var)
-    y, mean, var = operators.batch_norm_act(
-        x, weight, bias, residual, prelu_weight, mean, var, eps, act, negative_slope
-    )  # fmt: skip
+    given = (moments or (None, None)) if training else (running_mean, running_var)
+    y, *found = operators.batch_norm_act(
+        x, weight, bias, residual, prelu_weight, *given, training, eps, act, negative_slope
+    )
+    mean, var = moments or found
     if training and running_mean is not None and running_var is not None:
         n = x.numel() // x.shape[1]
         if mean_offset is not None:

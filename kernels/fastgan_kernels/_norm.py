@@ -67,10 +67,17 @@ def activate_by(pre, value, slopes, ACT: tl.constexpr):
 
 
 @triton.jit
-def _combine_kernel(partial, mean, var, columns, splits, SPLITS: tl.constexpr, WIDTH: tl.constexpr):
-    """Mean and biased variance of each column from those of its splits, by Chan's formula."""
-    p = tl.arange(0, SPLITS)[:, None]
-    c = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)[None, :]
+def affine_of(mean, var, weight, bias, prelu_weight, c, c_ok, eps, slope, ACC: tl.constexpr):
+    """What is done to each element of a channel: its mean, 1 / deviation, weight, bias and the activation's slope."""
+    r = tl.rsqrt(var + tl.full(var.shape, eps, ACC))
+    slopes = tl.full(c.shape, slope, ACC) if prelu_weight is None else load(prelu_weight, c, c_ok, 0.0, ACC)
+    return mean, r, load(weight, c, c_ok, 1.0, ACC), load(bias, c, c_ok, 0.0, ACC), slopes
+
+
+@triton.jit
+def _merge(partial, first, c, columns, splits, SPLITS: tl.constexpr):
+    """Count, shift, offset and square of the splits from `first` on together, by Chan's formula. Some may be empty."""
+    p = first + tl.arange(0, SPLITS)[:, None]
     at = partial + p * columns + c
     ok = (p < splits) & (c < columns)
     field = splits * columns
@@ -79,12 +86,35 @@ def _combine_kernel(partial, mean, var, columns, splits, SPLITS: tl.constexpr, W
     offset = tl.load(at + 2 * field, ok, 0.0)
     square = tl.load(at + 3 * field, ok, 0.0)
     count = tl.sum(n, 0, keep_dims=True)
+    some = tl.maximum(count, 1.0)
     # Means relative to one of the shifts: subtracting nearly equal shifts is exact, however huge these are.
-    anchor = tl.load(partial + field + c, c < columns, 0.0)
-    m = shift - anchor + offset
-    center = tl.sum(n * m, 0, keep_dims=True) / count
+    anchor = tl.where(count > 0, tl.max(tl.where(n > 0, shift, -float("inf")), 0, keep_dims=True), 0.0)
+    m = tl.where(n > 0, shift - anchor + offset, 0.0)
+    center = tl.sum(n * m, 0, keep_dims=True) / some
     square = tl.sum(square + n * (m - center) * (m - center), 0, keep_dims=True)
-    tl.store(mean + c, anchor.to(mean.dtype.element_ty) + center.to(mean.dtype.element_ty), c < columns)
+    return count, anchor, center, square
+
+
+@triton.jit
+def _merge_kernel(partial, merged, columns, splits, SPLITS: tl.constexpr, WIDTH: tl.constexpr):
+    """merged (4, ⌈splits / SPLITS⌉, columns): what partial is, of so many splits together."""
+    c = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)[None, :]
+    row = tl.program_id(1)
+    count, shift, offset, square = _merge(partial, row * SPLITS, c, columns, splits, SPLITS)
+    at = merged + row * columns + c
+    field = tl.num_programs(1) * columns
+    tl.store(at, count, c < columns)
+    tl.store(at + field, shift, c < columns)
+    tl.store(at + 2 * field, offset, c < columns)
+    tl.store(at + 3 * field, square, c < columns)
+
+
+@triton.jit
+def _combine_kernel(partial, mean, var, columns, splits, SPLITS: tl.constexpr, WIDTH: tl.constexpr):
+    """Mean and biased variance of each column from those of its splits."""
+    c = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)[None, :]
+    count, shift, offset, square = _merge(partial, 0, c, columns, splits, SPLITS)
+    tl.store(mean + c, shift.to(mean.dtype.element_ty) + offset.to(mean.dtype.element_ty), c < columns)
     tl.store(var + c, square / count, c < columns)
 
 
@@ -94,7 +124,15 @@ def combine(partial: Tensor, mean: Tensor, var: Tensor) -> None:
     partial: (4, splits, columns). The mean of a split is shift + offset; its square is Σ (x - mean)².
     """
     _, splits, columns = partial.shape
-    _combine_kernel[(triton.cdiv(columns, _COMBINED_COLUMNS),)](
+    blocks = triton.cdiv(columns, _COMBINED_COLUMNS)
+    while splits > MAX_SPLITS:
+        rows = triton.cdiv(splits, MAX_SPLITS)
+        merged = partial.new_empty((4, rows, columns))
+        _merge_kernel[(blocks, rows)](
+            partial, merged, columns, splits, SPLITS=MAX_SPLITS, WIDTH=_COMBINED_COLUMNS, num_warps=8
+        )
+        partial, splits = merged, rows
+    _combine_kernel[(blocks,)](
         partial, mean, var, columns, splits,
         SPLITS=triton.next_power_of_2(splits), WIDTH=_COMBINED_COLUMNS, num_warps=8,
     )  # fmt: skip

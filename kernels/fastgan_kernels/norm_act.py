@@ -25,6 +25,7 @@ from fastgan_kernels._norm import (
     PROGRAMS,
     ROW_CHANNELS,
     activate_by,
+    affine_of,
     channels,
     combine,
     dense,
@@ -41,14 +42,6 @@ _TILES_IN_ONE_PROGRAM = 8
 
 
 # ---------------------------------------------------------------------------------------------------------- mathematics
-
-
-@triton.jit
-def _affine(mean, var, weight, bias, prelu_weight, c, c_ok, eps, slope, ACC: tl.constexpr):
-    """What is done to each element of a channel: its mean, 1 / deviation, weight, bias and the activation's slope."""
-    r = tl.rsqrt(var + tl.full(var.shape, eps, ACC))
-    slopes = tl.full(c.shape, slope, ACC) if prelu_weight is None else load(prelu_weight, c, c_ok, 0.0, ACC)
-    return mean, r, load(weight, c, c_ok, 1.0, ACC), load(bias, c, c_ok, 0.0, ACC), slopes
 
 
 @triton.jit
@@ -154,7 +147,7 @@ def _forward_kernel(x, weight, bias, residual, prelu_weight, mean, var, y, eps: 
     else:
         center = load(mean, c, c_ok, 0.0, ACC)
         spread = load(var, c, c_ok, 0.0, ACC)
-    affine = _affine(center, spread, weight, bias, prelu_weight, c, c_ok, eps, slope, ACC)
+    affine = affine_of(center, spread, weight, bias, prelu_weight, c, c_ok, eps, slope, ACC)
     t = tl.program_id(1)
     while t < tiles:
         at, ok = tile(t, group, shape, ROWS, HEIGHT, WIDTH)
@@ -170,7 +163,7 @@ def _sums_kernel(grad_y, x, weight, bias, residual, prelu_weight, mean, var, ggx
     group, c, c_ok = channels(shape, ROWS, WIDTH)
     center = load(mean, c, c_ok, 0.0, ACC)
     spread = load(var, c, c_ok, 0.0, ACC)
-    affine = _affine(center, spread, weight, bias, prelu_weight, c, c_ok, eps, slope, ACC)
+    affine = affine_of(center, spread, weight, bias, prelu_weight, c, c_ok, eps, slope, ACC)
     g, gx, p, v, vx, vg = _sums(grad_y, x, residual, ggx, affine, group, shape, tiles, ACT, ROWS, HEIGHT, WIDTH, ACC)
     at = partial + tl.program_id(1) * shape[1] + c
     field = tl.num_programs(1) * shape[1]
@@ -192,7 +185,7 @@ def _backward_kernel(grad_y, x, weight, bias, residual, prelu_weight, mean, var,
     group, c, c_ok = channels(shape, ROWS, WIDTH)
     center = load(mean, c, c_ok, 0.0, ACC)
     spread = load(var, c, c_ok, 0.0, ACC)
-    affine = _affine(center, spread, weight, bias, prelu_weight, c, c_ok, eps, slope, ACC)
+    affine = affine_of(center, spread, weight, bias, prelu_weight, c, c_ok, eps, slope, ACC)
     if REDUCE:
         g_sum, gx_sum, p_sum, _, _, _ = _sums(
             grad_y, x, residual, None, affine, group, shape, tiles, ACT, ROWS, HEIGHT, WIDTH, ACC
@@ -232,7 +225,7 @@ def _double_backward_kernel(ggx, ggw, ggb, ggr, grad_y, x, weight, bias, residua
     group, c, c_ok = channels(shape, ROWS, WIDTH)
     center = load(mean, c, c_ok, 0.0, ACC)
     spread = load(var, c, c_ok, 0.0, ACC)
-    affine = _affine(center, spread, weight, bias, prelu_weight, c, c_ok, eps, slope, ACC)
+    affine = affine_of(center, spread, weight, bias, prelu_weight, c, c_ok, eps, slope, ACC)
     _, r, w, _, _ = affine
     scale = w * r
     dw = load(ggw, c, c_ok, 0.0, ACC)
@@ -344,6 +337,7 @@ def batch_norm_act_forward(
     prelu_weight: Tensor | None,
     mean: Tensor | None,
     var: Tensor | None,
+    training: bool,
     eps: float,
     act: str,
     negative_slope: float,
@@ -355,15 +349,16 @@ def batch_norm_act_forward(
     prelu_weight, (C,) or (1,).
 
     Without mean and var, the batch's own are taken, var biased, and come back in the dtype of accumulation: float64 for
-    float64, else float32. Where they are given, two empty tensors come back in their place.
+    float64, else float32. Where they are given, two empty tensors come back in their place; in training they are the
+    batch's own all the same, which makes no difference here.
     """
-    training = mean is None
-    plan = _plan(x, reduces=training)
+    finds = mean is None
+    plan = _plan(x, reduces=finds)
     x, residual = plan.dense(x, residual)
     weight, bias, mean, var = dense(False, weight, bias, mean, var)
     y = torch.empty_like(x)
-    batch_mean, batch_var = (x.new_empty(plan.channels if training else 0, dtype=plan.dtype) for _ in range(2))
-    if training:
+    batch_mean, batch_var = (x.new_empty(plan.channels if finds else 0, dtype=plan.dtype) for _ in range(2))
+    if finds:
         mean, var = batch_mean, batch_var
     with torch.cuda.device_of(x):
         if plan.reduces_first:

@@ -24,3 +24,31 @@ def programs(request, monkeypatch):
     if request.param == "several programs":
         cut_into_small_tiles(monkeypatch)
     return request.param
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interpreter_counts_and_multiplies():
+    """What Triton 3.6's own cannot: a loop to a number that is computed, with NumPy 2.4, and a product of bfloat16."""
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    patch_tensor, create_dot = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot
+
+    def patch(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    def wide(handle):
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        data = interpreter._convert_float(handle.data, tl.bfloat16, tl.float32, None).view("float32")
+        return interpreter.TensorHandle(data, tl.float32)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
+        monkeypatch.setattr(
+            interpreter.InterpreterBuilder,
+            "create_dot",
+            lambda self, a, b, *args: create_dot(self, wide(a), wide(b), *args),
+        )
+        yield

@@ -132,7 +132,9 @@ def by_autograd(p: Problem, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def forward(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    return batch_norm_act_forward(p.x, p.weight, p.bias, p.residual, p.prelu_weight, p.mean, p.var, EPS, p.act, SLOPE)
+    return batch_norm_act_forward(
+        p.x, p.weight, p.bias, p.residual, p.prelu_weight, p.mean, p.var, p.training, EPS, p.act, SLOPE
+    )
 
 
 def saved(p: Problem, mean: Tensor, var: Tensor) -> tuple:
@@ -270,7 +272,7 @@ def test_float32_parameters_serve_bfloat16_data():
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    _, mean, var = batch_norm_act_forward(x, None, None, None, None, None, None, EPS, "none", 0.0)
+    _, mean, var = batch_norm_act_forward(x, None, None, None, None, None, None, True, EPS, "none", 0.0)
     return mean, var
 
 
@@ -492,6 +494,6 @@ def test_a_captured_graph_replays_every_order_bit_for_bit(rows):
 def test_data_past_two_to_the_31_elements(rows):
     x = torch.randn(33, 64, 1024, 1024, dtype=torch.bfloat16, device=DEVICE)
     x = x.to(memory_format=torch.channels_last) if rows else x
-    y, mean, var = batch_norm_act_forward(x, None, None, None, None, None, None, EPS, "relu", 0.0)
+    y, mean, var = batch_norm_act_forward(x, None, None, None, None, None, None, True, EPS, "relu", 0.0)
     expected = F.relu(F.batch_norm(x[-1:].float(), mean, var, eps=EPS))
     torch.testing.assert_close(y[-1:].float(), expected, rtol=2**-8, atol=2**-8)

@@ -179,6 +179,7 @@ def test_opcheck(transposed):
     settings = ([2, 2], [1, 1], [1, 1], transposed, [0, 0], 1)
     x, weight, bias = leaves([x, weight, bias], torch.float32)
     torch.library.opcheck(torch.ops.fastgan.convolution, (x, weight, bias, *settings))
+    torch.library.opcheck(torch.ops.fastgan.convolution_moments, (x, weight, *settings, "any"))
     y = torch.ops.fastgan.convolution(x, weight, bias, *settings).detach().requires_grad_()
     torch.library.opcheck(torch.ops.fastgan.convolution_weight_grad, (y, x, weight.shape, *settings))
     inputs = [t.detach() for t in (y, x, weight)]

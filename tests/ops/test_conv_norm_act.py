@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracle import Errors, two_orders
 
-from fastgan.ops import conv2d_batch_norm_act, conv_transpose2d_batch_norm_act
+from fastgan.ops import _autotune, _conv_cuda, conv2d_batch_norm_act, conv_norm_act, conv_transpose2d_batch_norm_act
 from fastgan.ops.conv_norm_act import reference
 
 FUNCTIONS = {False: conv2d_batch_norm_act, True: conv_transpose2d_batch_norm_act}
@@ -85,6 +85,82 @@ def test_a_gradient_penalty_through_the_layer(last, training, transposed):
 
     ours = gradients(layer(FUNCTIONS[transposed], training))
     torch.testing.assert_close(ours, gradients(layer(reference, training, transposed=transposed)))
+
+
+@pytest.fixture
+def moments_on_the_way(monkeypatch):
+    """As on CUDA where that is faster: the convolution finds the moments of what it computes."""
+    monkeypatch.setattr(conv_norm_act, "_fastest_tile", lambda *_: "any")
+
+
+@KINDS
+def test_moments_found_on_the_way_leave_both_derivatives_exact(transposed, moments_on_the_way):
+    inputs = inputs_of(transposed)
+    ours, stock = layer(FUNCTIONS[transposed], True), layer(reference, True, transposed=transposed)
+    results = [two_orders(call, leaves(inputs, torch.float64)) for call in (ours, stock)]
+    torch.testing.assert_close(*results)
+    assert torch.autograd.gradgradcheck(ours, leaves(inputs, torch.float64), fast_mode=True)
+
+
+@KINDS
+@pytest.mark.parametrize("last", [True, False], ids=["last layer", "parameters after it"])
+def test_moments_found_on_the_way_leave_a_gradient_penalty_exact(last, transposed, moments_on_the_way):
+    test_a_gradient_penalty_through_the_layer(last, True, transposed)
+
+
+@KINDS
+def test_moments_found_on_the_way_move_the_running_statistics(transposed, moments_on_the_way):
+    test_running_mean_counts_the_bias(transposed)
+
+
+@KINDS
+def test_measuring_computes_nothing_twice_that_anybody_sees(transposed, monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTGAN_AUTOTUNE", "1")
+    monkeypatch.setenv("FASTGAN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(_conv_cuda, "takes", lambda x, *_: True)
+    monkeypatch.setattr(_conv_cuda, "tiles_with_moments", lambda dtype: ["any"])
+    faster_and_faster = itertools.count(0, -1)
+    monkeypatch.setattr(_autotune, "_milliseconds", lambda *_: float(next(faster_and_faster)))
+    _autotune.reset()
+    test_running_mean_counts_the_bias(transposed)
+    ((operator, times),) = _autotune.chosen()
+    assert (operator, list(times)) == ("conv_norm_act", ["any", "vendor"])
+    _autotune.reset()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@KINDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_form_on_cuda_is_as_exact_as_eager(dtype, transposed, monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTGAN_AUTOTUNE", "1")
+    monkeypatch.setenv("FASTGAN_CACHE_DIR", str(tmp_path))
+    _autotune.reset()
+    ends = (64, 32) if transposed else (32, 64)
+    given = [torch.randn(8, 64, 16, 16), torch.randn(*ends, 4, 4) / 16, None, torch.rand(32) + 0.5, torch.randn(32)]
+    given = [None if t is None else t.cuda().to(dtype) for t in given]
+    given[0] = given[0].contiguous(memory_format=torch.channels_last)
+    settings = {"stride": 2, "padding": 1, "act": "leaky_relu", "negative_slope": 0.2}
+
+    def call(function, **more):
+        def run(x, weight, _, bn_weight, bn_bias):
+            return function(x, weight, None, None, None, bn_weight, bn_bias, True, 0.1, 1e-3, **settings, **more)
+
+        return run
+
+    stock = call(reference, transposed=transposed)
+    eager = two_orders(stock, leaves(given, dtype), dtype)
+    truth = two_orders(stock, leaves(given, torch.float64), dtype)
+    names = [str(i) for i in range(len(eager))]
+    choice = conv_norm_act._fastest_tile
+    for tile in (None, "measured", *_conv_cuda.tiles_with_moments(dtype)):
+        monkeypatch.setattr(
+            conv_norm_act, "_fastest_tile", choice if tile == "measured" else lambda *_, tile=tile: tile
+        )
+        errors = Errors()
+        errors.add(names, two_orders(call(FUNCTIONS[transposed]), leaves(given, dtype), dtype), eager, truth)
+        errors.check()
+    assert {"conv_norm_act", "convolution"} <= {operator for operator, _ in _autotune.chosen()}
+    _autotune.reset()
 
 
 @KINDS

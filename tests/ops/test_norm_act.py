@@ -163,9 +163,10 @@ def test_opcheck(slopes, dtype, training):
     mean, var = (None, None) if training else (torch.zeros(5), torch.ones(5))
     settings = (1e-5, "prelu" if slopes else "leaky_relu", 0.2)
     ops = torch.ops.fastgan
-    torch.library.opcheck(ops.batch_norm_act, (x, weight, bias, residual, prelu_weight, mean, var, *settings))
+    inputs = (x, weight, bias, residual, prelu_weight)
+    torch.library.opcheck(ops.batch_norm_act, (*inputs, mean, var, training, *settings))
     mean, var = torch.zeros(5), torch.ones(5)
-    grads = (torch.randn_like(x).requires_grad_(), x, weight, bias, residual, prelu_weight, mean, var, training)
+    grads = (torch.randn_like(x).requires_grad_(), *inputs, mean, var, training)
     torch.library.opcheck(ops.batch_norm_act_backward, (*grads, *settings, True, True, True))
     torch.library.opcheck(
         ops.batch_norm_act_double_backward, (torch.randn_like(x), None, None, None, *grads, *settings)
