@@ -1,5 +1,7 @@
 import functools
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,9 @@ if not torch.cuda.is_available():
 
 # Shapes that a test has made up are not worth measuring, nor remembering.
 os.environ["FASTGAN_AUTOTUNE"] = "0"
+
+# After the installed package: the benchmarks are only in the checkout.
+sys.path.append(str(Path(__file__).parents[1]))
 
 from fastgan import backend, ops
 

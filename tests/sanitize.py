@@ -15,6 +15,7 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+_OPERATORS = ["tests/ops", "tests/nn", "tests/test_bad_input.py", "tests/test_same_bits.py"]
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "sanitize"
 INSTRUCTION_SETS = ("default", "avx2", "avx512")
@@ -46,9 +47,8 @@ count = 1 << 22
 samples, x = _C.Samples(0, 1, count), torch.ones(count)
 """
 TESTS = {
-    **dict.fromkeys(
-        ("address", "undefined"), [["tests/ops", "tests/nn", "tests/test_bad_input.py", "tests/test_same_bits.py"]]
-    ),
+    "address": [_OPERATORS],
+    "undefined": [_OPERATORS],
     "thread": [["tests/test_same_bits.py"], ["tests/ops", "-k", "threads"]],
 }
 
