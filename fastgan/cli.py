@@ -348,10 +348,10 @@ def srgan(
 def dann(
     image_size: Annotated[int | None, typer.Option(help="A multiple of 4 from 16 to 84.", show_default="28")] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Images of each domain per batch and process.", show_default="64")
+        int | None, typer.Option(help="Images of each domain per batch and process.", show_default="32")
     ] = None,
     steps: Steps = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the domains.", show_default="16")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the domains.", show_default="12")] = None,
     lr: Annotated[
         float | None, typer.Option(help="Adam's learning rate at the start, from which it falls.", show_default="0.003")
     ] = None,

@@ -35,6 +35,7 @@ class DANNSettings(Settings):
     sources: ClassVar[tuple[str, ...]] = ()
 
     image_size: int = 28
+    batch_size: int = 32
     lr: float = 0.003
     features: int = 32
 
@@ -56,7 +57,7 @@ class DANN(System[DANNSettings]):
 
     name = "dann"
     settings_type = DANNSettings
-    epochs = 16
+    epochs = 12
     draws = 2
 
     def __init__(self, settings: DANNSettings, channels: int, accelerator: Accelerator):
