@@ -86,9 +86,8 @@ LEVELS = {
     "docs/ops/{}.md": {"layout"},
 }
 SHARED = {
-    "_layers", "_norm", "_units", "kernels", "simd", "slices", "tiles", "conv_tiles", "winograd", "avx2", "avx512",
-    "baseline", "__init__", "dcgan", "wgan_gp", "sngan", "stylegan", "cyclegan", "srgan", "equalized",
-    "index",
+    "_layers", "_norm", "_units", "kernels", "simd", "slices", "tiles", "conv_tiles", "products", "winograd", "avx2",
+    "avx512", "baseline", "__init__", "dcgan", "wgan_gp", "sngan", "stylegan", "cyclegan", "srgan", "equalized", "index",
 }  # fmt: skip
 
 
