@@ -351,7 +351,7 @@ def dann(
         int | None, typer.Option(help="Images of each domain per batch and process.", show_default="32")
     ] = None,
     steps: Steps = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the domains.", show_default="12")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the domains.", show_default="20")] = None,
     lr: Annotated[
         float | None, typer.Option(help="Adam's learning rate at the start, from which it falls.", show_default="0.003")
     ] = None,

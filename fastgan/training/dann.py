@@ -57,7 +57,7 @@ class DANN(System[DANNSettings]):
 
     name = "dann"
     settings_type = DANNSettings
-    epochs = 12
+    epochs = 20
     draws = 2
 
     def __init__(self, settings: DANNSettings, channels: int, accelerator: Accelerator):
