@@ -17,8 +17,9 @@ from fastgan.ops._conv_cpu import settings_of_input_grad
 from fastgan.ops._tensors import dense, suggests_channels_last
 
 VENDOR = "vendor"
-# Fewer leave most of a tile of the matrix product empty.
-_LEAST_CHANNELS = 16
+# Fewer channels leave most of a tile of the matrix product empty. Other numbers than multiples of 8 do not begin every pixel
+# at 16 bytes, and addresses take the registers of the sums.
+_LEAST_CHANNELS, _CHANNELS_TOGETHER = 16, 8
 
 
 def takes(x: Tensor, weight_shape: Sequence[int], settings: tuple) -> bool:
@@ -32,7 +33,7 @@ def takes(x: Tensor, weight_shape: Sequence[int], settings: tuple) -> bool:
         and type(x) in (Tensor, nn.Parameter)
         and groups == 1
         and tuple(dilation) == (1, 1)
-        and min(weight_shape[:2]) >= _LEAST_CHANNELS
+        and all(channels >= _LEAST_CHANNELS and channels % _CHANNELS_TOGETHER == 0 for channels in weight_shape[:2])
     )
 
 
