@@ -1,5 +1,5 @@
 """The operators' tests with C++ kernels that are built for AddressSanitizer, for UndefinedBehaviorSanitizer and for
-ThreadSanitizer: `python tests/sanitize.py`, or with `address`, `undefined` or `thread` one of them. Takes hours; needs Linux
+ThreadSanitizer: `python tests/sanitize.py`, or with `address`, `undefined` or `thread` one of them. Takes long; needs Linux
 and GCC.
 
 The extension is built, not a driver of the kernels: torch takes the memory of its tensors from malloc, which the sanitizer
