@@ -24,9 +24,9 @@ class NotThere(Exception):
     """Something cannot be installed; the message is the last that was said of it."""
 
 
-def said(*command: object, cwd: Path | None = None, **environment: str) -> str:
+def said(*command: object, **environment: str) -> str:
     run = subprocess.run(
-        list(map(str, command)), cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+        list(map(str, command)), env={**os.environ, **environment}, capture_output=True, text=True, check=False
     )
     if run.returncode:
         lines = [line for line in (run.stdout + run.stderr).splitlines() if line.startswith("ERROR")]
@@ -53,7 +53,8 @@ def environment(python: str, torch: str, numpy: str, folder: Path) -> Path:
 
 def outcome(own: Path, wheel: Path, folder: Path, arguments: list[str]) -> str:
     said(own, "-m", "pip", "install", "--quiet", wheel)
-    # From another folder, so that the package is the installed one.
+    # From another folder, so that the package is the installed one. The benchmarks are no part of it.
+    shutil.copytree(ROOT / "benchmarks", folder / "benchmarks")
     tests = arguments or [str(ROOT / "tests")]
     options = [f"--rootdir={ROOT}", f"--config-file={ROOT / 'pyproject.toml'}", "-p", "no:cacheprovider"]
     run = subprocess.run(
