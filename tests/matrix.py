@@ -14,19 +14,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
-TORCHES = ("2.13", "2.12", "2.11", "2.10")
+TORCHES = ("2.15", "2.14", "2.13", "2.12", "2.11", "2.10")
 NUMPYS = ("1.26", "2.0", "2.2", "2.4")
 # What the suite needs besides the package's own requirements.
-TOOLS = ("triton==3.6.0", "pytest", "pytest-xdist", "hypothesis", "build", "safetensors", "matplotlib")
+TOOLS = ("triton==3.6.0", "pytest", "pytest-xdist", "hypothesis", "build", "safetensors", "markdown-it-py")
 
 
 class NotThere(Exception):
     """Something cannot be installed; the message is the last that was said of it."""
 
 
-def said(*command: object, cwd: Path | None = None, **environment: str) -> str:
+def said(*command: object, **environment: str) -> str:
     run = subprocess.run(
-        list(map(str, command)), cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+        list(map(str, command)), env={**os.environ, **environment}, capture_output=True, text=True, check=False
     )
     if run.returncode:
         lines = [line for line in (run.stdout + run.stderr).splitlines() if line.startswith("ERROR")]
@@ -53,7 +53,8 @@ def environment(python: str, torch: str, numpy: str, folder: Path) -> Path:
 
 def outcome(own: Path, wheel: Path, folder: Path, arguments: list[str]) -> str:
     said(own, "-m", "pip", "install", "--quiet", wheel)
-    # From another folder, so that the package is the installed one.
+    # From another folder, so that the package is the installed one. The benchmarks are no part of it.
+    shutil.copytree(ROOT / "benchmarks", folder / "benchmarks")
     tests = arguments or [str(ROOT / "tests")]
     options = [f"--rootdir={ROOT}", f"--config-file={ROOT / 'pyproject.toml'}", "-p", "no:cacheprovider"]
     run = subprocess.run(
@@ -67,30 +68,40 @@ def outcome(own: Path, wheel: Path, folder: Path, arguments: list[str]) -> str:
     return lines[-1]
 
 
-def main(arguments: list[str]) -> int:
+def tried(python: str, torch: str, numpy: str, wheel: Path, arguments: list[str]) -> bool:
+    """Prints what came of a case; whether it could be installed."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            found, there = (
+                outcome(environment(python, torch, numpy, Path(folder)), wheel, Path(folder), arguments),
+                True,
+            )
+        except NotThere as error:
+            found, there = f"not installed: {error}", False
+    print(f"  torch {torch}, numpy {numpy}: {found}", flush=True)
+    return there
+
+
+def main(arguments: list[str]) -> None:
     arguments = [str(Path(word).resolve()) if Path(word.split("::")[0]).exists() else word for word in arguments]
-    cases = [(torch, NUMPYS[-1]) for torch in TORCHES] + [(TORCHES[0], numpy) for numpy in NUMPYS[:-1]]
     for version in PYTHONS:
         python = shutil.which(f"python{version}")
-        try:
-            if python is None:
-                raise NotThere(f"no python{version} on the PATH")
-            with tempfile.TemporaryDirectory() as place:
+        if python is None:
+            print(f"Python {version}: not on the PATH")
+            continue
+        with tempfile.TemporaryDirectory() as place:
+            try:
                 said(python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", place, ROOT, FASTGAN_NVCC="")
-                (wheel,) = Path(place).glob("*.whl")
-                print(f"Python {version}: {wheel.name}")
-                for torch, numpy in cases:
-                    folder = Path(place) / "environment"
-                    try:
-                        found = outcome(environment(python, torch, numpy, folder), wheel, folder, arguments)
-                    except NotThere as error:
-                        found = f"not installed: {error}"
-                    print(f"  torch {torch}, numpy {numpy}: {found}", flush=True)
-                    shutil.rmtree(folder, ignore_errors=True)
-        except NotThere as error:
-            print(f"Python {version}: not installed: {error}", flush=True)
-    return 0
+            except NotThere as error:
+                print(f"Python {version}: no wheel: {error}", flush=True)
+                continue
+            (wheel,) = Path(place).glob("*.whl")
+            print(f"Python {version}: {wheel.name}", flush=True)
+            there = [torch for torch in TORCHES if tried(python, torch, NUMPYS[-1], wheel, arguments)]
+            for numpy in NUMPYS[:-1]:
+                if there:
+                    tried(python, there[0], numpy, wheel, arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

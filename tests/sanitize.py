@@ -1,5 +1,5 @@
 """The operators' tests with C++ kernels that are built for AddressSanitizer, for UndefinedBehaviorSanitizer and for
-ThreadSanitizer: `python tests/sanitize.py`, or with `address`, `undefined` or `thread` one of them. Takes hours; needs Linux
+ThreadSanitizer: `python tests/sanitize.py`, or with `address`, `undefined` or `thread` one of them. Takes long; needs Linux
 and GCC.
 
 The extension is built, not a driver of the kernels: torch takes the memory of its tensors from malloc, which the sanitizer
@@ -15,7 +15,6 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-_OPERATORS = ["tests/ops", "tests/nn", "tests/test_bad_input.py", "tests/test_same_bits.py"]
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "sanitize"
 INSTRUCTION_SETS = ("default", "avx2", "avx512")
@@ -29,14 +28,17 @@ LIBRARIES = {"address": "libasan.so", "undefined": "libubsan.so", "thread": "lib
 # it, ThreadSanitizer sees the mutexes only.
 OPTIONS = {
     "address": ("ASAN_OPTIONS", "detect_leaks=0"),
-    "undefined": ("UBSAN_OPTIONS", "print_stacktrace=1"),
-    "thread": ("TSAN_OPTIONS", "ignore_noninstrumented_modules=1 report_thread_leaks=0 detect_deadlocks=0"),
+    "undefined": ("UBSAN_OPTIONS", "halt_on_error=1 print_stacktrace=1"),
+    "thread": (
+        "TSAN_OPTIONS",
+        "halt_on_error=1 ignore_noninstrumented_modules=1 report_thread_leaks=0 detect_deadlocks=0",
+    ),
 }
 FAULTS = {
     "address": "_C.sample_scale(samples, x.data_ptr(), x.data_ptr(), torch.empty(count - 1).data_ptr())",
     "undefined": "_C.sample_scale(_C.Samples(0, -(2**62), 4), 0, 0, 0)",
     "thread": """
-threads = [threading.Thread(target=_C.sample_scale, args=(samples, *[x.data_ptr()] * 3)) for _ in range(8)]
+threads = [threading.Thread(target=_C.sample_scale, args=(samples, *[x.data_ptr()] * 3)) for _ in range(2)]
 [thread.start() for thread in threads], [thread.join() for thread in threads]
 """,
 }
@@ -46,9 +48,10 @@ from fastgan import _C
 count = 1 << 22
 samples, x = _C.Samples(0, 1, count), torch.ones(count)
 """
+OPERATORS = [["tests/ops", "tests/nn", "tests/test_bad_input.py", "tests/test_same_bits.py"]]
 TESTS = {
-    "address": [_OPERATORS],
-    "undefined": [_OPERATORS],
+    "address": OPERATORS,
+    "undefined": OPERATORS,
     "thread": [["tests/test_same_bits.py"], ["tests/ops", "-k", "threads"]],
 }
 

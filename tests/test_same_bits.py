@@ -57,7 +57,9 @@ def drawn_calls(name, count):
     found = []
 
     @given(calls(name))
-    @settings(max_examples=count, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=count, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    )
     def keep(arguments):
         try:
             getattr(ops, name)(**arguments)

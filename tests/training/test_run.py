@@ -222,6 +222,7 @@ def kill_soon(train, out, chance):
 def test_a_run_that_is_killed_at_random_moments_ends_as_if_nothing_had_happened(train, tmp_path):
     """`FASTGAN_KILLS=50` kills it so often."""
     whole, parts, chance = tmp_path / "whole", tmp_path / "parts", random.Random(0)
+    train(tmp_path / "first", steps=1)  # what is imported late is here before the copies are made
     for _ in range(KILLS):
         kill_soon(train, parts, chance)
     steps = saved_step(parts) + 5
