@@ -300,7 +300,8 @@ def compiled_cases() -> Iterator[tuple[str, Callable]]:
                 partial(convolution_weight_grad, p.grad_y, p.x, shape, stride, padding, transposed, tile, True, before),
             )
     # An integer argument of 1 is a constant to the compiler; and so many tiles that their moments are merged first.
-    for layer, act, shape in (("k4 s1 p0 from 1×1", "prelu", ()), ("k3 s2 p1 op1", None, (1, 24, 16, 160, 160))):
+    layers = (("k4 s1 p0 from 1×1", "prelu", (3, 24, 16, 1, 1)), ("k3 s2 p1 op1", None, (1, 24, 16, 160, 160)))
+    for layer, act, shape in layers:
         p = problem(layer, torch.float16, act, shape=shape)
         yield f"bare {layer}", partial(by_kernels, p, "64x64x64", "64x64x64")
 
