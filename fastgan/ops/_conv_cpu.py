@@ -300,9 +300,8 @@ def stays_in_planes(dtype: torch.dtype, x_shape: torch.Size, weight_shape: torch
 # than oneDNN's reordering of the weight.
 _PATCHES_PER_WEIGHT = {torch.float32: 3.0, torch.bfloat16: 6.0}
 _PATCHES_PER_WEIGHT_GRAD = {torch.float32: 3.0, torch.bfloat16: 32.0}
-_PATCHES_PER_WEIGHT_WITHOUT_TILES = (
-    0.5  # where float32 lanes are wide: oneDNN fills them better than MKL does on AMD's CPUs
-)
+# … where float32 lanes are wide and there is no matrix unit: oneDNN fills them better than MKL does on AMD's CPUs.
+_PATCHES_PER_WEIGHT_WITHOUT_TILES = 0.5
 _FEW_PRODUCTS = 1 << 27  # so little work that a product of two matrices does not outrun its patches
 # Multiplications with one element that pay for its packing into tiles. With one tap nothing is read twice from the L2.
 _PRODUCTS_PER_PACKED = {True: 128, False: 400}
