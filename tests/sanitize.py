@@ -92,12 +92,16 @@ def run(kind: str, instruction_set: str, package: Path, *arguments: str) -> tupl
     reports = FOLDER / kind / f"reports-{instruction_set}"
     shutil.rmtree(reports, ignore_errors=True)
     reports.mkdir(parents=True)
-    library = subprocess.check_output(["g++", f"-print-file-name={LIBRARIES[kind]}"], text=True).strip()
+    # AddressSanitizer looks for C++'s throw when it starts, and Python is no C++ program.
+    libraries = [
+        subprocess.check_output(["g++", f"-print-file-name={name}"], text=True).strip()
+        for name in (LIBRARIES[kind], "libstdc++.so.6")
+    ]
     variable, options = OPTIONS[kind]
     environment = {
         **os.environ,
         variable: f"log_path={reports / 'report'} {options}",
-        "LD_PRELOAD": library,
+        "LD_PRELOAD": " ".join(libraries),
         "PYTHONPATH": os.pathsep.join(map(str, (package, ROOT / "kernels"))),
         "ATEN_CPU_CAPABILITY": instruction_set,
         "OMP_NUM_THREADS": "4",
