@@ -85,41 +85,45 @@ struct LeftOfSums {
   int64_t at(int64_t k, int64_t r) const { return (k / depth * panels + r / width) * panel + k % depth * width + r % width; }
 };
 
-// sums[r·stride + n] = Σ a[r·row + k·step] · b[k·line + n], k < count, of so many rows; or adds that.
+// sums[r·stride + n] = Σ a[r·row + k·step] · b[k·block_columns + n], k < count, of so many rows; or adds that. So few numbers are
+// added one after the other that the sums' own rounding does not show beside that of the transforms.
 template <int rows, int64_t row>
-void multiply_rows(const float* a, int64_t step, const float* b, int64_t line, int64_t count, float* sums, int64_t stride,
-                   bool adds) {
+void multiply_rows(const float* a, int64_t step, const float* b, int64_t count, float* sums, int64_t stride, bool adds) {
   constexpr int W = lanes<float>;
-  f32v left[rows], right[rows];
-  for (int r = 0; r < rows; ++r) left[r] = right[r] = f32v{};
-  for (int64_t k = 0; k < count; ++k, a += step, b += line) {
-    const f32v of_left = load(b), of_right = load(b + W);
-    for (int r = 0; r < rows; ++r) {
-      const f32v factor = broadcast(a[r * row]);
-      left[r] += factor * of_left;
-      right[r] += factor * of_right;
+  constexpr int64_t chain = 16;
+  for (int64_t first = 0; first < count; first += chain, adds = true) {
+    f32v left[rows], right[rows];
+    for (int r = 0; r < rows; ++r) left[r] = right[r] = f32v{};
+    for (int64_t k = first; k < smaller(first + chain, count); ++k, a += step, b += block_columns) {
+      const f32v of_left = load(b), of_right = load(b + W);
+      for (int r = 0; r < rows; ++r) {
+        const f32v factor = broadcast(a[r * row]);
+        left[r] += factor * of_left;
+        right[r] += factor * of_right;
+      }
     }
-  }
-  for (int r = 0; r < rows; ++r, sums += stride) {
-    store(sums, adds ? load(sums) + left[r] : left[r]);
-    store(sums + W, adds ? load(sums + W) + right[r] : right[r]);
+    for (int r = 0; r < rows; ++r) {
+      float* const to = sums + r * stride;
+      store(to, adds ? load(to) + left[r] : left[r]);
+      store(to + W, adds ? load(to + W) + right[r] : right[r]);
+    }
   }
 }
 // Of a block, or the thirds of it that `rows` reach.
 template <int64_t row>
-FASTGAN_INLINE void multiply_block(int64_t rows, const float* a, int64_t step, const float* b, int64_t line, int64_t count,
-                                   float* sums, int64_t stride, bool adds) {
+FASTGAN_INLINE void multiply_block(int64_t rows, const float* a, int64_t step, const float* b, int64_t count, float* sums,
+                                   int64_t stride, bool adds) {
   constexpr int third = block_rows / 3;
   const auto multiply = rows > 2 * third ? multiply_rows<block_rows, row>
                         : rows > third   ? multiply_rows<2 * third, row>
                                          : multiply_rows<third, row>;
-  multiply(a, step, b, line, count, sums, stride, adds);
+  multiply(a, step, b, count, sums, stride, adds);
 }
 
 void multiply(const Left& left, const Right& right, const float* a, const float* b, float* sums, int64_t stride) {
   for (int64_t k = 0; k < left.K; k += depth)
     for (int64_t panel = 0; panel < right.panels; ++panel)
       for (int64_t r = 0; r < left.rows; r += block_rows)
-        multiply_block<Left::row>(left.rows - r, a + left.at(r, k), 1, b + right.at(k, panel * block_columns), block_columns,
+        multiply_block<Left::row>(left.rows - r, a + left.at(r, k), 1, b + right.at(k, panel * block_columns),
                                   smaller(depth, left.K - k), sums + r * stride + panel * block_columns, stride, k > 0);
 }

@@ -541,7 +541,7 @@ bool winograd_weight_grad_of(const Winograd& a, const float* positions, const fl
                 for (int64_t n = 0; n < columns; n += block_columns)
                   for (int64_t r = 0; r < rows; r += block_rows)
                     multiply_block<1>(rows - r, lefts + k / Form::phases * left.size + left.at(0, r), LeftOfSums::width,
-                                      rights + k * right.size + right.at(0, n), block_columns, count,
+                                      rights + k * right.size + right.at(0, n), count,
                                       sums_of(row, panel, group) + k * block + n * outputs + r * block_columns, block_columns,
                                       first > 0);
             }
