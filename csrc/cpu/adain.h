@@ -69,6 +69,8 @@ template <class T> void adain_forward_of(const AdaINForward& a) {
   };
   auto body = [&](vec_t<T>*, const Channel<T, 5>& channel, int64_t offset, int n, auto where) __attribute__((always_inline)) {
     const auto& p = channel.p;
+    slices.fetch_next(static_cast<const T*>(a.x) + offset, where);
+    slices.fetch_next_to_store(out + offset, where);
     store(out + offset, (values(p, offset, n, where) - p[2]) * p[3] + p[4], n);
   };
   moments_finish_apply<T, 5>(a, table.data, values, finish, body);
@@ -89,6 +91,8 @@ template <class T> void adain_backward_of(const AdaINBackward& a) {
   const T* grad_out = static_cast<const T*>(a.grad_out);
   T* grad_x = static_cast<T*>(a.grad_x);
   auto sums_of = [&](vec* sums, const Channel<T, 3>& channel, int64_t offset, int n, auto where) __attribute__((always_inline)) {
+    slices.fetch_next(static_cast<const T*>(a.x) + offset, where);
+    slices.fetch_next(grad_out + offset, where);
     const vec t = values(channel.p, offset, n, where) - channel.p[2], g = load(grad_out + offset, n);
     sums[0] += g;
     sums[1] += g * t;
@@ -105,6 +109,9 @@ template <class T> void adain_backward_of(const AdaINBackward& a) {
     const auto& p = channel.p;
     const vec before = values.before(p, offset, n, where), t = values.after(before) - p[2];
     const vec grad = values.act.gradient(before, p[3] * load(grad_out + offset, n) + p[4] * t + p[5]);
+    slices.fetch_next(static_cast<const T*>(a.x) + offset, where);
+    slices.fetch_next(grad_out + offset, where);
+    slices.fetch_next_to_store(grad_x + offset, where);
     store(grad_x + offset, grad, n);
     add_channel<T>(a, sums, grad, n, where);
   };

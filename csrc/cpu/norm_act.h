@@ -13,9 +13,10 @@ template <class T> void forward(const NormActForward& a) {
   const T* x = static_cast<const T*>(a.x);
   T* y = static_cast<T*>(a.y);
   const int64_t ahead = slices.group * a.S; // the next unit: its way from memory overlaps the stores of this one
-  auto body = [&](vec_t<T>*, const Channel<T, 4>& channel, int64_t offset, int n, auto) __attribute__((always_inline)) {
+  auto body = [&](vec_t<T>*, const Channel<T, 4>& channel, int64_t offset, int n, auto where) __attribute__((always_inline)) {
     const vec_t<T> t = load(x + offset, n) - channel.p[0];
     __builtin_prefetch(x + offset + ahead, 0, 2);
+    slices.fetch_next_to_store(y + offset, where);
     store(y + offset, act.value(preactivation<T, 4>(a, channel, t, offset, n), channel.p[3]), n);
   };
   if (a.batch_stats)
@@ -36,7 +37,9 @@ template <class T, bool Prelu> void backward(const NormActBackward& a) {
   fill_affine(a, slices, table.data);
   const T *x = static_cast<const T*>(a.x), *grad_y = static_cast<const T*>(a.grad_y);
   T *grad_x = static_cast<T*>(a.grad_x), *grad_residual = static_cast<T*>(a.grad_residual);
-  auto sums_of = [&](vec* sums, const Channel<T, 4>& channel, int64_t offset, int n, auto) __attribute__((always_inline)) {
+  auto sums_of = [&](vec* sums, const Channel<T, 4>& channel, int64_t offset, int n, auto where) __attribute__((always_inline)) {
+    slices.fetch_next(x + offset, where);
+    slices.fetch_next(grad_y + offset, where);
     const vec t = load(x + offset, n) - channel.p[0];
     const vec pre = preactivation<T, 4>(a, channel, t, offset, n), of_y = load(grad_y + offset, n);
     const vec g = act.gradient(pre, of_y, channel.p[3]);
@@ -61,7 +64,8 @@ template <class T, bool Prelu> void backward(const NormActBackward& a) {
       store_column(&table[4 * slices.count + first + i], slices.count,
                    {element<Acc>(a.weight, channel + i, 1) * r, k2, k3});
   };
-  auto body = [&](vec_t<T>*, const Channel<T, 7>& channel, int64_t offset, int n, auto) __attribute__((always_inline)) {
+  auto body = [&](vec_t<T>*, const Channel<T, 7>& channel, int64_t offset, int n, auto where) __attribute__((always_inline)) {
+    if (grad_x) slices.fetch_next_to_store(grad_x + offset, where);
     const vec t = load(x + offset, n) - channel.p[0];
     const vec g = act.gradient(preactivation<T, 7>(a, channel, t, offset, n), load(grad_y + offset, n), channel.p[3]);
     // Outside batch statistics x has no part in it: a nan there must not spread by 0 · nan.
@@ -86,12 +90,15 @@ template <class T> void double_backward(const NormActDoubleBackward& a) {
   const T *x = static_cast<const T*>(a.x), *grad_y = static_cast<const T*>(a.grad_y);
   const T *ggx = static_cast<const T*>(a.ggx), *ggr = static_cast<const T*>(a.ggr);
   T *g_grad_y = static_cast<T*>(a.g_grad_y), *g_x = static_cast<T*>(a.g_x);
-  auto sums_of = [&](vec* sums, const Channel<T, 4>& channel, int64_t offset, int n, auto) __attribute__((always_inline)) {
+  auto sums_of = [&](vec* sums, const Channel<T, 4>& channel, int64_t offset, int n, auto where) __attribute__((always_inline)) {
+    slices.fetch_next(x + offset, where);
+    slices.fetch_next(grad_y + offset, where);
     const vec t = load(x + offset, n) - channel.p[0];
     const vec g = act.gradient(preactivation<T, 4>(a, channel, t, offset, n), load(grad_y + offset, n), channel.p[3]);
     sums[0] += g;
     sums[1] += g * t;
     if (!ggx) return;
+    slices.fetch_next(ggx + offset, where);
     const vec v = load(ggx + offset, n);
     sums[2] += v;
     sums[3] += v * t;
@@ -122,7 +129,9 @@ template <class T> void double_backward(const NormActDoubleBackward& a) {
                    {w * r, a2 * r, a3 - a2 * r * rest, c1, r * a2, c3, c4});
     }
   };
-  auto body = [&](vec_t<T>* sums, const Channel<T, 11>& channel, int64_t offset, int n, auto) __attribute__((always_inline)) {
+  auto body = [&](vec_t<T>* sums, const Channel<T, 11>& channel, int64_t offset, int n, auto where) __attribute__((always_inline)) {
+    slices.fetch_next_to_store(g_grad_y + offset, where);
+    slices.fetch_next_to_store(g_x + offset, where);
     const auto& p = channel.p;
     const vec t = load(x + offset, n) - p[0], zero = {};
     const vec pre = preactivation<T, 11>(a, channel, t, offset, n);

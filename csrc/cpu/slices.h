@@ -49,6 +49,14 @@ template <class T, int P> struct Channel {
   int64_t start; // of the slice in memory, where it lies in one piece
 };
 
+// Which pixels, of all images one after the other, the lanes of a vector hold: consecutive ones, or channels of the same one.
+struct Pixels {
+  int64_t first;
+};
+struct OnePixel {
+  int64_t index;
+};
+
 // Which elements belong together.
 struct Slices {
   int64_t samples, images, C, S; // samples with statistics of their own, and the images of each
@@ -61,15 +69,17 @@ struct Slices {
   }
   double unit_size() const { return static_cast<double>(group) * images * S; }
   bool threads() const { return count * images * S > parallel_threshold; }
+  // How far on in memory is what a walk comes to next: the plane after this one, or some rows on. Hardware does not look
+  // beyond a page, and so it is fetched.
+  int64_t next(Pixels) const { return images > 1 ? C * S : S; }
+  int64_t next(OnePixel) const { return 8 * C; }
+  template <class T, class Where> inline __attribute__((always_inline)) void fetch_next(const T* at, Where where) const {
+    __builtin_prefetch(at + next(where), 0, 2);
+  }
+  template <class T, class Where> inline __attribute__((always_inline)) void fetch_next_to_store(T* at, Where where) const {
+    __builtin_prefetch(at + next(where), 1, 2);
+  }
   bool many(int64_t pieces) const { return pieces >= 2 * omp_get_max_threads(); }
-};
-
-// Which pixels, of all images one after the other, the lanes of a vector hold: consecutive ones, or channels of the same one.
-struct Pixels {
-  int64_t first;
-};
-struct OnePixel {
-  int64_t index;
 };
 
 // Memory (samples, images, C, S). A block is some images of one slice, or a piece of one large plane.
