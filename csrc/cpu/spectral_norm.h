@@ -124,8 +124,10 @@ FASTGAN_INLINE void add_lines(acc_t<T>* y, const T* lines, const T* end, const a
   constexpr int W = lanes<acc_t<T>>;
   for (int64_t i = 0; i < n; i += W) {
     vec_t<T> sum = load(y + i);
-    for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r) {
       sum += broadcast<acc_t<T>>(factors[r]) * load_within(lines + r * n + i, n - i, end);
+      __builtin_prefetch(lines + (R + r) * n + i, 0, 2); // the lines to come, as nothing else is fetched meanwhile
+    }
     store(y + i, sum);
   }
 }

@@ -32,6 +32,11 @@ class _Call(NamedTuple):
     dim: int
     hook: "SpectralNormHook | None" = None  # where the operator is to see Wᵀ
 
+    @property
+    def rows(self) -> int:
+        """The axis of the weight that has the rows."""
+        return self.dim if self.hook is None else self.hook.dim
+
     def is_served(self) -> bool:
         """Whether the operator takes it, on a device that has one. Where not, torch has an answer, or an error."""
         weight, u, v = self[:3]
@@ -64,15 +69,18 @@ _PLAIN = (Tensor, nn.Parameter)
 
 # On the CPU torch's own operations are faster at fewer elements than these, of which each weight counts as some more: an
 # operator in Python takes longer to call than small weights to read. So they are in evaluation, where they are three, at
-# any size.
+# any size; but weights whose rows are another axis than the first they copy, which large ones feel.
 _SMALL, _EACH = 11 << 12, 1 << 12
+_SMALL_COPY = 1 << 18
 
 
-def _is_torchs(weight: Tensor, elements: int, iterates: bool) -> bool:
-    """Whether that is so for `elements` of which `weight` has some. Asked before anything else, of every weight."""
+def _is_torchs(weight: Tensor, elements: int, dim: int, iterates: bool) -> bool:
+    """Whether that is so for `elements` of which `weight` has some, of rows along `dim`, or of some along it. Asked before
+    anything else, of every weight."""
+    copies = dim > 0 and elements >= _SMALL_COPY
     return (
         weight.is_cpu
-        and (elements < _SMALL or not (iterates or (weight.requires_grad and torch.is_grad_enabled())))
+        and (elements < _SMALL or not (iterates or copies or (weight.requires_grad and torch.is_grad_enabled())))
         and not torch.compiler.is_compiling()
         and backend.is_automatic()
     )
@@ -109,7 +117,11 @@ class SpectralNorm(_SpectralNorm):
     def forward(self, weight: Tensor) -> Tensor:
         if weight.dim() < 2 or not weight.is_floating_point():
             return super().forward(weight)
-        if not _is_watched() and _is_torchs(weight, weight.numel() + _EACH, self.training) and _shares.are_none():
+        if (
+            not _is_watched()
+            and _is_torchs(weight, weight.numel() + _EACH, self.dim, self.training)
+            and _shares.are_none()
+        ):
             matrix, u, v = self._reshape_weight_to_matrix(weight), self._u, self._v
             if self.training:
                 _iterate(matrix, u, v, self.n_power_iterations, self.eps)
@@ -131,7 +143,11 @@ class SpectralNormHook(Hook):
         weight, v, u = call[:3]
         if not weight.is_floating_point():
             return super().compute_weight(module, do_power_iteration)
-        if not _is_watched() and _is_torchs(weight, weight.numel() + _EACH, do_power_iteration) and _shares.are_none():
+        if (
+            not _is_watched()
+            and _is_torchs(weight, weight.numel() + _EACH, self.dim, do_power_iteration)
+            and _shares.are_none()
+        ):
             matrix = self.reshape_weight_to_matrix(weight)
             if do_power_iteration:
                 _iterate(matrix.t(), v, u, self.n_power_iterations, self.eps)
@@ -242,7 +258,7 @@ def _normalise(place: Hashable, call: _Call) -> Tensor | None:
     if share is not None:
         return call.result(share.normalised)
     weight, iterates = call.weight, call.n_power_iterations > 0
-    if _is_watched() or not call.is_served() or _is_torchs(weight, weight.numel() + _EACH, iterates):
+    if _is_watched() or not call.is_served() or _is_torchs(weight, weight.numel() + _EACH, call.rows, iterates):
         return None
     (normalised,), (u,), (v,) = normalise(
         [call.operand()], [call.u], [call.v], [call.dim], call.n_power_iterations, call.eps
@@ -262,8 +278,9 @@ class Together:
         self.look()
 
     def look(self) -> None:
-        """Which norms the model has, and how many elements are theirs."""
+        """Which norms the model has, how many elements are theirs, and the last axis that has rows of one."""
         self.norms = list(norms(self.model))
+        self.rows = max((norm.norm.dim for norm in self.norms), default=0)
         self.elements = sum(weight.numel() + _EACH for norm in self.norms if (weight := norm.weight()) is not None)
 
     def before(self, model: nn.Module, args: tuple) -> None:
@@ -271,9 +288,8 @@ class Together:
             return
         found = self.norms if model is self.model else list(norms(model))  # the other is a replica
         weight = found[0].weight() if found else None
-        if weight is None or not _is_torchs(
-            weight, self.elements, model.training
-        ):  # else each layer will find the same
+        # Else each layer will find the same.
+        if weight is None or not _is_torchs(weight, self.elements, self.rows, model.training):
             self.compute(model, found)
 
     def compute(self, model: nn.Module, norms: list[Norm]) -> None:
@@ -292,7 +308,8 @@ class Together:
         for (_, _, iterations, eps), found in alike.items():
             calls = [call for _, call in found]
             elements = sum(call.weight.numel() + _EACH for call in calls)
-            if len(found) > 1 and not _is_torchs(calls[0].weight, elements, iterations > 0):
+            rows = max(call.rows for call in calls)
+            if len(found) > 1 and not _is_torchs(calls[0].weight, elements, rows, iterations > 0):
                 weights, u, v, _, _, dims, _ = map(list, zip(*calls, strict=True))
                 weights = [call.operand() for call in calls]
                 results = normalise(weights, u, v, dims, iterations, eps)
