@@ -166,6 +166,10 @@ PYBIND11_MODULE(_C, m) {
     kernels.adain_double_backward({a, at(grad_out), at(ggx), at(gg_scale), at(gg_shift), at(gg_noise_weight), at(gg_bias),
                                    at(g_grad_out), at(g_x), at(g_scale), at(g_noise_weight), at(g_bias)});
   }, release());
+  m.def("plane_statistics", [](const NormAct& a) { kernels.plane_statistics(a); }, release());
+  m.def("plane_statistics_backward", [](const NormAct& a, Address slope, Address offset, Address grad_x) {
+    kernels.plane_statistics_backward({a, at(slope), at(offset), at(grad_x)});
+  }, release());
   py::class_<BiasAct>(m, "BiasAct").def(py::init(&bias_act_of));
   m.def("bias_act_forward", [](const BiasAct& a, Address x, Address y) {
     kernels.bias_act_forward(a, at(x), at(y));

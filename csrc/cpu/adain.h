@@ -183,6 +183,32 @@ template <class T> void adain_double_backward_of(const AdaINDoubleBackward& a) {
   sum_finish_apply<T, 5, 5, 12, 2>(a, table.data, true, sums_of, finish, body, totals);
 }
 
+template <class T> void plane_statistics_of(const NormAct& a) {
+  const Scratch<acc_t<T>> table(0);
+  moments_finish_apply<T, 0>(a, table.data, Stored<T>{static_cast<const T*>(a.x)}, Nothing(), Nothing());
+}
+
+template <class T> void plane_statistics_backward_of(const PlaneStatisticsBackward& a) {
+  using Acc = acc_t<T>;
+  const Slices slices(a);
+  const Scratch<Acc> table(3 * slices.count);
+  for (int64_t slice = 0; slice < slices.count; ++slice) {
+    const double slope = element<Acc>(a.slope, slice, 0);
+    store_column(&table[slice], slices.count,
+                 {a.mean[slice], slope, element<Acc>(a.offset, slice, 0) - slope * mean_remainder<Acc>(a, slice)});
+  }
+  const T* x = static_cast<const T*>(a.x);
+  T* grad_x = static_cast<T*>(a.grad_x);
+  auto body = [&](vec_t<T>*, const Channel<T, 3>& channel, int64_t offset, int n, auto) __attribute__((always_inline)) {
+    store(grad_x + offset, (load(x + offset, n) - channel.p[0]) * channel.p[1] + channel.p[2], n);
+  };
+  sum_finish_apply<T, 3, 1, 3>(a, table.data, false, Nothing(), Nothing(), body);
+}
+
 void adain_forward(const AdaINForward& a) { FASTGAN_BY_DTYPE(adain_forward_of, (a), a.dtype) }
 void adain_backward(const AdaINBackward& a) { FASTGAN_BY_DTYPE(adain_backward_of, (a), a.dtype) }
 void adain_double_backward(const AdaINDoubleBackward& a) { FASTGAN_BY_DTYPE(adain_double_backward_of, (a), a.dtype) }
+void plane_statistics(const NormAct& a) { FASTGAN_BY_DTYPE(plane_statistics_of, (a), a.dtype) }
+void plane_statistics_backward(const PlaneStatisticsBackward& a) {
+  FASTGAN_BY_DTYPE(plane_statistics_backward_of, (a), a.dtype)
+}

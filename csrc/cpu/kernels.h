@@ -91,6 +91,13 @@ struct AdaINDoubleBackward : AdaIN {
   void* g_bias;                // (C,) acc, or null
 };
 
+// grad_x = slope·(x - mean) + offset in every plane. Its statistics themselves go to mean and var of a NormAct of C groups.
+struct PlaneStatisticsBackward : NormAct {
+  const void* slope;  // (N, C) acc
+  const void* offset; // (N, C) acc
+  void* grad_x;       // (N, C, S) dtype
+};
+
 // N matrices of A rows and B columns, one after the other in memory.
 struct Matrices {
   DType dtype;
@@ -218,6 +225,8 @@ struct Kernels {
   void (*adain_forward)(const AdaINForward&);
   void (*adain_backward)(const AdaINBackward&);
   void (*adain_double_backward)(const AdaINDoubleBackward&);
+  void (*plane_statistics)(const NormAct&);
+  void (*plane_statistics_backward)(const PlaneStatisticsBackward&);
   // `side` tells the derivative: it is y of linear, relu and lrelu, x of the other activations, and may be null where the
   // derivative is a constant. Any of grad_x, grad_bias, ggx, ggb, g_x and g_bias may be null; of those named for bias all
   // are (C,) acc. Of linear, relu and lrelu the double backward has no g_x and g_bias.

@@ -19,7 +19,6 @@ from fastgan.ops._norm import (
     third_derivative,
 )
 from fastgan.ops._tensors import (
-    accumulation_dtype,
     address,
     check_eps,
     check_input,
@@ -32,6 +31,7 @@ from fastgan.ops._tensors import (
     will_use,
 )
 from fastgan.ops._types import FixedAct
+from fastgan.ops.plane_statistics import plane_statistics
 
 # ── Definition ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -329,11 +329,8 @@ def adain_from_features(content: Tensor, style: Tensor, eps: float = 1e-5) -> Te
     """
     _check_features(content, style)
     check_eps(eps)
-    pixels = tuple(range(2, style.dim()))
-    wide = style.to(accumulation_dtype(style.dtype))
-    mean = wide.mean(pixels, keepdim=True)
-    deviation = ((wide - mean).square().mean(pixels) + eps).sqrt()
-    return adain(content, deviation, mean.flatten(1), eps)
+    mean, deviation = plane_statistics(style, eps)
+    return adain(content, deviation, mean, eps)
 
 
 def _check(x, scale, shift, eps, noise, noise_weight, bias, act, negative_slope) -> None:

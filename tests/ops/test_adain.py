@@ -639,7 +639,15 @@ def test_features_of_another_number_of_dimensions_and_one_pixel():
     one = torch.full((2, 4, 1, 1), 3.0, dtype=torch.float64)
     found = adain_from_features(content, one)
     torch.testing.assert_close(found, huang_belongie(content, one, 1e-5))
-    assert torch.equal(adain_from_features(one, style), style.mean((2, 3), keepdim=True))
+    torch.testing.assert_close(adain_from_features(one, style), style.mean((2, 3), keepdim=True), rtol=0, atol=2**-51)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_statistics_of_planes_pass_opcheck(layout):
+    x = features(torch.float32, LAYOUTS[layout])[0].requires_grad_()
+    statistics = [torch.rand(3, 20, requires_grad=True) for _ in range(3)]
+    torch.library.opcheck(torch.ops.fastgan.plane_statistics, (x, 1e-3))
+    torch.library.opcheck(torch.ops.fastgan.plane_statistics_backward, (x, *statistics))
 
 
 def test_features_of_an_empty_batch():
