@@ -278,6 +278,15 @@ def check_parameter(name: str, tensor: Tensor | None, x: Tensor, shape: tuple[in
         raise ValueError(f"{name} is on {tensor.device}, x on {x.device}")
 
 
+def in_one_dtype(x: Tensor, *parameters: Tensor | None) -> Sequence[Tensor | None]:
+    """The parameters as torch's own norms of x take them: as they are, or, where dtypes differ, in that of the sums."""
+    dtypes = {parameter.dtype for parameter in parameters if parameter is not None} | ({x.dtype} & {torch.float64})
+    if len(dtypes) < 2:
+        return parameters
+    wide = accumulation_dtype(x.dtype)
+    return [None if parameter is None else parameter.to(wide) for parameter in parameters]
+
+
 def check_prelu_weight(prelu_weight: Tensor | None, act: str, x: Tensor, channels: int) -> None:
     if act != "prelu":
         if prelu_weight is not None:

@@ -357,7 +357,7 @@ def _stock_is_faster(x: Tensor) -> bool:
 
 def _check(x: Any, b: Any, dim: int, act: str, alpha: Any, gain: Any, clamp: Any) -> None:
     check_input(x)
-    if act not in activation_funcs:
+    if not isinstance(act, str) or act not in activation_funcs:
         raise ValueError(f"act must be one of {', '.join(activation_funcs)}, not {act!r}")
     for name, value in (("alpha", alpha), ("gain", gain), ("clamp", clamp)):
         if value is not None:
