@@ -1,10 +1,10 @@
-"""The operators' tests with C++ kernels that are built for AddressSanitizer, for UndefinedBehaviorSanitizer and for
-ThreadSanitizer: `python tests/sanitize.py`, or with `address`, `undefined` or `thread` one of them. Takes long; what has
-passed is not run again until a source or a test changes, so that it may be stopped and go on later. Needs Linux and GCC.
+"""The operators' tests with C++ kernels that are built for the sanitizers: `python tests/sanitize.py`, or with `memory` for
+AddressSanitizer and UndefinedBehaviorSanitizer alone, or `thread` for ThreadSanitizer. Takes long; what has passed is not
+run again until a source or a test changes, so that it may be stopped and go on later. Needs Linux and GCC.
 
 The extension is built, not a driver of the kernels: torch takes the memory of its tensors from malloc, which the sanitizer
 fences, and so all that the tests call with their dtypes, layouts, odd shapes and views is checked as users call it. What is
-read in torch itself is not seen. Before the tests a fault is committed on purpose, which must be reported.
+read in torch itself is not seen. Before the tests faults are committed on purpose, each of which must be reported.
 """
 
 import os
@@ -21,29 +21,16 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "sanitize"
 INSTRUCTION_SETS = ("avx512", "avx2", "default")
 FLAGS = {
-    "address": ["-fsanitize=address", "-fno-omit-frame-pointer"],
-    "undefined": ["-fsanitize=undefined"],
+    "memory": ["-fsanitize=address,undefined", "-fno-omit-frame-pointer"],
     "thread": ["-fsanitize=thread"],
 }
-LIBRARIES = {"address": "libasan.so", "undefined": "libubsan.so", "thread": "libtsan.so"}
+LIBRARIES = {"memory": "libasan.so", "thread": "libtsan.so"}
 # Python and torch keep what they have until the process ends, which counts as a leak. Of what they do, who are not built for
-# it, ThreadSanitizer sees the mutexes only; and by default it ends a process that was forked beside threads, like a
-# DataLoader's workers, at its first thread.
+# it, ThreadSanitizer sees the mutexes only.
 OPTIONS = {
-    "address": ("ASAN_OPTIONS", "detect_leaks=0"),
-    "undefined": ("UBSAN_OPTIONS", "print_stacktrace=1"),
-    "thread": (
-        "TSAN_OPTIONS",
-        "die_after_fork=0 ignore_noninstrumented_modules=1 report_thread_leaks=0 detect_deadlocks=0",
-    ),
-}
-FAULTS = {
-    "address": "_C.sample_scale(samples, x.data_ptr(), x.data_ptr(), torch.empty(count - 1).data_ptr())",
-    "undefined": "_C.sample_scale(_C.Samples(0, -(2**62), 4), 0, 0, 0)",
-    "thread": """
-threads = [threading.Thread(target=_C.sample_scale, args=(samples, *[x.data_ptr()] * 3)) for _ in range(2)]
-[thread.start() for thread in threads], [thread.join() for thread in threads]
-""",
+    "ASAN": "log_path={} detect_leaks=0",
+    "UBSAN": "print_stacktrace=1",
+    "TSAN": "log_path={} halt_on_error=1 ignore_noninstrumented_modules=1 report_thread_leaks=0 detect_deadlocks=0",
 }
 FAULT = """
 import threading, torch
@@ -51,11 +38,25 @@ from fastgan import _C
 count = 1 << 22
 samples, x = _C.Samples(0, 1, count), torch.ones(count)
 """
+FAULTS = {
+    "memory": [
+        "_C.sample_scale(samples, x.data_ptr(), x.data_ptr(), torch.empty(count - 1).data_ptr())",
+        "_C.sample_scale(_C.Samples(0, -(2**62), 4), 0, 0, 0)",
+    ],
+    "thread": [
+        """
+threads = [threading.Thread(target=_C.sample_scale, args=(samples, *[x.data_ptr()] * 3)) for _ in range(2)]
+[thread.start() for thread in threads], [thread.join() for thread in threads]
+"""
+    ],
+}
 FOLDERS = [ROOT / "tests" / "ops", ROOT / "tests" / "nn"]
 OTHERS = [ROOT / "tests" / "test_bad_input.py", ROOT / "tests" / "test_same_bits.py"]
 OPERATORS = [[path] for folder in FOLDERS for path in sorted(folder.glob("test_*.py"))] + [[path] for path in OTHERS]
+# Not the workers of a DataLoader: ThreadSanitizer ends a process that was forked beside threads at its own first one, or,
+# with die_after_fork=0, at the first that has the id of one of the parent's.
 THREADS = [[path, "-k", "threads"] for (path,) in OPERATORS if re.search(r"def test\w*threads", path.read_text())]
-TESTS = {"address": OPERATORS, "undefined": OPERATORS, "thread": THREADS}
+TESTS = {"memory": OPERATORS, "thread": THREADS}
 
 
 def newest(*paths: Path) -> float:
@@ -103,10 +104,9 @@ def run(kind: str, instruction_set: str, reports: Path, *arguments: str | Path) 
         subprocess.check_output(["g++", f"-print-file-name={name}"], text=True).strip()
         for name in (LIBRARIES[kind], "libstdc++.so.6")
     ]
-    variable, options = OPTIONS[kind]
     environment = {
         **os.environ,
-        variable: f"log_path={reports / 'report'} {options}",
+        **{f"{name}_OPTIONS": options.format(reports / name) for name, options in OPTIONS.items()},
         "LD_PRELOAD": " ".join(libraries),
         "PYTHONPATH": os.pathsep.join(map(str, (FOLDER / kind / "package", ROOT / "kernels"))),
         "ATEN_CPU_CAPABILITY": instruction_set,
@@ -115,7 +115,11 @@ def run(kind: str, instruction_set: str, reports: Path, *arguments: str | Path) 
     }
     # Without random addresses: those of newer kernels are not where GCC's ThreadSanitizer expects them.
     command = ["setarch", "--addr-no-randomize", sys.executable, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=FOLDER / kind)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=FOLDER / kind)
+    # Beside AddressSanitizer, whose function it calls to choose a file, UndefinedBehaviorSanitizer has none of its own.
+    if "runtime error: " in result.stderr:
+        (reports / "UBSAN").write_text(result.stderr)
+    return result
 
 
 def passes(kind: str, instruction_set: str, tests: list[Path | str]) -> bool:
@@ -126,7 +130,7 @@ def passes(kind: str, instruction_set: str, tests: list[Path | str]) -> bool:
     if passed.exists() and passed.stat().st_mtime > newest(ROOT / "csrc", ROOT / "fastgan" / "ops", file):
         return True
     start = time.time()
-    pytest = [f"--rootdir={ROOT}", f"--config-file={ROOT / 'pyproject.toml'}", "-p", "no:cacheprovider"]
+    pytest = [f"--rootdir={ROOT}", f"--config-file={ROOT / 'pyproject.toml'}", "-p", "no:cacheprovider", "-s"]
     result = run(kind, instruction_set, folder, "-m", "pytest", *pytest, *tests)
     reports = sorted(folder.iterdir())
     outcome = (result.stdout + result.stderr).rstrip().rpartition("\n")[2]
@@ -145,9 +149,10 @@ def main(kinds: list[str]) -> int:
     all_pass = True
     for kind in kinds:
         build(kind)
-        reports = FOLDER / kind / "fault"
-        run(kind, INSTRUCTION_SETS[0], reports, "-c", FAULT + FAULTS[kind])
-        assert any(reports.iterdir()), "a fault that was committed on purpose is not reported"
+        for fault in FAULTS[kind]:
+            reports = FOLDER / kind / "fault"
+            run(kind, INSTRUCTION_SETS[0], reports, "-c", FAULT + fault)
+            assert any(reports.iterdir()), f"a fault that was committed on purpose is not reported: {fault}"
         cases = [(instruction_set, tests) for instruction_set in INSTRUCTION_SETS for tests in TESTS[kind]]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             all_pass &= all(list(pool.map(lambda case, kind=kind: passes(kind, *case), cases)))
