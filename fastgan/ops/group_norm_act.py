@@ -302,6 +302,8 @@ def instance_norm_act(
     y is act(bias + residual).
     """
     _check_input(x)
+    if x.shape[1] == 0:
+        raise ValueError(f"x must have a channel, not shape {tuple(x.shape)}")
     return group_norm_act(x, x.shape[1], weight, bias, eps, act=act, negative_slope=negative_slope, residual=residual)
 
 

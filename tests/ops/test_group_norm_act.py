@@ -477,6 +477,11 @@ def test_bad_input_names_the_argument(case):
             instance_norm_act(**arguments)
 
 
+def test_instance_norm_names_an_x_without_channels():
+    with pytest.raises(ValueError, match=r"x must have a channel, not shape \(2, 0, 4, 4\)"):
+        instance_norm_act(torch.randn(2, 0, 4, 4))
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
