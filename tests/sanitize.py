@@ -80,7 +80,7 @@ def build(kind: str) -> None:
     link = []
     if kind == "thread":
         sources.append(ROOT / "tests" / "openmp_for_tsan.cpp")
-        link = ["-Wl,--wrap=GOMP_parallel,--wrap=GOMP_barrier"]
+        link = ["-Wl,--wrap=GOMP_parallel,--wrap=GOMP_barrier,--wrap=GOMP_loop_end"]
     changed = newest(ROOT / "csrc", *sources, Path(__file__))
 
     def compiled(source: Path) -> Path:
