@@ -224,7 +224,9 @@ def test_a_call_does_what_its_definition_does_or_names_the_argument(name, monkey
         expected, expected_grads = outcome(name, arguments, "reference", monkeypatch)
         assert_agree(y, expected, "y")
         overflows = not is_finite(expected) and all(map(is_finite, filter(_is_floating, arguments.values())))
-        if y.dtype.itemsize > 2 and not overflows:  # in 16 bits rounding decides on which side of its kink an activation is
+        if (
+            y.dtype.itemsize > 2 and not overflows
+        ):  # in 16 bits rounding decides on which side of its kink an activation is
             for key, grad in grads.items():
                 assert_agree(grad, expected_grads[key], f"gradient of {key}")
 

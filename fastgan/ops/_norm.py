@@ -19,6 +19,7 @@ from fastgan.ops._tensors import (
     check_like,
     dense,
     is_channels_last,
+    shown,
 )
 from fastgan.ops._types import Act, FixedAct
 
@@ -257,7 +258,7 @@ def _second_derivative(composed, ggs: list[Any], grad_y: Tensor, *inputs: Any, o
 def check_act(act: str, acts: Any) -> None:
     """`acts`: one of the types of settings."""
     if act not in get_args(acts):
-        raise ValueError(f"act must be one of {', '.join(get_args(acts))}, not {act!r}")
+        raise ValueError(f"act must be one of {', '.join(get_args(acts))}, not {shown(act)}")
 
 
 def check_settings(eps: float, act: str, acts: Any = FixedAct) -> None:

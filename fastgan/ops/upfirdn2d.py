@@ -19,6 +19,7 @@ from fastgan.ops._tensors import (
     check_number,
     dense,
     is_channels_last,
+    shown,
 )
 
 # ── Definition ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -291,7 +292,7 @@ def _parse_factor(name: str, factor: int | Sequence[int]) -> list[int]:
     """[x, y]"""
     factors = list(factor) if isinstance(factor, Sequence) else [factor] * 2
     if len(factors) != 2:
-        raise ValueError(f"{name} must be a positive integer, or two [x, y], not {factor!r}")
+        raise ValueError(f"{name} must be a positive integer, or two [x, y], not {shown(factor)}")
     for part in factors:
         check_count(name, part)
     return factors
@@ -304,7 +305,7 @@ def _parse_padding(padding: int | Sequence[int]) -> list[int]:
         parts = [parts[0], parts[0], parts[1], parts[1]]
     if len(parts) != 4:
         raise ValueError(
-            f"padding must be one integer, [x, y] or [x_before, x_after, y_before, y_after], not {padding!r}"
+            f"padding must be one integer, [x, y] or [x_before, x_after, y_before, y_after], not {shown(padding)}"
         )
     for part in parts:
         check_count("padding", abs(part) if isinstance(part, int) else part, least=0)
