@@ -52,9 +52,10 @@ def gradient_penalty(
         ValueError: real and fake differ in shape, dtype or device; the critic's output does not depend on its input; or
             gradients are switched off, by `torch.no_grad` for instance.
     """
-    _check_settings(weight=weight, center=center, one_sided=one_sided, create_graph=create_graph, generator=generator)
     _check_images("real", real)
     _check_images("fake", fake)
+    switches = {"one_sided": one_sided, "create_graph": create_graph, "generator": generator}
+    _check_settings(real.device, weight=weight, center=center, **switches)
     for name in ("shape", "dtype", "device"):
         if getattr(real, name) != getattr(fake, name):
             raise ValueError(f"fake must have real's {name} {getattr(real, name)}, not {getattr(fake, name)}")
@@ -80,9 +81,9 @@ def dragan_penalty(
     x̂ = real + t · spread · σ · u, with σ the standard deviation of all elements of `real`, u uniform in [0, 1) for each
     element and t for each sample, as in its authors' code. All else is as in `gradient_penalty`.
     """
-    _check_settings(weight=weight, center=center, one_sided=one_sided, create_graph=create_graph, generator=generator)
-    _check_settings(spread=spread)
     _check_images("real", real)
+    switches = {"one_sided": one_sided, "create_graph": create_graph, "generator": generator}
+    _check_settings(real.device, weight=weight, center=center, spread=spread, **switches)
     real = real.detach()
     noise = torch.rand(real.shape, generator=generator, dtype=real.dtype, device=real.device)
     around = torch.addcmul(real, noise, spread * real.std(correction=0) * _uniform(real, generator))
@@ -94,8 +95,8 @@ def r1_penalty(
     critic: Critic, real: Tensor, *args: Any, gamma: float = 10.0, create_graph: bool = True, **kwargs: Any
 ) -> Tensor:
     """gamma/2 · E ‖∇D(real)‖²: R1 (Mescheder et al. 2018). All else is as in `gradient_penalty`."""
-    _check_settings(gamma=gamma, create_graph=create_graph)
     _check_images("real", real)
+    _check_settings(real.device, gamma=gamma, create_graph=create_graph)
     gradient = _input_gradient(critic, real.detach(), args, kwargs, create_graph)
     return gamma / 2 * sample_squares(gradient).mean()
 
@@ -104,8 +105,8 @@ def r2_penalty(
     critic: Critic, fake: Tensor, *args: Any, gamma: float = 10.0, create_graph: bool = True, **kwargs: Any
 ) -> Tensor:
     """gamma/2 · E ‖∇D(fake)‖²: R2 (Mescheder et al. 2018). All else is as in `gradient_penalty`."""
-    _check_settings(gamma=gamma, create_graph=create_graph)
     _check_images("fake", fake)
+    _check_settings(fake.device, gamma=gamma, create_graph=create_graph)
     gradient = _input_gradient(critic, fake.detach(), args, kwargs, create_graph)
     return gamma / 2 * sample_squares(gradient).mean()
 
@@ -137,9 +138,9 @@ def path_length_penalty(
         ValueError: shapes that do not fit; generator_output does not depend on latents; or gradients are switched off.
     """
     _check_gradients_are_on()
-    _check_settings(weight=weight, decay=decay, generator=generator)
     _check_images("generator_output", generator_output)
     _check_images("latents", latents)
+    _check_settings(latents.device, weight=weight, decay=decay, generator=generator)
     check_is_tensor("mean", mean)
     if generator_output.dim() != 4:
         raise ValueError(f"generator_output must have shape (N, C, H, W), not {tuple(generator_output.shape)}")
@@ -214,8 +215,9 @@ def _uniform(x: Tensor, generator: torch.Generator | None) -> Tensor:
     return numbers.to(x.dtype)
 
 
-def _check_settings(**given: Any) -> None:
-    """Raise of a setting that is of another kind. Numbers may be tensors of one: a schedule on the device, say."""
+def _check_settings(device: torch.device, **given: Any) -> None:
+    """Raise of a setting that is of another kind. Numbers may be tensors of one: a schedule on the device, say, or a scalar
+    on the CPU."""
     for name, value in given.items():
         if name == "generator":
             if not isinstance(value, torch.Generator | None):
@@ -228,6 +230,8 @@ def _check_settings(**given: Any) -> None:
             check_number(name, value, "a number, or a tensor of one")
         elif value.numel() != 1:
             raise ValueError(f"{name} must be one number, not a tensor of shape {tuple(value.shape)}")
+        elif value.device != device and (value.dim() > 0 or value.device.type != "cpu"):
+            raise ValueError(f"{name} is on {value.device}, the images on {device}")
 
 
 def _check_images(name: str, images: object) -> None:

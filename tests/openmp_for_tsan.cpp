@@ -2,12 +2,13 @@
 // what follows, and what comes before a barrier before what is behind it. Nothing else is promised, and nothing suppressed.
 //
 // GCC's libgomp is not built for the sanitizer and waits by futexes of its own, so every region would look like a race. The
-// linker puts these in the place of the two functions that the kernels call (--wrap); torch's calls stay as they are.
+// linker puts these in the place of the functions by which the kernels call it (--wrap); torch's calls stay as they are.
 extern "C" {
 void __tsan_acquire(void* address);
 void __tsan_release(void* address);
 void __real_GOMP_parallel(void (*work)(void*), void* data, unsigned threads, unsigned flags);
 void __real_GOMP_barrier();
+void __real_GOMP_loop_end();
 }
 
 namespace {
@@ -32,6 +33,13 @@ void run(void* shared) {
   region = outer;
   passed = passed_outside;
 }
+
+void wait_for_all(void (*barrier)()) {
+  char* const told = &region->barriers[passed++ % 2];
+  __tsan_release(told);
+  barrier();
+  __tsan_acquire(told);
+}
 } // namespace
 
 extern "C" {
@@ -42,10 +50,8 @@ void __wrap_GOMP_parallel(void (*work)(void*), void* data, unsigned threads, uns
   __tsan_acquire(&shared.end);
 }
 
-void __wrap_GOMP_barrier() {
-  char* const barrier = &region->barriers[passed++ % 2];
-  __tsan_release(barrier);
-  __real_GOMP_barrier();
-  __tsan_acquire(barrier);
-}
+void __wrap_GOMP_barrier() { wait_for_all(__real_GOMP_barrier); }
+
+// Of a loop with a dynamic schedule the barrier behind it is in here.
+void __wrap_GOMP_loop_end() { wait_for_all(__real_GOMP_loop_end); }
 }

@@ -180,6 +180,10 @@ def _is_floating(value):
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
+def is_finite(value):
+    return value.device.type != "cpu" or bool(value.isfinite().all())
+
+
 def assert_agree(found, expected, what):
     assert (found is None) == (expected is None), what
     if found is None:
@@ -219,7 +223,10 @@ def test_a_call_does_what_its_definition_does_or_names_the_argument(name, monkey
             return  # what comes of infinite weights or statistics is left open, and large ones hide all else
         expected, expected_grads = outcome(name, arguments, "reference", monkeypatch)
         assert_agree(y, expected, "y")
-        if y.dtype.itemsize > 2:  # in 16 bits rounding decides on which side of its kink an activation is
+        overflows = not is_finite(expected) and all(map(is_finite, filter(_is_floating, arguments.values())))
+        if (
+            y.dtype.itemsize > 2 and not overflows
+        ):  # in 16 bits rounding decides on which side of its kink an activation is
             for key, grad in grads.items():
                 assert_agree(grad, expected_grads[key], f"gradient of {key}")
 

@@ -18,7 +18,8 @@ from fastgan.cli import app
 from fastgan.training import run
 
 EXAMPLES = int(os.environ.get("FASTGAN_FUZZ", "12"))
-COMMANDS = typer.main.get_command(app).commands["train"].commands
+COMMANDS = typer.main.get_command(app).commands
+SYSTEMS = COMMANDS["train"].commands
 
 SMALL = {"image-size": 8, "batch-size": 4, "features": 2, "steps": 1, "device": "cpu"}
 OWN = {
@@ -38,7 +39,8 @@ WORDS = (
     "photos:",
 )  # fmt: skip
 PATHS = (
-    "file", "file/below", "empty", "broken", "/dev/null", "/dev/full", "/proc/nothing", "~", "a" * 300, "a/" * 3000,
+    "file", "file/below", "empty", "few", "few/0.png", "broken", "/dev/null", "/dev/full", "/proc/nothing", "~", "a" * 300,
+    "a/" * 3000,
 )  # fmt: skip
 VALUES = (
     st.sampled_from(NUMBERS)
@@ -66,24 +68,24 @@ def options_of(command):
     return sorted(name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts))
 
 
-def typed(command, values):
-    known = options_of(command)
-    return [f"--{name}={value}" for name, value in values.items() if f"--{name}" in known]
+def small(system):
+    known, sizes = options_of(SYSTEMS[system]), SMALL | OWN.get(system, {})
+    return [f"--{name}={value}" for name, value in sizes.items() if f"--{name}" in known]
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_a_value_that_does_not_fit_is_one_line_that_names_its_option(name):
-    command = COMMANDS[name]
-    small = typed(command, SMALL | OWN.get(name, {}))
+def fastgan(*arguments):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return CliRunner().invoke(app, arguments)
 
+
+def check_values_of_options(command, arguments):
     @given(st.sampled_from(options_of(command)), VALUES)
     @settings(
         max_examples=EXAMPLES, derandomize=EXAMPLES < 1000, deadline=None, database=None,
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     def check(option, value):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        result = CliRunner().invoke(app, ["train", name, *small, "--dry-run", "--no-fuse", f"{option}={value}"])
+        result = fastgan(*arguments, f"{option}={value}")
         assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
         assert result.exit_code in (0, 1, 2)
         if result.exit_code:
@@ -92,3 +94,15 @@ def test_a_value_that_does_not_fit_is_one_line_that_names_its_option(name):
             assert result.stdout == "" and option in result.stderr, result.output
 
     check()
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_value_that_does_not_fit_a_training_is_one_line_that_names_its_option(system):
+    check_values_of_options(SYSTEMS[system], ["train", system, *small(system), "--dry-run", "--no-fuse"])
+
+
+@pytest.mark.parametrize("system", ["dcgan", "stylegan", "cyclegan", "srgan"])
+def test_a_value_that_does_not_fit_a_generation_is_one_line_that_names_its_option(system):
+    assert fastgan("train", system, *small(system), "--no-fuse", "--out=run").exit_code == 0
+    source = ["--input=few"] if system in {"cyclegan", "srgan"} else []
+    check_values_of_options(COMMANDS["generate"], ["generate", "run", *source])

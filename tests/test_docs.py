@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import typer
+from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState
 from markdown_it import MarkdownIt
 from torch import nn
@@ -251,6 +252,13 @@ def check_python(arguments: list[str]) -> None:
     assert set(given.get("part") or ()) <= set(gpu.PARTS)
 
 
+def check_accelerate(arguments: list[str]) -> None:
+    assert arguments[0] == "launch"
+    given = launch_command_parser().parse_args(arguments[1:])
+    assert given.no_python
+    PROGRAMS[given.training_script](given.training_script_args)
+
+
 def check_pip(arguments: list[str]) -> None:
     extras = importlib.metadata.metadata("fastgan").get_all("Provides-Extra", [])
     assert arguments[0] == "install"
@@ -279,6 +287,7 @@ def check_cd(arguments: list[str]) -> None:
 PROGRAMS = {
     "fastgan": check_fastgan,
     "python": check_python,
+    "accelerate": check_accelerate,
     "pip": check_pip,
     "make": check_make,
     "pytest": check_pytest,
@@ -293,7 +302,7 @@ PROGRAMS = {
         "fastgan dance", "fastgan train dcgan --gamma 1", "fastgan train dcgan --image-size 33", "make love",
         "pip install .[tests]", "python -m benchmarks --op norm", "pytest tests/test_nothing.py",
         "FASTGAN_BACKENDS=cpp pytest",
-        "ninja", "fastgan train dcgan --data nothing --dry-run",
+        "ninja", "accelerate launch --no_python fastgan dance", "fastgan train dcgan --data nothing --dry-run",
     ],
 )  # fmt: skip
 def test_a_command_that_is_wrong_is_found(line):

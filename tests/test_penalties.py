@@ -241,6 +241,11 @@ BAD = {
         ValueError,
         "generator_output does not depend on latents",
     ),
+    "center elsewhere": (
+        lambda: fastgan.dragan_penalty(critic, x, center=torch.ones((), device="meta")),
+        ValueError,
+        "center is on meta, the images on cpu",
+    ),
     "mean": (lambda: fastgan.path_length_penalty(x, x[:, 0, 0], torch.zeros(2)), ValueError, "mean must be one number"),
 }
 

@@ -19,6 +19,7 @@ from fastgan.ops._tensors import (
     check_like,
     dense,
     is_channels_last,
+    shown,
 )
 from fastgan.ops._types import Act, FixedAct
 
@@ -257,7 +258,7 @@ def _second_derivative(composed, ggs: list[Any], grad_y: Tensor, *inputs: Any, o
 def check_act(act: str, acts: Any) -> None:
     """`acts`: one of the types of settings."""
     if act not in get_args(acts):
-        raise ValueError(f"act must be one of {', '.join(get_args(acts))}, not {act!r}")
+        raise ValueError(f"act must be one of {', '.join(get_args(acts))}, not {shown(act)}")
 
 
 def check_settings(eps: float, act: str, acts: Any = FixedAct) -> None:
@@ -276,6 +277,15 @@ def check_parameter(name: str, tensor: Tensor | None, x: Tensor, shape: tuple[in
         raise TypeError(f"{name} must be {x.dtype} like x, or float32, not {tensor.dtype}")
     if tensor.device != x.device:
         raise ValueError(f"{name} is on {tensor.device}, x on {x.device}")
+
+
+def in_one_dtype(x: Tensor, *parameters: Tensor | None) -> Sequence[Tensor | None]:
+    """The parameters as torch's own norms of x take them: as they are, or, where dtypes differ, in that of the sums."""
+    dtypes = {parameter.dtype for parameter in parameters if parameter is not None} | ({x.dtype} & {torch.float64})
+    if len(dtypes) < 2:
+        return parameters
+    wide = accumulation_dtype(x.dtype)
+    return [None if parameter is None else parameter.to(wide) for parameter in parameters]
 
 
 def check_prelu_weight(prelu_weight: Tensor | None, act: str, x: Tensor, channels: int) -> None:

@@ -98,6 +98,11 @@ def check_number(name: str, value: object, what: str = "a number") -> None:
         raise ValueError(f"{name} must be an integer of 64 bits or a float, not {value}")
 
 
+def shown(value: object) -> str:
+    """Its repr in one line, for a message."""
+    return " ".join(repr(value).split())
+
+
 def check_flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, not {type(value).__name__}")

@@ -22,6 +22,7 @@ from fastgan.ops._tensors import (
     dense,
     is_channels_last,
     remember_edges,
+    shown,
     will_use,
 )
 from fastgan.ops._types import BiasActivation
@@ -357,8 +358,8 @@ def _stock_is_faster(x: Tensor) -> bool:
 
 def _check(x: Any, b: Any, dim: int, act: str, alpha: Any, gain: Any, clamp: Any) -> None:
     check_input(x)
-    if act not in activation_funcs:
-        raise ValueError(f"act must be one of {', '.join(activation_funcs)}, not {act!r}")
+    if not isinstance(act, str) or act not in activation_funcs:
+        raise ValueError(f"act must be one of {', '.join(activation_funcs)}, not {shown(act)}")
     for name, value in (("alpha", alpha), ("gain", gain), ("clamp", clamp)):
         if value is not None:
             check_number(name, value)

@@ -25,6 +25,7 @@ from fastgan.ops._tensors import (
     dense,
     in_layout,
     remember_edges,
+    shown,
     suggests_channels_last,
     will_use,
     with_contiguous_gradient,
@@ -438,7 +439,7 @@ def check_pair(name: str, value: Size2, least: int) -> tuple[int, int]:
         if len(pair) == 1:
             pair *= 2
         if len(pair) != 2 or not all(isinstance(size, (int, torch.SymInt)) for size in pair):
-            raise TypeError(f"{name} must be one integer or two, not {value!r}")
+            raise TypeError(f"{name} must be one integer or two, not {shown(value)}")
     check_count(name, pair[0], least)
     check_count(name, pair[1], least)
     return pair

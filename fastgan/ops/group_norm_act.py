@@ -19,6 +19,7 @@ from fastgan.ops._norm import (
     check_residual,
     check_settings,
     empty_sample_statistics,
+    in_one_dtype,
     stock_is_faster,
     third_derivative,
 )
@@ -55,6 +56,7 @@ def reference(
     """
     if weight is None and bias is not None:  # torch's own cannot be differentiated, or not twice, with a bias alone
         weight = torch.ones_like(bias)
+    weight, bias = in_one_dtype(x, weight, bias)
     if _is_per_element(weight, bias):
         y = F.layer_norm(x, x.shape[1:], weight, bias, eps)
     else:
@@ -300,6 +302,8 @@ def instance_norm_act(
     y is act(bias + residual).
     """
     _check_input(x)
+    if x.shape[1] == 0:
+        raise ValueError(f"x must have a channel, not shape {tuple(x.shape)}")
     return group_norm_act(x, x.shape[1], weight, bias, eps, act=act, negative_slope=negative_slope, residual=residual)
 
 

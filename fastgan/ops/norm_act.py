@@ -19,6 +19,7 @@ from fastgan.ops._norm import (
     check_residual,
     check_settings,
     empty_statistics,
+    in_one_dtype,
     second_derivative,
     third_derivative,
 )
@@ -52,11 +53,7 @@ def reference(
     residual: Tensor | None = None,
 ) -> Tensor:
     """`batch_norm_act` in plain torch."""
-    given = (weight, bias, running_mean, running_var)
-    dtypes = {tensor.dtype for tensor in given if tensor is not None} | ({x.dtype} & {torch.float64})
-    # torch's own takes them in one dtype.
-    wide = given if len(dtypes) < 2 else [t if t is None else t.to(accumulation_dtype(x.dtype)) for t in given]
-    w, b, mean, var = wide
+    w, b, mean, var = in_one_dtype(x, weight, bias, running_mean, running_var)
     y = torch.batch_norm(x, w, b, mean, var, training, float(momentum), eps, torch.backends.cudnn.enabled)
     for own, moved in ((running_mean, mean), (running_var, var)):
         if training and own is not None and moved is not None and moved is not own:

@@ -19,6 +19,7 @@ from fastgan.ops._tensors import (
     check_number,
     dense,
     is_channels_last,
+    shown,
 )
 
 # ── Definition ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -209,9 +210,14 @@ def setup_filter(
         separable: keep taps (taps,) as they are, for two passes, instead of their outer product; None does from 8 taps on.
 
     Raises:
-        TypeError: f is not made of numbers.
-        ValueError: f has more than 2 axes or no tap, or is to be separable and has 2.
+        TypeError: f is not made of numbers, gain is none, or a flag is neither True nor False.
+        ValueError: f has more than 2 axes or no tap, or is to be separable and has 2 or a negative gain.
     """
+    check_flag("normalize", normalize)
+    check_flag("flip_filter", flip_filter)
+    check_number("gain", gain)
+    if separable is not None:
+        check_flag("separable", separable)
     try:
         f = torch.as_tensor(1 if f is None else f, dtype=torch.float32)
     except (TypeError, ValueError, RuntimeError) as error:  # of what is no number, of uneven rows, of any object
@@ -223,6 +229,7 @@ def setup_filter(
         raise ValueError("f must be (taps,) to be separable, not (h, w)")
     if f.dim() == 1 and not (f.numel() >= 8 if separable is None else separable):
         f = f.outer(f)
+    _check_gain(gain, f)
     if normalize:
         f = f / f.sum()
     if flip_filter:
@@ -254,6 +261,7 @@ def upsample2d(
     The gain makes up for the inserted zeros: an f whose taps add up to one keeps the mean.
     """
     up = _parse_factor("up", up)
+    check_number("gain", gain)
     padding = _around(f, padding, lambda taps, up: ((taps + up - 1) // 2, (taps - up) // 2), up)
     return upfirdn2d(x, f, up, 1, padding, flip_filter, gain * up[0] * up[1])
 
@@ -284,7 +292,7 @@ def _parse_factor(name: str, factor: int | Sequence[int]) -> list[int]:
     """[x, y]"""
     factors = list(factor) if isinstance(factor, Sequence) else [factor] * 2
     if len(factors) != 2:
-        raise ValueError(f"{name} must be a positive integer, or two [x, y], not {factor!r}")
+        raise ValueError(f"{name} must be a positive integer, or two [x, y], not {shown(factor)}")
     for part in factors:
         check_count(name, part)
     return factors
@@ -297,7 +305,7 @@ def _parse_padding(padding: int | Sequence[int]) -> list[int]:
         parts = [parts[0], parts[0], parts[1], parts[1]]
     if len(parts) != 4:
         raise ValueError(
-            f"padding must be one integer, [x, y] or [x_before, x_after, y_before, y_after], not {padding!r}"
+            f"padding must be one integer, [x, y] or [x_before, x_after, y_before, y_after], not {shown(padding)}"
         )
     for part in parts:
         check_count("padding", abs(part) if isinstance(part, int) else part, least=0)
@@ -319,6 +327,11 @@ def _check_taps(f: Tensor | None) -> None:
         raise ValueError(f"f must be (taps,) or (h, w), not of shape {tuple(f.shape)}")
 
 
+def _check_gain(gain: float, f: Tensor) -> None:
+    if f.dim() == 1 and gain < 0:
+        raise ValueError(f"gain must not be negative where f is (taps,), not {gain}")
+
+
 def _check_filter(f: Tensor, x: Tensor, flip_filter: bool, gain: float) -> None:
     _check_taps(f)
     check_number("gain", gain)
@@ -329,5 +342,4 @@ def _check_filter(f: Tensor, x: Tensor, flip_filter: bool, gain: float) -> None:
         raise ValueError(f"f is on {f.device}, x on {x.device}")
     if f.requires_grad:
         raise ValueError("f must not require a gradient: it is a constant of upfirdn2d")
-    if f.dim() == 1 and gain < 0:
-        raise ValueError(f"gain must not be negative where f is (taps,), not {gain}")
+    _check_gain(gain, f)

@@ -24,7 +24,7 @@ from fastgan.training.latent import LatentSystem
 from fastgan.training.run import SYSTEMS, make_accelerator, read_checkpoint, restore
 from fastgan.training.srgan import SRGAN, upscale
 from fastgan.training.stylegan import StyleGAN
-from fastgan.training.system import System, require
+from fastgan.training.system import System, require, require_count
 
 CHUNK = 64
 STRIPS, FRAMES = 4, 12
@@ -49,7 +49,7 @@ def generate(
     styles towards the mean, and `style_mix` writes `style-mix.png` too: images with the coarse styles of the first in
     their row and the fine styles of the first in their column.
     """
-    require(num >= 1, "--num", num, "1 or more")
+    require_count("--num", num)
     require(0 <= seed < 2**63, "--seed", seed, "from 0 to 2**63 - 1")
     require(truncation is None or math.isfinite(truncation), "--truncation", truncation, "a number, 1 for none")
     system, checkpoint = _load(checkpoint)

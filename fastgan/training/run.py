@@ -230,7 +230,9 @@ def make_accelerator(device: str, precision: str) -> Accelerator:
             count = torch.accelerator.device_count()
             require(index.isdecimal() and int(index) < count, "--device", device, f"an index below {count}")
             torch.accelerator.set_device_index(int(index))
-    return Accelerator(cpu=device.startswith("cpu"), mixed_precision="bf16" if precision == "bf16" else "no")
+    # Where accelerate is not told that it is the CPU, each of several processes without a GPU takes itself for the only one.
+    on_cpu = device.startswith("cpu") or present is None
+    return Accelerator(cpu=on_cpu, mixed_precision="bf16" if precision == "bf16" else "no")
 
 
 def _check_backend(device: torch.device) -> None:

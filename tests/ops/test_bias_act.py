@@ -397,6 +397,7 @@ BAD = {
     "no such axis": (dict(dim=4), ValueError, "dim must be an axis of x from 0 to 3, not 4"),
     "an axis from the end": (dict(dim=-3), ValueError, "dim must be 0 or more, not -3"),
     "unknown act": (dict(act="gelu"), ValueError, "act must be one of linear, relu, .*, swish, not 'gelu'"),
+    "act in a list": (dict(act=["relu"]), ValueError, r"act must be one of .*, not \['relu'\]"),
     "negative clamp": (dict(clamp=-1.0), ValueError, "clamp must not be negative, not -1.0"),
 }
 

@@ -496,6 +496,11 @@ BAD = {
     "half a stride": (dict(stride=1.5), TypeError, "stride must be one integer or two, not 1.5"),
     "dilation 0": (dict(dilation=(1, 0)), ValueError, "dilation must be 1 or more"),
     "negative padding": (dict(padding=-1), ValueError, "padding must be 0 or more, not -1"),
+    "padding in two lines": (
+        dict(padding=torch.tensor([[1], [0]])),
+        TypeError,
+        r"^padding must be one integer or two, not tensor\(\[\[1\], \[0\]\]\)$",
+    ),
     "padding by name": (dict(padding="same"), TypeError, "padding must be one integer or two, not 'same'"),
     "too small": (dict(x=torch.randn(2, 3, 2, 2)), ValueError, "too small for weight"),
 }

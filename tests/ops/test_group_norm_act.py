@@ -377,6 +377,17 @@ def test_parameters_of_another_dtype_than_x():
         torch.testing.assert_close(y.double(), exact, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("backend_name", ["auto", "reference"])
+def test_parameters_in_float32_beside_an_x_in_float64(backend_name, use_backend):
+    use_backend(backend_name)
+    x = torch.randn(4, 6, 5, 5, dtype=torch.float64)
+    for norm, size in (("channels", (6,)), ("elements", (6, 5, 5))):
+        weight, bias = torch.randn(size), torch.randn(size)
+        expected = stock(norm, 3)(x, weight.double(), bias.double())
+        torch.testing.assert_close(ours(norm, 3)(x, weight, bias), expected)
+        torch.testing.assert_close(ours(norm, 3)(x, weight, bias.double()), expected)
+
+
 @needs_cpp
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("norm", NORMS)
@@ -464,6 +475,11 @@ def test_bad_input_names_the_argument(case):
         del arguments["num_groups"]
         with pytest.raises(error, match=message):
             instance_norm_act(**arguments)
+
+
+def test_instance_norm_names_an_x_without_channels():
+    with pytest.raises(ValueError, match=r"x must have a channel, not shape \(2, 0, 4, 4\)"):
+        instance_norm_act(torch.randn(2, 0, 4, 4))
 
 
 @pytest.mark.parametrize(

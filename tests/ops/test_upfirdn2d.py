@@ -379,14 +379,24 @@ def test_bad_input_names_the_argument(case):
         upfirdn2d(**dict(x=x4, f=torch.ones(2, 2)) | changes)
 
 
+def test_upsample2d_names_a_gain_that_is_no_number():
+    with pytest.raises(TypeError, match="gain must be a number, not NoneType"):
+        upsample2d(x4, None, gain=None)
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "error", "message"),
     [
-        (dict(f=torch.ones(1, 2, 2)), "f must be one tap"),
-        (dict(f=[]), "f must be one tap"),
-        (dict(f=torch.ones(2, 2), separable=True), "to be separable"),
+        (dict(f=torch.ones(1, 2, 2)), ValueError, "f must be one tap"),
+        (dict(f=[]), ValueError, "f must be one tap"),
+        (dict(f=torch.ones(2, 2), separable=True), ValueError, "to be separable"),
+        (dict(f=torch.ones(2), separable=True, gain=-1), ValueError, "gain must not be negative"),
+        (dict(f=torch.ones(2), gain=None), TypeError, "gain must be a number, not NoneType"),
+        (dict(f=torch.ones(2), normalize=torch.ones(0)), TypeError, "normalize must be True or False, not Tensor"),
+        (dict(f=torch.ones(2), flip_filter="yes"), TypeError, "flip_filter must be True or False, not str"),
+        (dict(f=torch.ones(2), separable=1), TypeError, "separable must be True or False, not int"),
     ],
 )
-def test_bad_taps_name_the_argument(arguments, message):
-    with pytest.raises(ValueError, match=message):
+def test_bad_taps_name_the_argument(arguments, error, message):
+    with pytest.raises(error, match=message):
         setup_filter(**arguments)

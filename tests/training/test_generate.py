@@ -41,7 +41,10 @@ def test_many_images_are_those_of_few_and_more(trained, tmp_path):
     assert few.crop((2, 2, 82, 10)).tobytes() == many.crop((2, 2, 82, 10)).tobytes()
 
 
-@pytest.mark.parametrize(("options", "message"), [({"num": 0}, "--num: 0"), ({"seed": -1}, "--seed: -1")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"num": 0}, "--num: 0"), ({"num": 2**63}, "--num: 9223372036854775808"), ({"seed": -1}, "--seed: -1")],
+)
 def test_bad_options_are_named(trained, options, message):
     with pytest.raises(InputError, match=f"^{message} does not fit"):
         generate(trained, **options)

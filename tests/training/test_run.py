@@ -440,8 +440,8 @@ data.ImageSet.draw = note
 if rank != "0":
     run.check_writable = checkpoint.atomic_write = None  # whoever writes is the first
 settings = {"image_size": 8, "batch_size": 128, "features": 4, "fuse": False}
-run.train("dcgan", settings, out=out, steps=11, device="cpu")
-run.train("dcgan", {}, out=other, steps=8, device="cpu", resume=True)
+run.train("dcgan", settings, out=out, steps=11)
+run.train("dcgan", {}, out=other, steps=8, resume=True)
 """
 
 
@@ -451,8 +451,9 @@ def test_two_processes_make_one_run(train, tmp_path):
     script.write_text(TWO_PROCESSES)
     drawn.mkdir()
     train(other, steps=4)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    launch += ["--main_process_port=0"]  # any that is free
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run([*launch, script, out, other, drawn], check=True, timeout=300, env=environment)
 
     assert [row["step"] for row in rows(out)] == [str(step) for step in range(1, 12)]
