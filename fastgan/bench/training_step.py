@@ -5,15 +5,13 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastgan.bench.case import OURS, Case, Contest, first_line
 from fastgan.bench.memory import peak_bytes, saved_bytes
 from fastgan.bench.op import error, excess
-from fastgan.training.run import make_accelerator
+from fastgan.training.processes import OneProcess
 
 REALS = 4
 """Different batches of real images."""
@@ -48,10 +46,8 @@ class Setup:
     def generator_input(self) -> Tensor:
         return self.noise() if self.latent_dim else self.reals[0][..., :: self.scale, :: self.scale]
 
-    def accelerator(self) -> Accelerator:
-        """A new one: its precision is one for the whole process."""
-        AcceleratorState._reset_state(reset_partial_state=True)
-        return make_accelerator(str(self.device), "bf16" if self.autocast else "fp32")
+    def process(self) -> OneProcess:
+        return OneProcess(self.device, self.autocast)
 
 
 @dataclass(frozen=True)
