@@ -91,6 +91,7 @@ class FusedTrainer(Trainer):
         settings = CycleGANSettings(image_size=SIZE, features=FEATURES, blocks=BLOCKS, lr=setup.lr)
         system = CycleGAN(settings, 3, setup.process())
         system.fuse()
+        system.capture()
         self.generator = system.generators["a2b"]
         reals = cycle(setup.reals)
         self.step = lambda: system.step(reals)

@@ -80,6 +80,7 @@ class FusedTrainer(Trainer):
         system = DCGAN(settings, 3, setup.process())
         self.generator = fuse(system.generator)
         fuse(system.discriminator)
+        system.capture()
         reals = cycle(setup.reals)
         self.step = lambda: system.step(reals)
 

@@ -106,6 +106,7 @@ class FusedTrainer(Trainer):
         system.generator.load_state_dict(generator.state_dict())
         system.discriminator.load_state_dict(discriminator.state_dict())
         system.fuse()
+        system.capture()
         self.generator = system.generator
         reals = cycle(setup.reals)
         self.step = lambda: system.step(reals)

@@ -91,6 +91,7 @@ class FusedTrainer(Trainer):
         )  # fmt: skip
         system = StyleGAN(settings, 3, setup.process())
         system.fuse()
+        system.capture()
         self.generator = system.generator
         reals = cycle(setup.reals)
         self.step = lambda: system.step(reals)

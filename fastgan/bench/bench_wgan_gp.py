@@ -77,6 +77,7 @@ class FusedTrainer(Trainer):
         system = WGANGP(settings, 3, setup.process())
         self.generator = fuse(system.generator)
         fuse(system.critic)
+        system.capture()
         reals = cycle(setup.reals)
         self.step = lambda: system.step(reals)
 
