@@ -34,8 +34,9 @@ TESTS = (
 """What runs on the GPU where there is one. The operators' other tests are of the CPU; the gates of the benchmarks hold all
 operators and training steps against float64."""
 PARTS = ("build", "tests", *suite.PARTS)
-BUILD_SHARE, TESTS_SHARE = 0.3, 0.4
-"""Of the time that there is, what building may take, and of what that leaves, the tests."""
+BUILD_SHARE, TESTS_SHARE, COMPILE_SHARE = 0.3, 0.35, 0.3
+"""Of the time that there is, what building may take; of what that leaves, the tests; and of what those leave, compiling what
+will be measured."""
 GRACE = 20.0
 """Seconds that the last case may take after the end."""
 MOST_DEATHS = 10
@@ -76,6 +77,7 @@ def main() -> None:
     if "tests" in chosen:
         outcomes["tests"] = test(out, passed, share_of(TESTS_SHARE, end) if measured else end)
     if measured:
+        outcomes["compiling"] = compile_ahead(measured, given.device, out, share_of(COMPILE_SHARE, end))
         outcomes["benchmarks"] = measure(measured, given.device, out, end)
         page.write(table.with_suffix(".html"), results.read(table), suite.keys(device))
         if device.type == "cuda" and table.exists():
@@ -105,7 +107,7 @@ def build(device: torch.device, out: Path, end: float) -> str:
 
 def test(out: Path, passed: Path, end: float) -> str:
     """Each process has a share of the tests: what takes long is compiling kernels."""
-    count = max(1, min(12, (os.cpu_count() or 1) - 1))
+    count = processes()
     shares = [
         ["-m", "pytest", "-p", "benchmarks.share", f"--share={i}/{count}", f"--passed={passed}", "-p", "no:cacheprovider",
          "--tb=short", *TESTS]
@@ -120,6 +122,21 @@ def test(out: Path, passed: Path, end: float) -> str:
     print("\n".join(failures[:20]), flush=True)
     done = len(set(passed.read_text().splitlines())) if passed.exists() else 0
     return f"{outcome}; {done} passed or skipped" + f", {len(failures)} FAILED" * bool(failures)
+
+
+def processes() -> int:
+    return max(1, min(12, (os.cpu_count() or 1) - 1))
+
+
+def compile_ahead(parts: Sequence[str], device: str, out: Path, end: float) -> str:
+    """What measuring finds in Triton's cache, made by many processes at once. What they choose among forms is forgotten."""
+    count = processes()
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["-m", "benchmarks.measure", *parts, f"--device={device}", "--seconds=0", f"--out={out}"]
+        logs = [Path(folder, f"{i}.log") for i in range(count)]
+        shares = [[*command, f"--compile={i}/{count}"] for i in range(count)]
+        outcome = run(shares, logs, end, FASTGAN_CACHE_DIR=folder)
+    return outcome.replace("out of time", "done as far as time allowed")
 
 
 def measure(parts: Sequence[str], device: str, out: Path, end: float) -> str:
@@ -137,10 +154,18 @@ def measure(parts: Sequence[str], device: str, out: Path, end: float) -> str:
     return outcome + f"; started anew {deaths} times" * (deaths > 0)
 
 
-def run(commands: Sequence[list[str]], logs: Sequence[Path], end: float, fine: Iterable[int] = (0,)) -> str:
-    """Runs Python with each of `commands`, at once, until `end`: "done" or what went wrong, and the seconds."""
+def run(
+    commands: Sequence[list[str]], logs: Sequence[Path], end: float, fine: Iterable[int] = (0,), **variables: str
+) -> str:
+    """Runs Python with each of `commands`, at once, until `end`: "done" or what went wrong, and the seconds. `variables`:
+    of their environment."""
     start = time.monotonic()
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "PYTHONUNBUFFERED": "1"}
+    environment = {
+        **os.environ,
+        **variables,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+        "PYTHONUNBUFFERED": "1",
+    }
     processes = []
     for command, log in zip(commands, logs, strict=True):
         with log.open("ab") as file:

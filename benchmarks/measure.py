@@ -1,7 +1,7 @@
 """`python -m benchmarks.measure PART …`: the cases of the suite that a file of results lacks.
 
-`benchmarks.gpu` starts it, and again where a case has killed it; that case is then not tried any more. Needs neither typer
-nor rich.
+`benchmarks.gpu` starts it, and again where a case has killed it; at the second time that case is not tried any more. Needs
+neither typer nor rich.
 """
 
 import argparse
@@ -9,18 +9,22 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import torch
 
 from fastgan.bench import results, suite
 from fastgan.bench.case import Case, Contest
+from fastgan.ops import _autotune
 
 PATIENCE = 150
-"""Seconds after which a case is killed."""
+"""Seconds after which a case is killed. What it has compiled by then is compiled when it is tried again."""
+TRIES = 2
 RUNNING = "running.txt"
-"""Names the case that is being measured."""
+"""Names the case that is being measured, once for each try."""
 
 
 def main() -> None:
@@ -29,18 +33,28 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder of the file of results")
+    parser.add_argument("--compile", metavar="I/N", help="only compile what a share of the headline cases will call")
     given = parser.parse_args()
     device = torch.device(given.device)
     path = results.results_path(device, given.out)
-    running = given.out / RUNNING
-    end = time.monotonic() + given.seconds
-    if running.exists():
-        give_up(given.parts, running.read_text(), device, path)
-    for case in left(given.parts, device, path):
+    if given.compile:
+        compile_share(left(given.parts, device, path), device, *map(int, given.compile.split("/")))
+    else:
+        measure(given.parts, device, path, time.monotonic() + given.seconds)
+
+
+def measure(parts: list[str], device: torch.device, path: Path, end: float) -> None:
+    running = path.parent / RUNNING
+    tried = running.read_text().splitlines() if running.exists() else []
+    if len(tried) == TRIES:
+        give_up(parts, tried[0], device, path)
+        tried = []
+    for case in left(parts, device, path):
         if time.monotonic() > end:
             break
         print(f"{case.name}{', quickly' if case.quick else ''}", flush=True)
-        running.write_text(case.name)
+        tried = [*(name for name in tried if name == case.name), case.name]
+        running.write_text("\n".join(tried))
         signal.alarm(PATIENCE)
         row = suite.measure_case(case, device, time.perf_counter())
         signal.alarm(0)
@@ -64,6 +78,22 @@ def left(parts: list[str], device: torch.device, path: Path) -> Iterator[Case]:
         row = rows.get(case.key)
         if row is None or results.QUICK in row.note.split("; "):
             yield case
+
+
+def compile_share(cases: Iterator[Case], device: torch.device, index: int, count: int) -> None:
+    """Sets up every `count`th quick case. Of a convolution all forms run, and none is timed, as others run beside it."""
+
+    def run_all(candidates: _autotune.Candidates, device: torch.device) -> dict[str, float]:
+        for run in candidates.values():
+            with suppress(Exception):  # which measuring will meet as well
+                run()
+        return {next(iter(candidates)): 0.0}
+
+    _autotune._measure = run_all
+    for case in islice((case for case in cases if case.quick), index, None, count):
+        print(case.name, flush=True)
+        with suppress(Exception):
+            case.prepare(device)
 
 
 def give_up(parts: list[str], name: str, device: torch.device, path: Path) -> None:

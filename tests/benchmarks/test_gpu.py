@@ -13,6 +13,7 @@ from tiny_case import make_case, make_row
 from benchmarks import gpu, measure
 from fastgan.bench import results, suite
 from fastgan.bench.prediction import H200, predictions
+from fastgan.ops import _autotune
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -29,10 +30,8 @@ def test_nothing_is_imported_that_a_bare_machine_lacks():
 def few(monkeypatch):
     """The suite has a headline case and another one in each part."""
     headline = make_case(headline=True, work="forward")
-    monkeypatch.setattr(
-        suite, "cases",
-        lambda part, _, text="": [replace(case, part=part) for case in (headline, replace(headline, headline=False, shape="b"))],
-    )  # fmt: skip
+    both = (headline, replace(headline, headline=False, shape="b"))
+    monkeypatch.setattr(suite, "cases", lambda part, *_: [replace(case, part=part) for case in both])
 
 
 def test_headlines_come_first_and_quickly_then_all_carefully(few, tmp_path):
@@ -62,13 +61,25 @@ def test_a_run_goes_on_where_the_last_one_ended(few, tmp_path, monkeypatch, caps
 
 def test_a_case_that_killed_the_process_is_noted_and_not_tried_again(few, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["measure", "bias_act", "--device=cpu", f"--out={tmp_path}", "--seconds=60"])
-    (tmp_path / measure.RUNNING).write_text(suite.cases("bias_act", CPU)[1].name)
+    name = suite.cases("bias_act", CPU)[1].name
+    (tmp_path / measure.RUNNING).write_text("\n".join([name] * measure.TRIES))
     measure.main()
     (table,) = tmp_path.glob("*.csv")
     assert sorted((row.headline, row.note, bool(row.speedup)) for row in results.read(table)) == [
         ("", "did not return", False), ("yes", "", True),
     ]  # fmt: skip
     assert not (tmp_path / measure.RUNNING).exists()
+
+
+def test_compiling_ahead_runs_every_form_and_leaves_no_choice(few, tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(_autotune, "_measure", None)
+    monkeypatch.setattr(type(make_case()), "prepare", lambda case, device: ran.append(case.part))
+    cases = measure.left(["adain", "bias_act", "norm_act"], CPU, tmp_path / "none.csv")
+    measure.compile_share(cases, CPU, 1, 2)
+    assert ran == ["bias_act"], "every other headline case, and no careful one"
+    forms = {"first": lambda: ran.append("first"), "no memory": lambda: 1 / 0, "last": lambda: ran.append("last")}
+    assert _autotune._measure(forms, CPU) == {"first": 0.0} and ran[1:] == ["first", "last"]
 
 
 def test_commands_end_done_failed_or_out_of_time(tmp_path):
@@ -82,9 +93,8 @@ def test_commands_end_done_failed_or_out_of_time(tmp_path):
 
 
 def test_shares_run_every_test_once_and_none_that_has_passed(tmp_path):
-    (tmp_path / "test_it.py").write_text(
-        "import pytest\n\n@pytest.mark.parametrize('i', range(5))\ndef test_it(i): assert i != 3\n"
-    )
+    of_five = "import pytest\n\n@pytest.mark.parametrize('i', range(5))\ndef test_it(i): assert i != 3\n"
+    (tmp_path / "test_it.py").write_text(of_five)
 
     def share(index):
         command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.share", f"--share={index}/2"]
