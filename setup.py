@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import ClassVar
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
@@ -24,9 +25,10 @@ def find_nvcc() -> str | None:
 
 
 def nvcc_flags(nvcc: str) -> list[str]:
-    """Every architecture that this nvcc knows."""
+    """Every architecture that this nvcc knows, of those that FASTGAN_CUDA_ARCHITECTURES names: "90", say, or "80 90"."""
     listed = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout.split()
-    known = [arch for arch in CUDA_ARCHITECTURES if f"compute_{arch}" in listed]
+    wanted = os.environ.get("FASTGAN_CUDA_ARCHITECTURES", "").split() or CUDA_ARCHITECTURES
+    known = [arch for arch in wanted if f"compute_{arch}" in listed]
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in known]
     return [*flags, f"-gencode=arch=compute_{known[-1]},code=compute_{known[-1]}", "-std=c++17", "-O3", "--threads=0"]
 
@@ -38,8 +40,22 @@ def is_outdated(built: str | Path, sources: Iterable[str]) -> bool:
 
 
 class BuildKernels(build_ext):
+    user_options: ClassVar = [
+        *build_ext.user_options,
+        ("only=", None, "the one module to build: fastgan._cuda, say"),
+    ]
+
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        self.only = None
+
     def finalize_options(self) -> None:
         super().finalize_options()
+        if self.only:
+            self.extensions = [extension for extension in self.extensions if extension.name == self.only]
+            if not self.extensions:
+                raise SystemExit(f"{self.only} cannot be built: no nvcc was found")
+            self.extensions[0].optional = False
         # Where editable installs and wheels find each other's objects: compiling takes minutes.
         self.build_temp = str(Path("build", f"temp.{self.plat_name}-{sys.implementation.cache_tag}"))
         self.parallel = self.parallel or 2  # C++ beside CUDA C++

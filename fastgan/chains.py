@@ -14,18 +14,34 @@ from torch import Tensor, nn
 
 from fastgan import backend, ops
 from fastgan.little_work import call_of_little, note_work
-from fastgan.nn.conv_norm_act import conv2d, conv_batch_norm_act, is_doubling, is_halving, slides, up_conv2d
+from fastgan.nn.conv_norm_act import (
+    conv2d,
+    conv_batch_norm_act,
+    conv_batch_norm_act_in_chain,
+    is_doubling,
+    is_halving,
+    slides,
+    up_conv2d,
+)
 from fastgan.nn.gradient_reversal import GradientReversal, WarmStartGradientReversal, next_coeff
 from fastgan.nn.group_norm_act import instance_norm_act, subtracts_means
 from fastgan.nn.norm_act import Activation, attachment, batch_norm_act, is_distributed, is_observed
 from fastgan.ops._tensors import DTYPES, in_layout, lies_in_both, suggests_channels_last
 from fastgan.ops.conv import is_autocast
+from fastgan.ops.conv_norm_act import Norm
 
 # ── Patterns ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _conv_batch_norm_act(x: Tensor, conv: Any, norm: Any, act: nn.Module | None = None) -> Tensor:
     return conv_batch_norm_act(x, conv, norm, Activation.of(act), keep_layout=False)
+
+
+def _conv_batch_norm_act_in_chain(
+    x: Tensor, layers: list[Any], before: Norm | None, hands_on: bool
+) -> tuple[Tensor, Norm | None]:
+    conv, norm, *act = layers
+    return conv_batch_norm_act_in_chain(x, conv, norm, Activation.of(*act or [None]), before, hands_on)
 
 
 def _conv_instance_norm_act(x: Tensor, conv: Any, norm: Any, act: nn.Module | None = None) -> Tensor:
@@ -292,7 +308,7 @@ def run_chain(
     `stock` names it, and whoever can tell the difference gets the tensor restored. A last norm adds a residual that owes its
     own layout: then the sum owes that too, in whichever order stock adds.
     """
-    is_added = False
+    is_added, before = False, None  # the norm that x is still to go through
     classes: Classes = (None,) * len(layers) if is_observed() else classes_of(layers)
     while layers:
         head, head_class = layers[0], classes[0]
@@ -305,6 +321,8 @@ def run_chain(
         if added is not None and length > 1:
             length -= 1  # the norm comes alone, and adds
             run = _RUNS[classes[:length]]
+        if before is not None and run is not _conv_batch_norm_act:
+            x, before = before.of(x), None
         if run is not None and not isinstance(head, REVERSAL):
             if stock is None:
                 stock = torch.channels_last if suggests_channels_last(x) else torch.contiguous_format
@@ -316,6 +334,9 @@ def run_chain(
                 stock = torch.contiguous_format  # which stock torch makes of any layout
             if added is not None and length == len(layers) and _can_add(x, stock, head, added):
                 x, is_added = run(x, head, added.act, residual=added.tensor), True
+            elif run is _conv_batch_norm_act and _loads_by_kernels(x):
+                hands_on = _starts_with_conv_batch_norm(layers[length:], classes[length:])
+                x, before = _conv_batch_norm_act_in_chain(x, layers[:length], before, hands_on)
             else:
                 x = run(x, *layers[:length])
             if any(map(_makes_anew, layers[:length])) and lies_in_both(x):
@@ -338,6 +359,15 @@ def run_chain(
             x, stock = restore(x, stock), None
         layers, classes = layers[length:], classes[length:]
     return x, stock, is_added
+
+
+def _loads_by_kernels(x: Any) -> bool:
+    """Whether a convolution may take in the batch norm before it as it loads, so that one may be left to the next."""
+    return type(x) is Tensor and x.device.type == "cuda" and not torch.compiler.is_compiling()
+
+
+def _starts_with_conv_batch_norm(layers: list[nn.Module], classes: Classes) -> bool:
+    return next((run for _, run in matches(layers, classes)), None) is _conv_batch_norm_act
 
 
 def _makes_anew(layer: nn.Module) -> bool:

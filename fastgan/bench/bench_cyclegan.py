@@ -89,8 +89,9 @@ class FusedTrainer(Trainer):
     def __init__(self, setup: Setup):
         torch.manual_seed(0)
         settings = CycleGANSettings(image_size=SIZE, features=FEATURES, blocks=BLOCKS, lr=setup.lr)
-        system = CycleGAN(settings, 3, setup.accelerator())
+        system = CycleGAN(settings, 3, setup.process())
         system.fuse()
+        system.capture()
         self.generator = system.generators["a2b"]
         reals = cycle(setup.reals)
         self.step = lambda: system.step(reals)

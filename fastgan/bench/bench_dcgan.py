@@ -77,9 +77,10 @@ class FusedTrainer(Trainer):
     def __init__(self, setup: Setup):
         torch.manual_seed(0)
         settings = DCGANSettings(image_size=SIZE, batch_size=BATCH, latent_dim=LATENT, lr=setup.lr)
-        system = DCGAN(settings, 3, setup.accelerator())
+        system = DCGAN(settings, 3, setup.process())
         self.generator = fuse(system.generator)
         fuse(system.discriminator)
+        system.capture()
         reals = cycle(setup.reals)
         self.step = lambda: system.step(reals)
 

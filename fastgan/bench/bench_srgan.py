@@ -101,11 +101,12 @@ class FusedTrainer(Trainer):
             image_size=SIZE, scale=SCALE, batch_size=BATCH, features=FEATURES, blocks=BLOCKS, lr=setup.lr,
             adversarial_weight=ADVERSARIAL, pretrain_steps=0 if self.phase == "SRGAN" else 1 << 62,
         )  # fmt: skip
-        system = SRGAN(settings, 3, setup.accelerator())
+        system = SRGAN(settings, 3, setup.process())
         generator, discriminator = networks(setup)
         system.generator.load_state_dict(generator.state_dict())
         system.discriminator.load_state_dict(discriminator.state_dict())
         system.fuse()
+        system.capture()
         self.generator = system.generator
         reals = cycle(setup.reals)
         self.step = lambda: system.step(reals)

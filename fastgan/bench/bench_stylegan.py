@@ -58,7 +58,6 @@ class StockTrainer(Trainer):
 
     def fakes(self) -> Tensor:
         noise = self.setup.noise()
-        torch.rand(())  # ours asks here whether to mix styles
         with self.setup.precision():
             return self.generate(noise)
 
@@ -90,8 +89,9 @@ class FusedTrainer(Trainer):
             image_size=SIZE, batch_size=BATCH, lr=setup.lr, latent_dim=LATENT, w_dim=LATENT, gamma=GAMMA,
             mapping_layers=MAPPING_LAYERS, features=width(setup.device), mixing_probability=0.0, phase_images=0,
         )  # fmt: skip
-        system = StyleGAN(settings, 3, setup.accelerator())
+        system = StyleGAN(settings, 3, setup.process())
         system.fuse()
+        system.capture()
         self.generator = system.generator
         reals = cycle(setup.reals)
         self.step = lambda: system.step(reals)

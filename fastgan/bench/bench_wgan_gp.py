@@ -74,9 +74,10 @@ class FusedTrainer(Trainer):
     def __init__(self, setup: Setup):
         torch.manual_seed(0)
         settings = WGANGPSettings(image_size=SIZE, batch_size=BATCH, lr=setup.lr)
-        system = WGANGP(settings, 3, setup.accelerator())
+        system = WGANGP(settings, 3, setup.process())
         self.generator = fuse(system.generator)
         fuse(system.critic)
+        system.capture()
         reals = cycle(setup.reals)
         self.step = lambda: system.step(reals)
 

@@ -137,11 +137,34 @@ class OpCase(Case):
         self._add_floor(contest, data)
         return contest
 
+    def least_work(self) -> tuple[int, int]:
+        """The bytes that have to move at least, and the operations: of tensors without values."""
+        x, parameters, buffers = self.inputs()
+
+        def sizes_of(tensor: Tensor) -> Tensor:
+            return self._cast(tensor.to("meta"))
+
+        x, ggx = sizes_of(x), sizes_of(x)
+        data = Data(x, tuple(map(sizes_of, parameters)), tuple(map(sizes_of, buffers)), x, ggx)
+        grad_y = _leaf(data.apply(self.reference))
+        data = replace(data, x=_leaf(x), parameters=tuple(map(_leaf, data.parameters)), grad_y=grad_y)
+        with FlopCounterMode(display=False) as counter:
+            perform(self.work, self.reference, data)
+        return self._bytes_moved(data), counter.get_total_flops()
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        """In `self.dtype`. The parameters of a norm stay float32, as under autocast."""
+        return tensor.to(self.dtype if tensor.dim() == 4 else torch.float32)
+
+    def _bytes_moved(self, data: Data) -> int:
+        moved_x, moved_y = self.tensors_moved
+        return round(moved_x * data.x.nbytes + moved_y * data.grad_y.nbytes)
+
     def _draw(self, device: torch.device) -> Data:
-        """The data in `self.dtype`, NCHW. The parameters of a norm stay float32, as under autocast."""
+        """The data, NCHW."""
 
         def cast(tensor: Tensor) -> Tensor:
-            return tensor.to(device, self.dtype if tensor.dim() == 4 else torch.float32)
+            return self._cast(tensor).to(device)
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -174,8 +197,7 @@ class OpCase(Case):
     def _add_floor(self, contest: Contest, data: Data) -> None:
         """A copy of a tensor like y: in DCGAN's layers the one that is normalised."""
         contest.floor_bytes = 2 * data.grad_y.nbytes
-        moved_x, moved_y = self.tensors_moved
-        contest.bytes_moved = round(moved_x * data.x.nbytes + moved_y * data.grad_y.nbytes)
+        contest.bytes_moved = self._bytes_moved(data)
         target, copies = torch.empty_like(data.grad_y), data.copies() if self.cache == "cold" else repeat(data)
         contest.floor = lambda: target.copy_(next(copies).grad_y.detach())
 

@@ -1,19 +1,20 @@
 """A training step of a reference system, fused, against the same step in stock PyTorch: what the systems share."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import median
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastgan.bench.case import OURS, Case, Contest, first_line
 from fastgan.bench.memory import peak_bytes, saved_bytes
 from fastgan.bench.op import error, excess
-from fastgan.training.run import make_accelerator
+from fastgan.training.captured import WARMUP, CapturedStep
+from fastgan.training.processes import OneProcess
 
 REALS = 4
 """Different batches of real images."""
@@ -48,10 +49,8 @@ class Setup:
     def generator_input(self) -> Tensor:
         return self.noise() if self.latent_dim else self.reals[0][..., :: self.scale, :: self.scale]
 
-    def accelerator(self) -> Accelerator:
-        """A new one: its precision is one for the whole process."""
-        AcceleratorState._reset_state(reset_partial_state=True)
-        return make_accelerator(str(self.device), "bf16" if self.autocast else "fp32")
+    def process(self) -> OneProcess:
+        return OneProcess(self.device, self.autocast)
 
 
 @dataclass(frozen=True)
@@ -93,9 +92,12 @@ class StepCase(Case):
         contest = Contest({}, gate=self._check(setup), captured=False)
         trainers = {OURS: self.ours(setup)}
         trainers |= {name: self.stock(stock, setup) for name, stock in self.peers.items() if self.admits(name)}
+        if device.type == "cuda":  # as `fastgan train` takes its steps there
+            alike = {name: stock for name, stock in self.peers.items() if stock.tuned and not stock.compiled}
+            trainers |= {f"{name} captured": captured(self.stock(stock, setup)) for name, stock in alike.items()}
         for name, trainer in trainers.items():
             try:
-                trainer.step()
+                contest.notes += [f"{name}: {remark}" for remark in warm_up(trainer)]
             except Exception as error:
                 if name == OURS:
                     raise
@@ -131,6 +133,26 @@ class StepCase(Case):
         ours, eager = (median(found) for found in zip(*errors, strict=True))
         why = excess(ours, eager, torch.float32)
         return why and f"the gradient is {why}"
+
+
+def captured(trainer: Trainer) -> Trainer:
+    """Has a CUDA graph take all of a trainer's step, as can be done by hand."""
+    take = trainer.step
+    optimizers = [value for value in vars(trainer).values() if isinstance(value, Optimizer)]
+    step = CapturedStep(lambda _: take(), optimizers=optimizers)
+    given = torch.zeros(1, device=next(trainer.generator.parameters()).device)
+    trainer.step = lambda: step(given)
+    return trainer
+
+
+def warm_up(trainer: Trainer) -> list[str]:
+    """Takes as many steps as a step to be captured needs to be. What it has warned of: that it runs uncaptured, say."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        is_on_cuda = next(trainer.generator.parameters()).is_cuda
+        for _ in range(WARMUP + 1 if is_on_cuda else 1):
+            trainer.step()
+    return [text for warning in caught if "uncaptured" in (text := str(warning.message))]
 
 
 def saved_by_generator(generator: nn.Module, setup: Setup) -> int:

@@ -132,14 +132,25 @@ class Growing(nn.Module):
 
     blocks: nn.ModuleList
 
-    def grow(self, resolution: int, alpha: float = 1.0) -> None:
-        """Works at `resolution` from now on: `alpha` of its images are of that, and the rest of half of it."""
+    def grow(self, resolution: int, alpha: float | Tensor = 1.0) -> None:
+        """Works at `resolution` from now on: `alpha` of its images are of that, and the rest of half of it.
+
+        A 0-d tensor is used as it is, whatever it comes to hold.
+        """
         known = [4 << level for level in range(len(self.blocks))]
         if resolution not in known[1:]:
             raise ValueError(f"resolution must be one of {', '.join(map(str, known[1:]))}, not {resolution}")
-        if not 0 <= alpha <= 1:
+        if not isinstance(alpha, Tensor) and not 0 <= alpha <= 1:
             raise ValueError(f"alpha must be from 0 to 1, not {alpha}")
         self.level, self.alpha = known.index(resolution), alpha
+
+    @property
+    def is_fading(self) -> bool:
+        return isinstance(self.alpha, Tensor) or self.alpha < 1
+
+    def fade(self, before: Tensor, now: Tensor) -> Tensor:
+        """What half of the resolution gave, and what it gives now, blended."""
+        return blend(before, now, self.alpha)
 
 
 # ── Generator ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -216,7 +227,7 @@ class Generator(Growing):
     def layers(self) -> int:
         return 2 * (self.level + 1)
 
-    def forward(self, z: Tensor, other: Tensor | None = None, crossover: int = 0) -> Tensor:
+    def forward(self, z: Tensor, other: Tensor | None = None, crossover: int | Tensor = 0) -> Tensor:
         """Images of z. With `other` latents, the styles of layers from `crossover` on are theirs: style mixing."""
         w = self.styles(z)
         if other is not None:
@@ -238,14 +249,15 @@ class Generator(Growing):
         for level in range(self.level + 1):
             before, x = x, self.blocks[level](x, w[:, 2 * level], w[:, 2 * level + 1])
         images = self.to_rgb[self.level](x)
-        if self.alpha < 1:
-            images = torch.lerp(double(self.to_rgb[self.level - 1](before)), images, self.alpha)
+        if self.is_fading:
+            images = self.fade(double(self.to_rgb[self.level - 1](before)), images)
         return images
 
 
-def mix(coarse: Tensor, fine: Tensor, crossover: int) -> Tensor:
+def mix(coarse: Tensor, fine: Tensor, crossover: int | Tensor) -> Tensor:
     """w with the styles of `coarse` in the first `crossover` layers and those of `fine` in the others."""
-    return torch.cat([coarse[:, :crossover], fine[:, crossover:]], 1)
+    layers = torch.arange(coarse.shape[1], device=coarse.device)[:, None]
+    return torch.where(layers < crossover, coarse, fine)
 
 
 # ── Discriminator ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -289,8 +301,8 @@ class Discriminator(Growing):
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.blocks[self.level](self.from_rgb[self.level](images))
-        if self.alpha < 1:
-            x = torch.lerp(self.from_rgb[self.level - 1](halve(images)), x, self.alpha)
+        if self.is_fading:
+            x = self.fade(self.from_rgb[self.level - 1](halve(images)), x)
         for level in reversed(range(self.level)):
             x = self.blocks[level](x)
         return x
@@ -307,7 +319,13 @@ def halve(images: Tensor) -> Tensor:
     return F.avg_pool2d(images, 2)
 
 
-def shrink(images: Tensor, resolution: int, alpha: float = 1.0) -> Tensor:
+def shrink(images: Tensor, resolution: int, alpha: float | Tensor = 1.0) -> Tensor:
     """Images as networks that have grown so far know them: averaged, and blended with half of the resolution."""
     images = F.avg_pool2d(images, images.shape[-1] // resolution)
-    return images if alpha == 1 else torch.lerp(double(halve(images)), images, alpha)
+    is_whole = not isinstance(alpha, Tensor) and alpha == 1
+    return images if is_whole else blend(double(halve(images)), images, alpha)
+
+
+def blend(before: Tensor, now: Tensor, alpha: float | Tensor) -> Tensor:
+    """(1 − alpha) · before + alpha · now."""
+    return torch.lerp(before, now, alpha.to(now.dtype) if isinstance(alpha, Tensor) else alpha)

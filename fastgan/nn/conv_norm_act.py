@@ -18,6 +18,7 @@ from fastgan.nn.norm_act import (
 from fastgan.ops._norm import activate
 from fastgan.ops._types import Act
 from fastgan.ops.conv import Size2
+from fastgan.ops.conv_norm_act import Norm, conv_norm_act
 from fastgan.ops.resampled_conv import up_padding, up_weight
 
 Conv = nn.Conv2d | nn.ConvTranspose2d
@@ -113,6 +114,28 @@ def conv_batch_norm_act(
     return op(
         x, weight, conv.bias, running_mean, running_var, norm.weight, norm.bias, training, momentum, norm.eps,
         **settings, **activation._asdict(), keep_layout=keep_layout,
+    )  # fmt: skip
+
+
+def conv_batch_norm_act_in_chain(
+    x: Tensor, conv: Conv, norm: BatchNorm, activation: Activation, before: Norm | None, hands_on: bool
+) -> tuple[Tensor, Norm | None]:
+    """`conv_batch_norm_act` of x behind the norm `before`, in the layout that is fast. With `hands_on` the result may be the
+    convolution's, beside the norm that is left to whoever takes it."""
+    pads = isinstance(conv, nn.Conv2d) and (conv.padding_mode != "zeros" or isinstance(conv.padding, str))
+    if before and (pads or waits_for_others(norm)):
+        x, before = before.of(x), None
+    if waits_for_others(norm):
+        return conv_batch_norm_act(x, conv, norm, activation, keep_layout=False), None
+    x, settings = _prepare(x, conv, None)
+    names = ("stride", "padding", "dilation", "output_padding", "groups")
+    stride, padding, dilation, output_padding, groups = (settings.get(name, 0) for name in names)
+    running_mean, running_var, training, momentum = next_statistics(norm)
+    act, slope, prelu_weight = activation
+    return conv_norm_act(
+        x, conv.weight, conv.bias, running_mean, running_var, norm.weight, norm.bias, training, momentum, norm.eps,
+        (stride, padding, dilation, isinstance(conv, nn.ConvTranspose2d), output_padding, groups),
+        act, slope, prelu_weight, False, before, hands_on,
     )  # fmt: skip
 
 

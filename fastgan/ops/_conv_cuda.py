@@ -41,6 +41,10 @@ def tiles_with_moments(dtype: torch.dtype) -> list[str]:
     return _kernels().tiles(dtype, moments=True)
 
 
+def tiles_behind_norm(dtype: torch.dtype) -> list[str]:
+    return _kernels().tiles(dtype, moments=True, behind_norm=True)
+
+
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple) -> Tensor:
     """`fastgan::convolution`."""
     form = _form_of_convolution(x, weight, bias, settings)
@@ -71,6 +75,35 @@ def convolution_moments(x: Tensor, weight: Tensor, settings: tuple, tile: str) -
     """`fastgan::convolution_moments`."""
     stride, padding, _, transposed, output_padding, _ = settings
     return _kernels().convolution_moments(x, weight, stride, padding, transposed, output_padding, tile, allows_tf32())
+
+
+def convolution_behind_norm(
+    x: Tensor, norm: tuple, weight: Tensor, settings: tuple, tile: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`fastgan::convolution_behind_norm`."""
+    stride, padding, _, transposed, output_padding, _ = settings
+    options = (stride, padding, transposed, output_padding, tile, allows_tf32(), norm)
+    return _kernels().convolution_moments(x, weight, *options)
+
+
+def weight_grad_behind_norm(
+    grad_y: Tensor, x: Tensor, norm: tuple, weight_shape: Sequence[int], settings: tuple, normalise: Callable
+) -> Tensor:
+    """`fastgan::convolution_weight_grad_behind_norm`. `normalise` gives what the kernels make of x as they load it."""
+    stride, padding, _, transposed, _, _ = settings
+
+    def by(form: str) -> Tensor:
+        if form == VENDOR:
+            return weight_grad(grad_y, normalise(), weight_shape, settings)
+        options = (stride, padding, transposed, form, allows_tf32(), norm)
+        return _kernels().convolution_weight_grad(grad_y, x, weight_shape, *options)
+
+    def candidates() -> _autotune.Candidates:
+        return {form: partial(by, form) for form in (VENDOR, *_kernels().weight_tiles(x.dtype))}
+
+    act = norm[-2]
+    key = (tuple(weight_shape), *settings, act)
+    return by(choose("convolution_weight_grad_behind_norm", (grad_y, x), key, candidates))
 
 
 def weight_grad(grad_y: Tensor, x: Tensor, weight_shape: Sequence[int], settings: tuple) -> Tensor:

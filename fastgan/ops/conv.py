@@ -55,27 +55,27 @@ def reference(
 
 # ── Schema ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-_SETTINGS = "int[2] stride, int[2] padding, int[2] dilation, bool transposed, int[2] output_padding, int groups"
+SETTINGS = "int[2] stride, int[2] padding, int[2] dilation, bool transposed, int[2] output_padding, int groups"
 torch.library.define(
     "fastgan::convolution",
-    f"(Tensor x, Tensor weight, Tensor? bias, {_SETTINGS}) -> Tensor",
+    f"(Tensor x, Tensor weight, Tensor? bias, {SETTINGS}) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 # Without a bias, with y's mean and biased variance over all axes but 1. `tile`: of the kernel that finds both at once.
 torch.library.define(
     "fastgan::convolution_moments",
-    f"(Tensor x, Tensor weight, {_SETTINGS}, str tile) -> (Tensor y, Tensor mean, Tensor var)",
+    f"(Tensor x, Tensor weight, {SETTINGS}, str tile) -> (Tensor y, Tensor mean, Tensor var)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 torch.library.define(
     "fastgan::convolution_weight_grad",
-    f"(Tensor grad_y, Tensor x, SymInt[] weight_shape, {_SETTINGS}) -> Tensor",
+    f"(Tensor grad_y, Tensor x, SymInt[] weight_shape, {SETTINGS}) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 # Both at once, of a pass that nobody differentiates.
 torch.library.define(
     "fastgan::convolution_backward",
-    f"(Tensor grad_y, Tensor x, Tensor weight, {_SETTINGS}) -> (Tensor grad_x, Tensor grad_weight)",
+    f"(Tensor grad_y, Tensor x, Tensor weight, {SETTINGS}) -> (Tensor grad_x, Tensor grad_weight)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -88,7 +88,7 @@ def _(x, weight, bias, *settings):
 
 @torch.library.register_fake("fastgan::convolution_moments")
 def _(x, weight, *settings_and_tile):
-    return _moments_by_definition(x, weight, *settings_and_tile)
+    return moments_by_definition(x, weight, *settings_and_tile)
 
 
 @torch.library.register_fake("fastgan::convolution_weight_grad")
@@ -109,7 +109,7 @@ def _(grad_y, x, weight, *settings):
 # is convolution_weight_grad(grad_y, x), which is bilinear too: <ggw, weight_grad(g, x)> = <g, convolution(x, ggw)>.
 
 
-def _input_grad(grad_y: Tensor, weight: Tensor, input_size, settings) -> Tensor:
+def input_grad(grad_y: Tensor, weight: Tensor, input_size, settings) -> Tensor:
     turned = _conv_cpu.settings_of_input_grad(grad_y.shape, weight.shape, input_size, settings)
     return operators.convolution(grad_y, weight, None, *turned)
 
@@ -137,7 +137,7 @@ def _gradients(ctx, grad_y: Tensor | None) -> tuple[Tensor | None, Tensor | None
     if uses_x and uses_weight and not torch.is_grad_enabled():
         grad_x, grad_weight = operators.convolution_backward(grad_y, x, weight, *ctx.settings)
     elif uses_x:
-        grad_x = _input_grad(grad_y, weight, x.shape[2:], ctx.settings)
+        grad_x = input_grad(grad_y, weight, x.shape[2:], ctx.settings)
     if uses_weight and grad_weight is None:
         grad_weight = operators.convolution_weight_grad(grad_y, x, weight.shape, *ctx.settings)
     return grad_x, grad_weight
@@ -177,7 +177,7 @@ def _weight_grad_backward(ctx, ggw):
     if will_use(ctx, 0):
         g_grad_y = operators.convolution(x, ggw, None, *ctx.settings)
     if will_use(ctx, 1):
-        grad_x = _input_grad(grad_y, ggw, x.shape[2:], ctx.settings)
+        grad_x = input_grad(grad_y, ggw, x.shape[2:], ctx.settings)
     return g_grad_y, grad_x, None, *[None] * len(ctx.settings)
 
 
@@ -192,7 +192,7 @@ def _vendor_convolution(x, weight, bias, *settings):
     return torch.ops.aten.convolution(x, weight, bias, *settings)
 
 
-def _moments_by_definition(x, weight, *settings_and_tile):
+def moments_by_definition(x, weight, *settings_and_tile):
     y = dense(_vendor_convolution(x, weight, None, *settings_and_tile[:-1]), channels_last=True)
     var, mean = torch.var_mean(y.to(accumulation_dtype(y.dtype)), (0, 2, 3), correction=0)
     return y, mean, var
@@ -239,7 +239,7 @@ def _cuda_backward(grad_y, x, weight, *settings):
 torch.library.impl("fastgan::convolution", "CompositeExplicitAutograd", _vendor_convolution)
 register_kernel("convolution", "cpu", _cpu_convolution)
 register_kernel("convolution", "cuda", _cuda_convolution)
-torch.library.impl("fastgan::convolution_moments", "CompositeExplicitAutograd", _moments_by_definition)
+torch.library.impl("fastgan::convolution_moments", "CompositeExplicitAutograd", moments_by_definition)
 register_kernel("convolution_moments", "cuda", _cuda_moments)
 torch.library.impl("fastgan::convolution_weight_grad", "CompositeExplicitAutograd", _vendor_weight_grad)
 register_kernel("convolution_weight_grad", "cpu", _cpu_weight_grad)
@@ -379,17 +379,17 @@ def convolve(prepared: Prepared, keep_layout: bool) -> Tensor:
         return reference(x, weight, bias, *settings)
     given = x
     if prefers_rows(x):
-        x = _in_rows(x)
+        x = in_rows(x)
     y = operators.convolution(x, weight, bias, *settings)
     return in_stock_s_layout(y, given, weight) if keep_layout else y
 
 
 def convolve_with_moments(prepared: Prepared, tile: str) -> tuple[Tensor, Tensor, Tensor]:
     """y without the bias, in channels_last, and its mean and biased variance, by the kernel that finds both at once."""
-    return operators.convolution_moments(_in_rows(prepared.x), prepared.weight, *prepared.settings, tile)
+    return operators.convolution_moments(in_rows(prepared.x), prepared.weight, *prepared.settings, tile)
 
 
-def _in_rows(x: Tensor) -> Tensor:
+def in_rows(x: Tensor) -> Tensor:
     return dense(with_contiguous_gradient(x), channels_last=True)
 
 

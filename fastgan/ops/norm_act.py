@@ -365,15 +365,24 @@ def normalise(
     y, *found = operators.batch_norm_act(
         x, weight, bias, residual, prelu_weight, *given, training, eps, act, negative_slope
     )
-    mean, var = moments or found
-    if training and running_mean is not None and running_var is not None:
-        n = x.numel() // x.shape[1]
-        if mean_offset is not None:
-            mean = mean + mean_offset.detach()
-        if not _move_at_once(running_mean, running_var, mean, var, momentum, n / (n - 1)):
-            move(running_mean, mean, momentum)
-            move(running_var, var * (n / (n - 1)), momentum)
+    if training:
+        mean, var = moments or found
+        move_statistics(running_mean, running_var, mean, var, momentum, x.numel() // x.shape[1], mean_offset)
     return y
+
+
+def move_statistics(
+    running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor, var: Tensor, momentum: float | Tensor,
+    count: int, mean_offset: Tensor | None,
+) -> None:  # fmt: skip
+    """The running statistics towards the mean of `count` elements, plus `mean_offset`, and their variance; in place."""
+    if running_mean is None or running_var is None:
+        return
+    if mean_offset is not None:
+        mean = mean + mean_offset.detach()
+    if not _move_at_once(running_mean, running_var, mean, var, momentum, count / (count - 1)):
+        move(running_mean, mean, momentum)
+        move(running_var, var * (count / (count - 1)), momentum)
 
 
 # On the CPU stock torch is faster up to so many elements a thread: an operator in Python takes longer to call than a small

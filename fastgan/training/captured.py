@@ -18,7 +18,7 @@ WARMUP = 3
 """Calls before the one that is captured: cuDNN chooses its kernels in them, and optimisers make their state."""
 
 MOST_GRAPHS = 8
-"""Of different shapes. Each holds the memory of a step; what else comes runs as it is."""
+"""Of different kinds. Each holds the memory of a step; of more, the one that has not been used for longest gives way."""
 
 
 class CapturedStep(Generic[Result]):
@@ -31,16 +31,17 @@ class CapturedStep(Generic[Result]):
     A step may be whole: forwards, gradient penalties, backwards, optimisers, averages of weights. Its inputs are tensors, or
     tuples, lists and dicts of them; before each launch they are copied into those of the graph, in the order of the stream,
     so that no call waits for the device. Random numbers of torch's own CUDA generator go on from call to call. What the step
-    returns are copies. For inputs of other shapes or dtypes there is a graph of their own. On the CPU, and until a graph is
-    there, the step runs as it is.
+    returns are copies. For tensors of other shapes or dtypes there is a graph of their own, and for every value of inputs
+    that are no tensors, such as a flag. On the CPU, and until a graph is there, the step runs as it is.
 
-    A graph repeats what was launched and not what Python decided: a step must do the same for all inputs of one shape, wait
-    for no value, and take whatever changes from tensors. That includes the learning rate, which therefore becomes a tensor
-    in `optimizers`, to be changed by `group["lr"].fill_(…)`, as PyTorch's schedulers do. Other generators than torch's own
-    cannot be used. Where PyTorch refuses to capture a step, a warning says why, and the step runs as it is.
+    A graph repeats what was launched and not what Python decided: a step must do the same for all tensors of one shape with
+    the same flags, wait for no value, and take whatever changes from tensors. That includes the learning rate, which
+    therefore becomes a tensor in `optimizers`, to be changed by `group["lr"].fill_(…)`, as PyTorch's schedulers do. Other
+    generators than torch's own cannot be used. Where PyTorch refuses to capture a step, a warning says why, and the step
+    runs as it is.
 
     Args:
-        step: what to run. Gradients have to begin as None or zero in it.
+        step: what to run. Gradients have to begin as None or zero in it. Inputs that are no tensors have to be hashable.
         optimizers: those that it steps. They are made capturable.
     """
 
@@ -52,24 +53,30 @@ class CapturedStep(Generic[Result]):
         self._is_refused = False
 
     def __call__(self, *inputs: Any) -> Result:
-        tensors, structure = pytree.tree_flatten(inputs)
+        leaves, structure = pytree.tree_flatten(inputs)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if self._is_refused or not _are_on_cuda(tensors):
             return self.step(*inputs)
-        key = (structure, tuple((tensor.shape, tensor.dtype, tensor.stride()) for tensor in tensors))
-        if key not in self._recordings:
-            if self._calls.setdefault(key, 0) < WARMUP or len(self._recordings) == MOST_GRAPHS:
+        key = (structure, *map(_kind_of, leaves))
+        recording = self._recordings.pop(key, None)
+        if recording is None:
+            if self._calls.setdefault(key, 0) < WARMUP:
                 self._calls[key] += 1
                 for optimizer in self.optimizers:
                     make_capturable(optimizer)
                 with _beside():
                     return self.step(*inputs)
+            if len(self._recordings) == MOST_GRAPHS:
+                oldest = next(iter(self._recordings))
+                del self._recordings[oldest], self._calls[oldest]
             try:
-                self._recordings[key] = _record(self.step, inputs)
+                recording = _record(self.step, inputs)
             except RuntimeError as error:
                 warnings.warn(f"the step runs uncaptured: {one_line(error)}", stacklevel=2)
                 self._is_refused = True
                 return self.step(*inputs)
-        return self._recordings[key].replay(tensors)
+        self._recordings[key] = recording  # behind all that have not been used since
+        return recording.replay(tensors)
 
 
 class _Recording(NamedTuple, Generic[Result]):
@@ -92,12 +99,18 @@ def _record(step: Callable[..., Result], inputs: tuple) -> "_Recording[Result]":
     # Other threads, which load data, may allocate meanwhile.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = step(*own)
-    return _Recording(graph.replay, pytree.tree_leaves(own), result)
+    inputs_of_graph = [leaf for leaf in pytree.tree_leaves(own) if isinstance(leaf, Tensor)]
+    return _Recording(graph.replay, inputs_of_graph, result)
 
 
-def _are_on_cuda(tensors: Sequence[Any]) -> bool:
-    """Whether there are tensors and nothing else, all of them on a GPU."""
-    return bool(tensors) and all(isinstance(tensor, Tensor) and tensor.is_cuda for tensor in tensors)
+def _kind_of(leaf: Any) -> Hashable:
+    """What a graph is fixed to of an input."""
+    return (leaf.shape, leaf.dtype, leaf.stride()) if isinstance(leaf, Tensor) else (type(leaf), leaf)
+
+
+def _are_on_cuda(tensors: Sequence[Tensor]) -> bool:
+    """Whether there are any, all of them on a GPU."""
+    return bool(tensors) and all(tensor.is_cuda for tensor in tensors)
 
 
 @contextmanager

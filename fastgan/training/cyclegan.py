@@ -1,13 +1,11 @@
 """CycleGAN's losses and training step: equations 1 to 3 of Zhu et al. (2017), and the details of its section 4."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 from torch.nn.functional import l1_loss, mse_loss
 
@@ -15,7 +13,8 @@ from fastgan.models.cyclegan import PatchDiscriminator, ResNetGenerator, UNetGen
 from fastgan.training.data import ImageSet, to_floats
 from fastgan.training.dcgan import cross_entropy
 from fastgan.training.images import Grid
-from fastgan.training.system import Settings, System, adam, require, require_count
+from fastgan.training.processes import Processes
+from fastgan.training.system import Settings, System, adam, require, require_count, set_lr
 
 Architecture = Literal["resnet", "unet"]
 Loss = Literal["lsgan", "log"]
@@ -67,7 +66,7 @@ class CycleGAN(System[CycleGANSettings]):
     epochs = 2
     draws = 2
 
-    def __init__(self, settings: CycleGANSettings, channels: int, accelerator: Accelerator):
+    def __init__(self, settings: CycleGANSettings, channels: int, accelerator: Processes):
         super().__init__(settings, channels, accelerator)
 
         def generator() -> ResNetGenerator | UNetGenerator:
@@ -86,14 +85,11 @@ class CycleGAN(System[CycleGANSettings]):
 
     def begin_step(self, step: int, steps: int) -> None:
         """The learning rate stays for the first half of the steps, then falls linearly: the step after the last has none."""
-        lr = self.settings.lr * min(1.0, 2 * (steps - step) / steps)
         for optimizer in self.optimizers.values():
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            set_lr(optimizer, self.settings.lr * min(1.0, 2 * (steps - step) / steps))
 
-    def step(self, reals: Iterator[Tensor]) -> dict[str, Tensor]:
+    def launch(self, real_a: Tensor, real_b: Tensor) -> dict[str, Tensor]:
         """One update of the generators, for both directions at once, then one of each discriminator."""
-        real_a, real_b = next(reals), next(reals)
         metrics, fake_a, fake_b = self.generator_step(real_a, real_b)
         metrics |= self.discriminator_step("a", real_a, self.pools["a"].exchange(fake_a))
         return metrics | self.discriminator_step("b", real_b, self.pools["b"].exchange(fake_b))
@@ -172,6 +168,8 @@ class CycleGAN(System[CycleGANSettings]):
         return draw
 
     def state_dict(self) -> dict[str, Any]:
+        from accelerate.utils import gather_object
+
         # Copies: of a view torch.save would write all that it is a view of.
         pools = {domain: [image.cpu().clone() for image in pool.images] for domain, pool in self.pools.items()}
         return super().state_dict() | {"pools": gather_object([pools])}
@@ -187,21 +185,44 @@ class CycleGAN(System[CycleGANSettings]):
 class ImagePool:
     """Shrivastava et al.'s (2017) history of fakes: of a full pool, half of what is shown are earlier images.
 
-    It draws from torch's generator on the CPU, so no step waits for the device.
+    All of it is tensors on the images' device: no step waits for a draw, and a CUDA graph may hold one.
     """
 
     def __init__(self, size: int):
         self.size = size
-        self.images: list[Tensor] = []
+        self._places: Tensor | None = None
+        self._count: Tensor
 
+    @property
+    def images(self) -> list[Tensor]:
+        """What it keeps, each (1, C, H, W). To look waits for the device."""
+        return [] if self._places is None else [place[None] for place in self._places[: int(self._count)]]
+
+    @images.setter
+    def images(self, images: Sequence[Tensor]) -> None:
+        self._places = None
+        if images:
+            self._make_room_for(images[0])[: len(images)] = torch.cat(list(images))
+            self._count.fill_(len(images))
+
+    def _make_room_for(self, images: Tensor) -> Tensor:
+        if self._places is None:
+            self._places = images.new_zeros(self.size, *images.shape[1:])
+            self._count = torch.zeros(1, dtype=torch.long, device=images.device)
+        return self._places
+
+    @torch.no_grad()
     def exchange(self, images: Tensor) -> Tensor:
         """What to show for `images`: each, and the pool keeps it while it has room; then by even chance one kept instead."""
-        shown = []
+        places, device, shown = self._make_room_for(images), images.device, []
         for image in images.split(1):
-            if len(self.images) < self.size:
-                self.images.append(image)
-            elif torch.rand(()).item() < 0.5:
-                place = int(torch.randint(self.size, ()))
-                image, self.images[place] = self.images[place], image
-            shown.append(image)
+            is_full = self._count == self.size
+            drawn = torch.randint(self.size, (1,), device=device)
+            is_exchanged = is_full & (torch.rand(1, device=device) < 0.5)
+            place = torch.where(is_full, drawn, self._count)
+            earlier = places.index_select(0, place)
+            keeps = (is_exchanged | ~is_full).view(-1, 1, 1, 1)
+            places.index_copy_(0, place, torch.where(keeps, image, earlier))
+            shown.append(torch.where(is_exchanged.view(-1, 1, 1, 1), earlier, image))
+            self._count += ~is_full
         return torch.cat(shown)

@@ -1,12 +1,11 @@
 """Domain-adversarial training (Ganin & Lempitsky, 2015), between the two bounds that the paper gives it."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -16,7 +15,8 @@ from fastgan.training import dcgan
 from fastgan.training.data import ImageSet, Labelled, to_floats
 from fastgan.training.domains import LARGEST, load_domains
 from fastgan.training.images import Grid, scatter
-from fastgan.training.system import Score, Settings, System, adam, require, require_count
+from fastgan.training.processes import Processes
+from fastgan.training.system import Score, Settings, System, adam, require, require_count, set_lr
 
 SHOWN = 300
 """Images of each domain whose features are drawn."""
@@ -60,14 +60,15 @@ class DANN(System[DANNSettings]):
     epochs = 20
     draws = 2
 
-    def __init__(self, settings: DANNSettings, channels: int, accelerator: Accelerator):
+    def __init__(self, settings: DANNSettings, channels: int, accelerator: Processes):
         super().__init__(settings, channels, accelerator)
 
         def classifier() -> Classifier:
             return Classifier(settings.image_size, channels, settings.features)
 
         self.source_only, self.adapted, self.on_target = classifier(), classifier(), classifier()
-        self.reversal = GradientReversal(0.0)
+        self.coeff = torch.zeros((), device=accelerator.device)
+        self.reversal = GradientReversal(self.coeff)
         self.domains = nn.Sequential(self.reversal, *DomainHead(self.adapted.width))
         self.networks = {
             "source_only": self.source_only, "adapted": self.adapted, "domains": self.domains, "on_target": self.on_target,
@@ -80,14 +81,12 @@ class DANN(System[DANNSettings]):
         """The paper's schedules of its section 4, in the part p of the steps that is done: λ = 2 / (1 + exp(−10 p)) − 1, and
         the learning rate falls as (1 + 10 p)^−0.75."""
         done = step / steps
-        self.reversal.coeff = 2 / (1 + math.exp(-10 * done)) - 1
+        self.coeff.fill_(2 / (1 + math.exp(-10 * done)) - 1)
         for optimizer in self.optimizers.values():
-            for group in optimizer.param_groups:
-                group["lr"] = self.settings.lr * (1 + 10 * done) ** -0.75
+            set_lr(optimizer, self.settings.lr * (1 + 10 * done) ** -0.75)
 
-    def step(self, reals: Iterator[Labelled]) -> dict[str, Tensor]:
+    def launch(self, source: Labelled, target: Labelled) -> dict[str, Tensor]:
         """One update of each classifier, and of the domain head."""
-        source, target = next(reals), next(reals)
         metrics = self.adapt(source, target.images)
         return metrics | self.learn("source_only", source) | self.learn("on_target", target)
 

@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from fastgan.training.errors import InputError, one_line
+from fastgan.training.processes import Processes
 
 IN_MEMORY = 2 << 30
 """Bytes up to which a set, once resized, is decoded at the start and kept. A larger one is decoded batch by batch.
@@ -293,7 +293,7 @@ class Batches(Iterator[Any]):
     next batch is read while the current one is used. Another `stream` has other orders.
     """
 
-    def __init__(self, images: PictureSet, batch_size: int, seed: int, accelerator: Accelerator, stream: int = 0):
+    def __init__(self, images: PictureSet, batch_size: int, seed: int, accelerator: Processes, stream: int = 0):
         together = batch_size * accelerator.num_processes
         if len(images) < together:
             raise InputError(f"--batch-size: {together} is more than the {len(images)} images in {images.option}")
@@ -347,7 +347,7 @@ class Turns(Iterator[Any]):
     An epoch lasts until the largest set has been seen.
     """
 
-    def __init__(self, sets: Sequence[PictureSet], batch_size: int, seed: int, accelerator: Accelerator):
+    def __init__(self, sets: Sequence[PictureSet], batch_size: int, seed: int, accelerator: Processes):
         self.sets = sets
         self.parts = [Batches(images, batch_size, seed, accelerator, stream) for stream, images in enumerate(sets)]
         self.per_epoch = len(sets) * max(part.per_epoch for part in self.parts)

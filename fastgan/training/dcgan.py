@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from fastgan.models.dcgan import Discriminator, Generator, init_weights
 from fastgan.training.latent import AlternatingSettings, AlternatingSystem
+from fastgan.training.processes import Processes
 from fastgan.training.system import adam, require
 
 
@@ -27,11 +27,10 @@ class DCGAN(AlternatingSystem[DCGANSettings]):
     """The generator, the discriminator, and their alternating step."""
 
     name = "dcgan"
-    is_static = True
     settings_type = DCGANSettings
     epochs = 12  # digits can be told apart, after two minutes on two cores
 
-    def __init__(self, settings: DCGANSettings, channels: int, accelerator: Accelerator):
+    def __init__(self, settings: DCGANSettings, channels: int, accelerator: Processes):
         super().__init__(settings, channels, accelerator)
         size, features, device = settings.image_size, settings.features, accelerator.device
         self.generator = Generator(size, channels, settings.latent_dim, features).apply(init_weights).to(device)

@@ -1,7 +1,7 @@
 """What systems share whose generator turns noise into images, and whose other network scores images."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
@@ -98,15 +98,14 @@ class AlternatingSystem(LatentSystem[A]):
     @abstractmethod
     def generator_step(self, fake: Tensor) -> dict[str, Tensor]: ...
 
-    def step(self, reals: Iterator[Tensor]) -> dict[str, Tensor]:
+    def launch(self, *reals: Tensor) -> dict[str, Tensor]:
         """`d_steps` updates of the discriminator, each on new real and new fake images, then one of the generator.
 
         The generator learns from the last fakes that the discriminator has seen, so it runs once for both.
         """
         metrics: dict[str, Tensor] = {}
-        for remaining in reversed(range(self.settings.d_steps)):
-            real = next(reals)
-            with torch.set_grad_enabled(remaining == 0), self.accelerator.autocast():
+        for turn, real in enumerate(reals, 1):
+            with torch.set_grad_enabled(turn == len(reals)), self.accelerator.autocast():
                 fake = self.generator(self.noise(len(real)))
             metrics = self.discriminator_step(real, fake.detach())
         return metrics | self.generator_step(fake)

@@ -1,10 +1,9 @@
 """The training loop, one for all systems."""
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,8 @@ import torch
 from accelerate.utils import gather_object
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor
 
 from fastgan.training import checkpoint
-from fastgan.training.captured import CapturedStep
 from fastgan.training.data import Turns
 from fastgan.training.errors import Interrupted
 from fastgan.training.folder import RunFolder
@@ -61,12 +58,8 @@ class Training:
         self.step = 0
         self.saved: int | None = None
         self.grid = system.sample_grid(batches.sets)
-        self.take_step: Callable[..., dict[str, Tensor]] = self._step
-        if system.is_static and self.accelerator.num_processes == 1:
-            self.take_step = CapturedStep(self._step, optimizers=list(system.optimizers.values()))
-
-    def _step(self, *reals: Any) -> dict[str, Tensor]:
-        return self.system.step(iter(reals))
+        if self.accelerator.num_processes == 1:
+            system.capture()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from a checkpoint: exactly, on the same device with the same number of processes. Of more or fewer each
@@ -106,7 +99,7 @@ class Training:
             task = bar.add_task("", total=self.plan.steps, completed=self.step, losses="")
             while self.step < self.plan.steps and not stop:
                 self.system.begin_step(self.step, self.plan.steps)
-                curves.add(self.take_step(*islice(self.batches, self.system.draws)))
+                curves.add(self.system.step(self.batches))
                 self.step += 1
                 bar.update(task, completed=self.step)
                 stop = self._agree(bool(received))

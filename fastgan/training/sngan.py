@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
@@ -11,6 +10,7 @@ from fastgan.models.dcgan import init_weights
 from fastgan.models.sngan import Discriminator, Generator, ResidualDiscriminator
 from fastgan.models.wgan_gp import ResidualGenerator, init_residual
 from fastgan.training.latent import AlternatingSettings, AlternatingSystem
+from fastgan.training.processes import Processes
 from fastgan.training.system import adam, require
 
 Architecture = Literal["standard", "residual"]
@@ -35,10 +35,9 @@ class SNGAN(AlternatingSystem[SNGANSettings]):
     """The generator, the discriminator, and their alternating step."""
 
     name = "sngan"
-    is_static = True
     settings_type = SNGANSettings
 
-    def __init__(self, settings: SNGANSettings, channels: int, accelerator: Accelerator):
+    def __init__(self, settings: SNGANSettings, channels: int, accelerator: Processes):
         super().__init__(settings, channels, accelerator)
         size, latent, features, device = settings.image_size, settings.latent_dim, settings.features, accelerator.device
         generator: nn.Module

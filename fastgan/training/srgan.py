@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, mse_loss
 
@@ -17,7 +16,8 @@ from fastgan.training.data import open_pictures, to_floats
 from fastgan.training.dcgan import cross_entropy
 from fastgan.training.errors import InputError, one_line
 from fastgan.training.images import Grid, to_pixels
-from fastgan.training.system import Score, Settings, System, adam, require, require_count
+from fastgan.training.processes import Processes
+from fastgan.training.system import Score, Settings, System, adam, require, require_count, set_lr
 
 VGG_SCALE = 0.006
 """Of the squared difference of VGG19's features: it is then about as large as that of pixels (section 3.2)."""
@@ -75,7 +75,7 @@ class SRGAN(System[SRGANSettings]):
     settings_type = SRGANSettings
     epochs = 8
 
-    def __init__(self, settings: SRGANSettings, channels: int, accelerator: Accelerator):
+    def __init__(self, settings: SRGANSettings, channels: int, accelerator: Processes):
         super().__init__(settings, channels, accelerator)
         shape = (settings.scale, channels, settings.features, settings.blocks)
         self.generator = Generator(*shape).apply(init_weights)
@@ -115,20 +115,26 @@ class SRGAN(System[SRGANSettings]):
         first = self.settings.pretrain_steps
         ends = (first * 3 / 4, first + max(0, steps - first) / 2)
         for optimizer in self.optimizers.values():
-            for group in optimizer.param_groups:
-                group["lr"] = self.settings.lr / 10 ** sum(step >= end for end in ends)
+            set_lr(optimizer, self.settings.lr / 10 ** sum(step >= end for end in ends))
 
     def step(self, reals: Iterator[Tensor]) -> dict[str, Tensor]:
-        """One update of the generator; in the adversarial phase one of the discriminator before it, on the same images."""
         if self.steps == self.settings.pretrain_steps:
             self.srresnet.load_state_dict(self.generator.state_dict())
-        large = next(reals)
+        metrics = super().step(reals)
+        self.steps += 1
+        return metrics
+
+    @property
+    def kind(self) -> bool:
+        return self.is_adversarial
+
+    def launch(self, large: Tensor) -> dict[str, Tensor]:
+        """One update of the generator; in the adversarial phase one of the discriminator before it, on the same images."""
         self.optimizers["generator"].zero_grad()
         with self.accelerator.autocast():
             fake = self.generator(shrink(large, self.settings.scale))
         fake = fake.float()
         step = self.adversarial_step if self.is_adversarial else self.pretrain_step
-        self.steps += 1
         return step(large, fake)
 
     def pretrain_step(self, large: Tensor, fake: Tensor) -> dict[str, Tensor]:

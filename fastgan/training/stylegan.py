@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, softplus
 
 from fastgan.models.stylegan import Discriminator, Generator, mix, shrink
 from fastgan.penalties import r1_penalty
 from fastgan.training.latent import LatentSettings, LatentSystem
+from fastgan.training.processes import Processes
 from fastgan.training.system import adam, as_option, require, require_count
 
 FIRST = 8
@@ -66,7 +66,7 @@ class StyleGAN(LatentSystem[StyleGANSettings]):
     settings_type = StyleGANSettings
     generator: Generator
 
-    def __init__(self, settings: StyleGANSettings, channels: int, accelerator: Accelerator):
+    def __init__(self, settings: StyleGANSettings, channels: int, accelerator: Processes):
         super().__init__(settings, channels, accelerator)
         size, features = settings.image_size, settings.features
         latent = (settings.latent_dim, settings.w_dim, settings.mapping_layers)
@@ -77,6 +77,7 @@ class StyleGAN(LatentSystem[StyleGANSettings]):
         self.networks = trained | {"average": self.average}
         self.optimizers = {name: adam(network, settings.lr, (0.0, 0.99)) for name, network in trained.items()}
         self.truncation = 1.0
+        self.fade = torch.ones((), device=accelerator.device)
         self.grow(0)
 
     def fuse(self) -> None:
@@ -90,25 +91,47 @@ class StyleGAN(LatentSystem[StyleGANSettings]):
         self.steps = steps
         settings = self.settings
         self.resolution, self.alpha = growth(steps * settings.batch_size, settings.phase_images, settings.image_size)
+        if self.alpha < 1:  # it changes from step to step: a graph reads it from a tensor
+            self.fade.fill_(self.alpha)
         for network in (self.generator, self.average, self.discriminator):
-            network.grow(self.resolution, self.alpha)
+            network.grow(self.resolution, self.faded)
+
+    @property
+    def faded(self) -> float | Tensor:
+        """`alpha` as the networks have it."""
+        return self.fade if self.alpha < 1 else 1.0
+
+    @property
+    def penalises(self) -> bool:
+        """Whether the next step does."""
+        return self.steps % self.settings.penalty_every == 0
 
     def step(self, reals: Iterator[Tensor]) -> dict[str, Tensor]:
-        real = shrink(next(reals), self.resolution, self.alpha)
+        metrics = super().step(reals)
+        self.grow(self.steps + 1)
+        return metrics
+
+    @property
+    def kind(self) -> tuple[int, bool, bool]:
+        return self.resolution, self.alpha < 1, self.penalises
+
+    def launch(self, real: Tensor) -> dict[str, Tensor]:
+        """One update of the discriminator, one of the generator, and of its average."""
+        real = shrink(real, self.resolution, self.faded)
         with torch.no_grad():
             fake = self.generate(len(real))
         metrics = self.discriminator_step(real, fake) | self.generator_step(len(real))
         self.update_average(len(real))
-        self.grow(self.steps + 1)
         return metrics
 
     def generate(self, count: int) -> Tensor:
         """Images of new latents. Of a batch, all or none have styles of two: `mixing_probability` decides."""
-        latents = self.noise(count)
+        latents, probability = self.noise(count), self.settings.mixing_probability
         mixed: tuple[Any, ...] = ()
-        # Drawn on the CPU, so that no step waits for the device.
-        if torch.rand(()).item() < self.settings.mixing_probability:
-            mixed = self.noise(count), int(torch.randint(1, self.generator.layers, (1,)))
+        if probability:
+            layers, device = self.generator.layers, latents.device
+            stays = torch.rand((), device=device) >= probability
+            mixed = self.noise(count), torch.randint(1, layers, (), device=device).masked_fill(stays, layers)
         with self.accelerator.autocast():
             return self.generator(latents, *mixed).float()
 
@@ -116,7 +139,7 @@ class StyleGAN(LatentSystem[StyleGANSettings]):
         """Descends E softplus(D(G(z))) + E softplus(−D(x)) + R1, which every `penalty_every` steps counts for as many."""
         self.optimizers["discriminator"].zero_grad()
         penalty = torch.zeros((), device=real.device)
-        if self.steps % self.settings.penalty_every == 0:
+        if self.penalises:
             scores, penalty = self.judge_with_penalty(real)
         else:
             scores = self.judge(self.discriminator, real)

@@ -2,19 +2,20 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from fastgan.fuse import fuse
+from fastgan.training.captured import CapturedStep
 from fastgan.training.data import PictureSet, load_images
 from fastgan.training.errors import InputError
 from fastgan.training.images import Grid
+from fastgan.training.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -93,20 +94,17 @@ class System(ABC, Generic[S]):
     draws: int = 1
     """Batches of real images that one step takes; where there are several data sets, from each in turn."""
 
-    is_static: ClassVar[bool] = False
-    """Whether each step launches the same kernels: it decides nothing in Python by what changes, and `begin_step` does
-    nothing. Then on CUDA a run captures it."""
-
     is_stock: bool = False
     """Whether a step is what stock PyTorch does: one side of a comparison."""
 
     networks: dict[str, nn.Module]
     optimizers: dict[str, Optimizer]
 
-    def __init__(self, settings: S, channels: int, accelerator: Accelerator):
+    def __init__(self, settings: S, channels: int, accelerator: Processes):
         self.settings = settings
         self.channels = channels
         self.accelerator = accelerator
+        self.take: Callable[..., dict[str, Tensor]] = self._take
 
     def prepare(self) -> None:
         """Reads what training takes besides real images. Raises `InputError`. Called once, and only to train."""
@@ -118,12 +116,29 @@ class System(ABC, Generic[S]):
     def begin_step(self, step: int, steps: int) -> None:
         """Called before each step of a run, the first being `step` 0 of `steps`: what follows a schedule follows it here."""
 
-    @abstractmethod
     def step(self, reals: Iterator[Any]) -> dict[str, Tensor]:
         """Takes `draws` batches from `reals`, updates every network, and returns scalars without waiting for them.
 
         A batch is a tensor, or `Labelled` where the set has labels.
         """
+        return self.take(self.kind, *(next(reals) for _ in range(self.draws)))
+
+    @property
+    def kind(self) -> Hashable:
+        """Of the next step, what of it Python decides: steps of one kind launch the same kernels."""
+        return None
+
+    @abstractmethod
+    def launch(self, *reals: Any) -> dict[str, Tensor]:
+        """What a step has the device do, and a CUDA graph may hold: whatever is not in `kind` comes from tensors, random
+        numbers too, and nothing waits for the value of one."""
+
+    def _take(self, kind: Hashable, *reals: Any) -> dict[str, Tensor]:
+        return self.launch(*reals)
+
+    def capture(self) -> None:
+        """Has CUDA graphs take the steps, one for each kind."""
+        self.take = CapturedStep(self._take, optimizers=list(self.optimizers.values()))
 
     @abstractmethod
     def sample_grid(self, sets: Sequence[Any]) -> Callable[[], Grid]:
@@ -171,6 +186,15 @@ class System(ABC, Generic[S]):
             network.load_state_dict(state["networks"][name])
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
+
+
+def set_lr(optimizer: Optimizer, lr: float) -> None:
+    """The learning rate of all parameters, also where a graph reads it."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 def _plain_state(optimizer: Optimizer) -> dict[str, Any]:

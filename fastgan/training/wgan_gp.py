@@ -1,18 +1,17 @@
 """WGAN-GP's losses and training step: Algorithm 1 of Gulrajani et al. (2017)."""
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from fastgan.models.dcgan import Generator, init_weights
 from fastgan.models.wgan_gp import Critic, Norm, ResidualCritic, ResidualGenerator, init_residual
 from fastgan.penalties import gradient_penalty
 from fastgan.training.latent import LatentSettings, LatentSystem
+from fastgan.training.processes import Processes
 from fastgan.training.system import adam, require, require_count
 
 Architecture = Literal["dcgan", "residual"]
@@ -59,10 +58,9 @@ class WGANGP(LatentSystem[WGANGPSettings]):
     """The generator, the critic, and their step: several updates of the critic, then one of the generator."""
 
     name = "wgan-gp"
-    is_static = True
     settings_type = WGANGPSettings
 
-    def __init__(self, settings: WGANGPSettings, channels: int, accelerator: Accelerator):
+    def __init__(self, settings: WGANGPSettings, channels: int, accelerator: Processes):
         super().__init__(settings, channels, accelerator)
         size, latent, features = settings.image_size, settings.latent_dim, settings.features
         if settings.architecture == "residual":
@@ -76,14 +74,13 @@ class WGANGP(LatentSystem[WGANGPSettings]):
         self.optimizers = {name: adam(network, settings.lr, (0.0, 0.9)) for name, network in self.networks.items()}
         self.draws = settings.critic_steps
 
-    def step(self, reals: Iterator[Tensor]) -> dict[str, Tensor]:
+    def launch(self, *reals: Tensor) -> dict[str, Tensor]:
         metrics: dict[str, Tensor] = {}
-        for _ in range(self.settings.critic_steps):
-            real = next(reals)
+        for real in reals:
             with torch.no_grad(), self.accelerator.autocast():
                 fake = self.generator(self.noise(len(real)))
             metrics = self.critic_step(real, fake.float())
-        return metrics | self.generator_step(len(real))
+        return metrics | self.generator_step(len(reals[0]))
 
     def critic_step(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
         """Descends E D(G(z)) − E D(x) + weight · E(‖∇D(x̂)‖ − 1)², with x̂ between real and fake images."""

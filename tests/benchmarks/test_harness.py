@@ -8,7 +8,6 @@ import torch.nn.functional as F
 import typer
 from tiny_case import make_case, make_row, scaled_relu
 
-from benchmarks import gpu
 from benchmarks.readme import END, START, markdown, rewrite
 from fastgan.bench import command, results, suite, timing
 from fastgan.bench.case import OURS
@@ -241,13 +240,3 @@ def test_a_case_becomes_a_row_and_what_there_is_no_time_for_does_not():
 
 def test_table_has_a_line_for_each_row():
     assert command.table("part", [make_row(fastgan=1e-3, NCHW=4e-3)] * 3).row_count == 3
-
-
-# ── The GPU run ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_parts_end_done_failed_or_out_of_time(tmp_path):
-    log = tmp_path / "log"
-    assert gpu.run(["-c", "print('fine')"], log, 60) == "done"
-    assert "boom" in gpu.run(["-c", "raise SystemExit('boom')"], log, 60)
-    assert "out of time" in gpu.run(["-c", "import time; time.sleep(60)"], log, 0.1)

@@ -1,5 +1,6 @@
 """The kernels of conv against torch's own convolutions, differentiated by autograd in float64."""
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -10,10 +11,14 @@ import torch
 from fastgan_kernels import _norm, conv
 from fastgan_kernels.conv import TILES, WEIGHT_TILES, Tile, convolution, convolution_moments, convolution_weight_grad
 from oracle import assert_kernels_are_as_exact_as_eager, rms
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastgan.ops import _autotune, _conv_cuda
+import fastgan
+from fastgan import chains
+from fastgan.ops import _autotune, _conv_cuda, conv_norm_act
+from fastgan.ops._kernels import KERNELS
+from fastgan.ops.conv_norm_act import _Form
 
 # The interpreter computes masked elements too: NumPy's warnings say nothing.
 pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
@@ -240,6 +245,47 @@ def test_what_comes_in_is_what_batch_norm_act_would_have_written(small_tiles):
         )
 
     assert all(map(torch.equal, both(p.x, p.before), both(written, None)))
+
+
+@pytest.fixture
+def norms_taken_in(small_tiles, monkeypatch):
+    """Chains leave their norms to the kernels, here on the CPU too, and weights' gradients as well."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(chains, "_loads_by_kernels", lambda x: True)
+    monkeypatch.setattr(conv_norm_act, "_fastest_form", lambda _, before, *__: _Form("small", before is not None))
+    monkeypatch.setattr(_conv_cuda, "choose", lambda *_: "small")
+    kernels = {
+        "convolution_moments": lambda x, weight, *rest: _conv_cuda.convolution_moments(x, weight, rest[:-1], rest[-1]),
+        "convolution_behind_norm": conv_norm_act._cuda_behind_norm,
+        "convolution_weight_grad_behind_norm": conv_norm_act._cuda_weight_grad_behind_norm,
+    }
+    ran = []
+    for name, kernel in kernels.items():
+        monkeypatch.setitem(KERNELS[name], DEVICE, lambda *args, n=name, k=kernel: (ran.append(n), k(*args))[1])
+    return ran
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_chain_s_norms_are_taken_in_by_the_next_convolution_and_its_weight_gradient(dtype, norms_taken_in):
+    torch.manual_seed(0)
+    layers = [nn.ConvTranspose2d(5, 6, 4, 2, 1, bias=False), nn.BatchNorm2d(6), nn.LeakyReLU(SLOPE)]
+    layers += [nn.ConvTranspose2d(6, 4, 4, 2, 1, bias=False), nn.BatchNorm2d(4), nn.ReLU()]
+    stock = nn.Sequential(*layers).to(DEVICE, dtype)
+    fused, exact = fastgan.fuse(copy.deepcopy(stock)), copy.deepcopy(stock).double()
+    x = torch.randn(1, 5, 3, 2, device=DEVICE, dtype=dtype)
+    found = []
+    for model, given in ((stock, x), (fused, x), (exact, x.double())):
+        leaf = given.clone().requires_grad_()
+        y = model(leaf)
+        y.square().mean().backward()
+        statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+        found.append([y, leaf.grad, *(p.grad for p in model.parameters()), *statistics])
+    for eager, ours, true in zip(*found, strict=True):
+        allowed = 2 * (eager.double() - true).norm() + torch.finfo(dtype).eps * true.norm()
+        assert (ours.double() - true).norm() <= allowed
+    assert norms_taken_in == [
+        "convolution_moments", "convolution_behind_norm", "convolution_weight_grad_behind_norm",
+    ]  # fmt: skip
 
 
 # ── The choice among forms ───────────────────────────────────────────────────────────────────────────────────────────

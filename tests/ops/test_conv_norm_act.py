@@ -7,7 +7,7 @@ import torch
 from oracle import Errors, two_orders
 
 from fastgan.ops import _autotune, _conv_cuda, conv2d_batch_norm_act, conv_norm_act, conv_transpose2d_batch_norm_act
-from fastgan.ops.conv_norm_act import reference
+from fastgan.ops.conv_norm_act import _Form, reference
 
 FUNCTIONS = {False: conv2d_batch_norm_act, True: conv_transpose2d_batch_norm_act}
 KINDS = pytest.mark.parametrize("transposed", [False, True], ids=["conv2d", "conv_transpose2d"])
@@ -90,7 +90,7 @@ def test_a_gradient_penalty_through_the_layer(last, training, transposed):
 @pytest.fixture
 def moments_on_the_way(monkeypatch):
     """As on CUDA where that is faster: the convolution finds the moments of what it computes."""
-    monkeypatch.setattr(conv_norm_act, "_fastest_tile", lambda *_: "any")
+    monkeypatch.setattr(conv_norm_act, "_fastest_form", lambda *_: _Form("any"))
 
 
 @KINDS
@@ -151,10 +151,10 @@ def test_every_form_on_cuda_is_as_exact_as_eager(dtype, transposed, monkeypatch,
     eager = two_orders(stock, leaves(given, dtype), dtype)
     truth = two_orders(stock, leaves(given, torch.float64), dtype)
     names = [str(i) for i in range(len(eager))]
-    choice = conv_norm_act._fastest_tile
+    choice = conv_norm_act._fastest_form
     for tile in (None, "measured", *_conv_cuda.tiles_with_moments(dtype)):
         monkeypatch.setattr(
-            conv_norm_act, "_fastest_tile", choice if tile == "measured" else lambda *_, tile=tile: tile
+            conv_norm_act, "_fastest_form", choice if tile == "measured" else lambda *_, tile=tile: _Form(tile)
         )
         errors = Errors()
         errors.add(names, two_orders(call(FUNCTIONS[transposed]), leaves(given, dtype), dtype), eager, truth)

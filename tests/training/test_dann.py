@@ -161,7 +161,7 @@ def test_the_schedules_are_the_paper_s(make_system):
     for step in (0, 50, 99):
         system.begin_step(step, 100)
         done = step / 100
-        assert system.reversal.coeff == pytest.approx(2 / (1 + math.exp(-10 * done)) - 1)
+        assert system.reversal.coeff.item() == pytest.approx(2 / (1 + math.exp(-10 * done)) - 1)
         rates = {group["lr"] for optimizer in system.optimizers.values() for group in optimizer.param_groups}
         assert len(rates) == 1 and rates.pop() == pytest.approx(0.1 / (1 + 10 * done) ** 0.75)
 

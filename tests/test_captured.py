@@ -30,10 +30,11 @@ def recorded(monkeypatch):
         monkeypatch.setattr(captured, "make_capturable", lambda optimizer: None)  # which Adam refuses on the CPU
 
         def record(step, inputs):
-            own = captured.pytree.tree_map(torch.clone, inputs)
+            own = captured.pytree.tree_map_only(torch.Tensor, torch.clone, inputs)
             result = {"loss": torch.zeros(())}
             launch = lambda: result["loss"].copy_(step(*own)["loss"])  # noqa: E731
-            return captured._Recording(launch, captured.pytree.tree_leaves(own), result)
+            tensors = [leaf for leaf in captured.pytree.tree_leaves(own) if isinstance(leaf, torch.Tensor)]
+            return captured._Recording(launch, tensors, result)
 
     monkeypatch.setattr(captured, "_record", lambda step, inputs: (steps.append(step), record(step, inputs))[1])
     return steps
@@ -88,13 +89,21 @@ def test_inputs_are_copied_and_results_are_copies(recorded):
     assert [result.item() for result in results] == [3.0 * i for i in range(WARMUP + 3)]
 
 
-def test_every_shape_has_a_recording_and_few_are_kept(recorded, monkeypatch):
+def test_every_shape_has_a_recording_and_that_not_used_for_longest_gives_way(recorded, monkeypatch):
     monkeypatch.setattr(captured, "MOST_GRAPHS", 2)
     step = CapturedStep(lambda x: {"loss": x.sum()})
-    for size in (1, 2, 3):
+    for turn, (size, count) in enumerate([(1, 1), (2, 2), (1, 2), (3, 3), (1, 3), (2, 4)]):  # 3 takes the place of 2
         for _ in range(WARMUP + 2):
             assert step(torch.ones(size, device=DEVICE))["loss"] == size
-    assert len(recorded) == 2
+        assert len(recorded) == count, turn
+
+
+def test_flags_decide_which_recording_is_launched(recorded):
+    step = CapturedStep(lambda doubled, x: {"loss": (2 if doubled else 1) * x.sum()})
+    for _ in range(WARMUP + 2):
+        for flag, loss in ((True, 6), (1, 6), (False, 3), (None, 3)):
+            assert step(flag, torch.ones(3, device=DEVICE))["loss"] == loss
+    assert len(recorded) == 4
 
 
 def test_inputs_may_be_nested(recorded):
