@@ -6,6 +6,7 @@ is written by hand runs a graph of it, in which operators stand for the patterns
 what it has always found, and `unfuse` has only the class to give back.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from types import FunctionType
@@ -45,7 +46,7 @@ from fastgan.nn.gradient_reversal import ReversedLinear
 from fastgan.nn.group_norm_act import GroupNormAct, InstanceNormAct2d, LayerNormAct
 from fastgan.nn.norm_act import BatchNormAct2d, attachment, is_observed
 from fastgan.nn.spectral_norm import SpectralNorm, SpectralNormHook, Together, norms
-from fastgan.tracing import Traces, compiled
+from fastgan.tracing import BrokenAssertion, Traces, compiled
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -147,7 +148,7 @@ def _run_forward(module: FusedForward, args: tuple, kwargs: dict[str, Any]) -> A
         work = LittleWork(module, (*args, *kwargs.values()))
         run, tensors = (None, []) if work.is_known else _find_run(module, args, kwargs)
         if run is not None:
-            with work:
+            with work, contextlib.suppress(BrokenAssertion):
                 return run.function(module, *tensors)
     return module._unfused.forward(module, *args, **kwargs)
 

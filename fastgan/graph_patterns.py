@@ -39,7 +39,7 @@ from fastgan.nn.group_norm_act import tracks_planes
 from fastgan.nn.norm_act import attachment
 from fastgan.ops._tensors import DTYPES
 from fastgan.ops._types import FixedAct
-from fastgan.tracing import IN_PLACE, compiled
+from fastgan.tracing import IN_PLACE, compiled, require
 
 ADD: tuple[Callable, ...] = (operator.add, torch.add)
 _MULTIPLY: tuple[Callable, ...] = (operator.mul, torch.mul)
@@ -436,7 +436,7 @@ def resample(graph: fx.Graph, doubled: bool) -> fx.Graph | None:
         fits = [call for call in calls if list(x.users) == [call] and call.args[0] is x and x not in call.args[1:]]
     else:
         fits = [call for call in calls if output.args == (call,) and list(call.users) == [output]]
-    if x.op != "placeholder" or not fits:
+    if x.op != "placeholder" or not fits or any(node.target is require for node in graph.nodes):
         return None
     layers = fits[0].target.layers
     conv = layers[0 if doubled else -1]
