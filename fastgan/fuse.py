@@ -41,6 +41,7 @@ from fastgan.graph_patterns import (
     whole_chain,
 )
 from fastgan.little_work import LittleWork
+from fastgan.layer_functions import put_input_first
 from fastgan.nn.conv_norm_act import ConvBnAct2d, ConvTransposeBnAct2d
 from fastgan.nn.gradient_reversal import ReversedLinear
 from fastgan.nn.group_norm_act import GroupNormAct, InstanceNormAct2d, LayerNormAct
@@ -210,6 +211,8 @@ def rewrite(graph: fx.Graph, module: nn.Module) -> list[str | ChainCall]:
     """Puts operators into the graph of `module`'s forward. The patterns that were found, and the chains."""
     patterns = []
     for find in GRAPH_PATTERNS:
+    for node in graph.nodes:
+        put_input_first(node)
         for node in [node for node in graph.nodes if node.op.startswith("call_")]:
             found = find(node, module)
             if found is None:

@@ -371,6 +371,11 @@ class Equalized(nn.Module):
         return F.conv2d(x, self.weight * self.gain, self.bias, stride=2, padding=1)
 
 
+class NamesItsInput(Equalized):
+    def forward(self, x):
+        return F.conv2d(weight=self.weight * self.gain, bias=self.bias, input=x)
+
+
 class EqualizedTransposed(Equalized):
     shape = (C, 6, 4, 4)
 
@@ -378,7 +383,9 @@ class EqualizedTransposed(Equalized):
         return F.conv_transpose2d(x, self.weight * self.gain, self.bias, 2, 1)
 
 
-@pytest.mark.parametrize(("kind", "op"), [(Equalized, "conv2d"), (EqualizedTransposed, "conv_transpose2d")])
+@pytest.mark.parametrize(
+    ("kind", "op"), [(Equalized, "conv2d"), (NamesItsInput, "conv2d"), (EqualizedTransposed, "conv_transpose2d")]
+)
 def test_a_functional_convolution_runs_by_the_operator(kind, op, ran):
     agree(kind, [op], ran)
 
