@@ -50,7 +50,20 @@ class StandIn(NamedTuple):
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
-    pattern: "str | ChainCall"
+    pattern: "Pattern | ChainCall"
+
+
+class Pattern(NamedTuple):
+    """One that is no chain: its name, and those of the layers in it."""
+
+    name: str
+    layers: tuple[str, ...] = ()
+
+    def examples(self, module: nn.Module) -> list[nn.Module]:
+        return list(map(module.get_submodule, self.layers))
+
+    def __str__(self) -> str:
+        return self.name
 
 
 def is_inner(node: Any) -> bool:
@@ -87,7 +100,9 @@ def find_adain(node: fx.Node, module: nn.Module) -> StandIn | None:
                 addends = _addends(before, inner)
                 if not _is_disturbed(inner, addends):
                     function, args = _adain_of(inner, norm, addends, scale, shift, act, slope)
-                    return StandIn(function, args, "AdaIN" if act == "none" else f"{act} → AdaIN")
+                    name = "AdaIN" if act == "none" else f"{act} → AdaIN"
+                    layers = (str(norm.target),) if isinstance(norm, fx.Node) else ()
+                    return StandIn(function, args, Pattern(name, layers))
     return None
 
 
@@ -484,7 +499,7 @@ def _find_sum(node: Any, module: nn.Module, act: fx.Node | None = None) -> Stand
         else:
             layers, x, given = (str(part.target),), part.args[0], [layer_of(part)]
         call = ChainCall(layers, order, None if act is None else _layer(act))
-        return StandIn(call, (x, residual, *given, *(() if act is None else _given(act))), str(call))
+        return StandIn(call, (x, residual, *given, *(() if act is None else _given(act))), Pattern(str(call)))
     return None
 
 

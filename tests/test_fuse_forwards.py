@@ -466,3 +466,33 @@ def test_explain_names_what_was_found_in_a_forward():
         ("equalized", "F.conv2d"),
         ("shows", "F.instance_norm"),
     ]
+
+
+class ConvAsIs(nn.Conv2d):
+    pass
+
+
+class ScaledConv(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight * 0.5, self.bias)
+
+
+class Listed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.styled, self.own, self.scaled = WithALayer(), ConvAsIs(4, 4, 1), ScaledConv(4, 4, 1)
+        self.layers = nn.ModuleList([nn.Conv2d(4, 4, 1)])
+
+    def forward(self, x):
+        x = self.scaled(self.own(x))
+        return [layer(x) for layer in self.layers] if x.sum() > 0 else x
+
+
+def test_explain_gives_the_reason_of_each_layer_and_names_none_that_is_in_a_pattern():
+    why = "the way through the forward of Listed depends on tensors"
+    assert list(explain(fuse(Listed()))) == [
+        ("own", "ConvAsIs", False, "ConvAsIs is a subclass of Conv2d"),
+        ("layers.0", "Conv2d", False, why),
+        ("styled", "relu → AdaIN", True, ""),
+        ("scaled", "F.conv2d", True, ""),
+    ]
