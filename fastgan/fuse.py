@@ -6,6 +6,7 @@ is written by hand runs a graph of it, in which operators stand for the patterns
 what it has always found, and `unfuse` has only the class to give back.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from types import FunctionType
@@ -32,6 +33,7 @@ from fastgan.chains import (
 )
 from fastgan.graph_patterns import (
     ChainCall,
+    Pattern,
     WholeChain,
     find_adain,
     find_chain,
@@ -39,13 +41,14 @@ from fastgan.graph_patterns import (
     resample,
     whole_chain,
 )
+from fastgan.layer_functions import put_input_first
 from fastgan.little_work import LittleWork
 from fastgan.nn.conv_norm_act import ConvBnAct2d, ConvTransposeBnAct2d
 from fastgan.nn.gradient_reversal import ReversedLinear
 from fastgan.nn.group_norm_act import GroupNormAct, InstanceNormAct2d, LayerNormAct
 from fastgan.nn.norm_act import BatchNormAct2d, attachment, is_observed
 from fastgan.nn.spectral_norm import SpectralNorm, SpectralNormHook, Together, norms
-from fastgan.tracing import Traces, compiled
+from fastgan.tracing import BrokenAssertion, Traces, compiled
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -147,7 +150,7 @@ def _run_forward(module: FusedForward, args: tuple, kwargs: dict[str, Any]) -> A
         work = LittleWork(module, (*args, *kwargs.values()))
         run, tensors = (None, []) if work.is_known else _find_run(module, args, kwargs)
         if run is not None:
-            with work:
+            with work, contextlib.suppress(BrokenAssertion):
                 return run.function(module, *tensors)
     return module._unfused.forward(module, *args, **kwargs)
 
@@ -205,9 +208,11 @@ def _remake(make: Callable[..., nn.Module], *args: Any) -> nn.Module:
 GRAPH_PATTERNS = (find_adain, find_chain, find_residual)
 
 
-def rewrite(graph: fx.Graph, module: nn.Module) -> list[str | ChainCall]:
+def rewrite(graph: fx.Graph, module: nn.Module) -> list[Pattern | ChainCall]:
     """Puts operators into the graph of `module`'s forward. The patterns that were found, and the chains."""
     patterns = []
+    for node in graph.nodes:
+        put_input_first(node)
     for find in GRAPH_PATTERNS:
         for node in [node for node in graph.nodes if node.op.startswith("call_")]:
             found = find(node, module)
@@ -361,21 +366,33 @@ def explain(model: nn.Module) -> Explanation:
 def _rows(model: nn.Module) -> Iterator[Row]:
     if isinstance(model, _LISTED):
         yield _row_of_layer("(the model)", model, "it is not in an nn.Sequential")
-    called: set[nn.Module] = set()  # one after the other, by forwards that have been looked at
+    called: set[nn.Module] = set()  # in patterns of forwards that have been looked at
     for path, parent in model.named_modules():
         if is_chain(parent):
             yield from _rows_of_chain(path, parent)
-        elif not isinstance(parent, _OURS):
+        elif not isinstance(parent, (*_OURS, *_HOLDERS)):
             patterns, why = _survey(parent)
             yield from _rows_of_forward(path, parent, patterns)
-            called.update(*(found.examples(parent) for found in patterns if isinstance(found, ChainCall)))
-            for name, layer in parent.named_children():
-                if isinstance(layer, _LISTED) and layer not in called:
-                    yield _row_of_layer(_join(path, name), layer, why)
+            called.update(*(found.examples(parent) for found in patterns))
+            for name, layer in _held(parent):
+                if isinstance(layer, _LISTED) and layer not in called and not _survey(layer)[0]:
+                    yield _row_of_layer(_join(path, name), layer, _obstacle(layer) or why)
     yield from _rows_of_spectral_norms(model)
 
 
-def _survey(module: nn.Module) -> tuple[list[str | ChainCall], str]:
+_HOLDERS = (nn.ModuleList, nn.ModuleDict)
+
+
+def _held(parent: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The children of a module, those in lists and dictionaries of layers too."""
+    for name, child in parent.named_children():
+        if type(child) in _HOLDERS:
+            yield from ((_join(name, path), layer) for path, layer in _held(child))
+        else:
+            yield name, child
+
+
+def _survey(module: nn.Module) -> tuple[list[Pattern | ChainCall], str]:
     """The patterns in a module's forward, and why there are none for what is in none of them."""
     name = _name(module)
     if isinstance(module, nn.Sequential):
@@ -416,12 +433,14 @@ def _rows_of_layers(path: str, named: list[tuple[str, nn.Module]], fused: bool) 
             pattern = " → ".join(type(layer).__name__ for layer in layers[:length])
             place = _join(path, "–".join(dict.fromkeys((names[0], names[-1])))) if names else path or "(the model)"
             yield Row(place, pattern, fused, "" if fused else _NOT_YET)
-        elif isinstance(layers[0], _LISTED):
-            yield _row_of_layer(_join(path, named[0][0]), layers[0], _obstacle(layers[0]))
+        elif isinstance(layers[0], _LISTED) and not _survey(layers[0])[0]:
+            is_reversal = isinstance(layers[0], REVERSAL)
+            missing = "no plain nn.Linear follows it" if is_reversal else f"there is no pattern for {_name(layers[0])}"
+            yield _row_of_layer(_join(path, named[0][0]), layers[0], _obstacle(layers[0]) or missing)
         named, layers, classes = named[length:], layers[length:], classes[length:]
 
 
-def _rows_of_forward(path: str, module: nn.Module, patterns: list[str | ChainCall]) -> Iterator[Row]:
+def _rows_of_forward(path: str, module: nn.Module, patterns: list[Pattern | ChainCall]) -> Iterator[Row]:
     fused = isinstance(module, FusedForward)
     for found in patterns:
         if isinstance(found, ChainCall):
@@ -429,7 +448,7 @@ def _rows_of_forward(path: str, module: nn.Module, patterns: list[str | ChainCal
             names = [layer if isinstance(layer, str) else "" for layer in found.layers]
             yield from _rows_of_layers(path, list(zip(names, found.examples(module), strict=True)), fused)
         else:
-            yield Row(path or "(the model)", found, fused, "" if fused else _NOT_YET)
+            yield Row(path or "(the model)", str(found), fused, "" if fused else _NOT_YET)
 
 
 def _name(module: nn.Module) -> str:
@@ -442,16 +461,14 @@ def _row_of_layer(place: str, layer: nn.Module, why_not: str) -> Row:
 
 
 def _obstacle(layer: nn.Module) -> str:
-    """Why a layer in a chain is in no pattern."""
+    """What of a layer itself keeps it out of every pattern; nothing where it may be in one."""
     attached, name = attachment(layer), _name(layer)
     if attached:
         return f"it has {attached}"
     if parametrize.is_parametrized(layer):
         return f"its {' and '.join(layer.parametrizations)} is parametrized"  # type: ignore[arg-type]
-    if isinstance(layer, REVERSAL):
-        return "no plain nn.Linear follows it"
     base = next((base for base in CONV + NORM if isinstance(layer, base)), None)
-    return f"there is no pattern for {name}" if base is None else f"{name} is a subclass of {base.__name__}"
+    return "" if base in (None, type(layer)) else f"{name} is a subclass of {base.__name__}"
 
 
 def _join(path: str, name: str) -> str:

@@ -39,7 +39,7 @@ from fastgan.nn.group_norm_act import tracks_planes
 from fastgan.nn.norm_act import attachment
 from fastgan.ops._tensors import DTYPES
 from fastgan.ops._types import FixedAct
-from fastgan.tracing import IN_PLACE, compiled
+from fastgan.tracing import IN_PLACE, compiled, require
 
 ADD: tuple[Callable, ...] = (operator.add, torch.add)
 _MULTIPLY: tuple[Callable, ...] = (operator.mul, torch.mul)
@@ -50,7 +50,20 @@ class StandIn(NamedTuple):
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
-    pattern: "str | ChainCall"
+    pattern: "Pattern | ChainCall"
+
+
+class Pattern(NamedTuple):
+    """One that is no chain: its name, and those of the layers in it."""
+
+    name: str
+    layers: tuple[str, ...] = ()
+
+    def examples(self, module: nn.Module) -> list[nn.Module]:
+        return list(map(module.get_submodule, self.layers))
+
+    def __str__(self) -> str:
+        return self.name
 
 
 def is_inner(node: Any) -> bool:
@@ -87,7 +100,9 @@ def find_adain(node: fx.Node, module: nn.Module) -> StandIn | None:
                 addends = _addends(before, inner)
                 if not _is_disturbed(inner, addends):
                     function, args = _adain_of(inner, norm, addends, scale, shift, act, slope)
-                    return StandIn(function, args, "AdaIN" if act == "none" else f"{act} → AdaIN")
+                    name = "AdaIN" if act == "none" else f"{act} → AdaIN"
+                    layers = (str(norm.target),) if isinstance(norm, fx.Node) else ()
+                    return StandIn(function, args, Pattern(name, layers))
     return None
 
 
@@ -436,7 +451,7 @@ def resample(graph: fx.Graph, doubled: bool) -> fx.Graph | None:
         fits = [call for call in calls if list(x.users) == [call] and call.args[0] is x and x not in call.args[1:]]
     else:
         fits = [call for call in calls if output.args == (call,) and list(call.users) == [output]]
-    if x.op != "placeholder" or not fits:
+    if x.op != "placeholder" or not fits or any(node.target is require for node in graph.nodes):
         return None
     layers = fits[0].target.layers
     conv = layers[0 if doubled else -1]
@@ -484,7 +499,7 @@ def _find_sum(node: Any, module: nn.Module, act: fx.Node | None = None) -> Stand
         else:
             layers, x, given = (str(part.target),), part.args[0], [layer_of(part)]
         call = ChainCall(layers, order, None if act is None else _layer(act))
-        return StandIn(call, (x, residual, *given, *(() if act is None else _given(act))), str(call))
+        return StandIn(call, (x, residual, *given, *(() if act is None else _given(act))), Pattern(str(call)))
     return None
 
 

@@ -248,6 +248,13 @@ class LayerFunction:
         return hash(self._key())
 
 
+def put_input_first(node: fx.Node) -> None:
+    """Gives a function its input by place, if it is given by name."""
+    if node.target in _ROWS and not node.args and "input" in node.kwargs:
+        node.args = (node.kwargs["input"],)
+        node.kwargs = {name: value for name, value in node.kwargs.items() if name != "input"}
+
+
 def read(node: fx.Node) -> tuple[LayerFunction, list[fx.Node]] | None:
     """The layer that a node is a call of, on its first argument, and the nodes of what else it is given."""
     function: Any = getattr(Tensor, str(node.target), None) if node.op == "call_method" else node.target

@@ -4,17 +4,18 @@ A graph stands for one way through the code. So the code may call layers and fun
 its arguments and on plain attributes: these are compared whenever the graph is to run. Code that reads, changes or asks for
 anything else has no graph.
 
-The code is run once on stand-ins for its tensors and its layers, which note what is done with them. Nothing else is changed
-meanwhile, so that other threads may use the model.
+The code is run once on stand-ins for its tensors, its layers and what it names from outside, which note what is done with
+them. Nothing else is changed meanwhile, so that other threads may use the model. What the code does not come to on its way
+may be anything that changes nothing.
 """
 
 import ast
+import builtins
 import inspect
 import math
 import operator
-import textwrap
 from collections.abc import Callable, Iterator, Mapping
-from types import CodeType, FunctionType, MappingProxyType, MethodType
+from types import BuiltinFunctionType, CodeType, FunctionType, MappingProxyType, MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -28,10 +29,15 @@ class Untraceable(Exception):
 
 # ── What the code may be made of ─────────────────────────────────────────────────────────────────────────────────────
 
-_STATEMENTS = (ast.AnnAssign, ast.Assign, ast.AugAssign, ast.Expr, ast.For, ast.If, ast.Pass, ast.Return)
+_STATEMENTS = (
+    ast.AnnAssign, ast.Assert, ast.Assign, ast.AugAssign, ast.Expr, ast.For, ast.If, ast.Pass, ast.Raise, ast.Return,
+)  # fmt: skip
 _EXCLUDED = (ast.Await, ast.Lambda, ast.NamedExpr, ast.Yield, ast.YieldFrom)
-_BUILTINS = {"enumerate", "float", "int", "list", "max", "min", "range", "reversed", "slice", "sum", "tuple", "zip"}
-_MODULES = (torch, F, math, operator)
+_BUILTINS = {
+    "abs", "bool", "enumerate", "float", "int", "len", "list", "max", "min", "range", "reversed", "round", "slice", "sum",
+    "tuple", "zip",
+}  # fmt: skip
+_MODULES = (torch, nn, F, math, operator)
 # Of torch's functions those that Tensor has as methods, and these. None tells of anything but its arguments.
 _OF_TENSORS = {
     "cat", "concat", "conv2d", "conv_transpose2d", "einsum", "instance_norm", "ones_like", "pixel_shuffle", "rand_like",
@@ -57,72 +63,143 @@ class _Global(NamedTuple):
         return self.namespace.get(self.name, _MISSING) is self.value
 
 
+class BrokenAssertion(Exception):
+    """What the code asserts of its tensors does not hold: it has an error of its own for that."""
+
+
+def require(condition: Any) -> None:
+    """Stands in a graph for an assertion."""
+    if not condition:
+        raise BrokenAssertion
+
+
+_ASSERT = "assert"  # a name that no code can have
+
+
+class _Assertions(ast.NodeTransformer):
+    """Makes calls of assertions: Python asks a tensor whether it is true, which a stand-in for one cannot say."""
+
+    def visit_Assert(self, node: ast.Assert) -> ast.Expr:
+        call = ast.Call(ast.Name(_ASSERT, ast.Load()), [node.test], [])
+        return ast.fix_missing_locations(ast.copy_location(ast.Expr(call), node))
+
+
+def _assert(condition: Any) -> None:
+    if isinstance(condition, fx.Proxy):
+        condition.tracer.create_proxy("call_function", require, (condition,), {})
+    elif not condition:
+        raise Untraceable("its forward asserts what does not hold")
+
+
+class _Forbidden:
+    """Stands for what the code may name, but not come to use."""
+
+    def __init__(self, name: str):
+        self.__dict__["_name"] = name
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise Untraceable(f"its forward uses {self._name}")
+
+    def __getattr__(self, name: str) -> Any:
+        raise Untraceable(f"its forward uses {self._name}.{name}")
+
+    __call__ = __getitem__ = __iter__ = __contains__ = __bool__ = __len__ = __format__ = _refuse
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
+
+
+class _Library:
+    """Stands for one of `_MODULES`, and gives of it what does nothing but compute on its arguments."""
+
+    def __init__(self, name: str, module: Any, globals: list[_Global]):
+        self._name, self._module, self._globals = name, module, globals
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._module, name, _MISSING)
+        path = f"{self._name}.{name}"
+        self._globals.append(_Global(vars(self._module), name, value))
+        if _is_module(value):
+            return _Library(path, value, self._globals)
+        is_allowed = self._module in (math, operator) or _is_plain(value) or _is_of_tensors(name, value)
+        return value if is_allowed else _Forbidden(path)
+
+
 class _Reader:
-    """Reads functions before they are traced, and notes which globals they depend on."""
+    """Reads functions before they are traced, gives them stand-ins for what they name from outside, and notes what of that
+    they depend on."""
 
     def __init__(self) -> None:
-        self.codes: set[CodeType] = set()
+        self.functions: dict[FunctionType, FunctionType] = {}
         self.globals: list[_Global] = []
 
-    def read(self, function: Any) -> None:
+    def read(self, function: Any) -> FunctionType:
+        """The function as it is to be traced."""
         if not isinstance(function, FunctionType) or function.__closure__ or hasattr(function, "__wrapped__"):
             raise Untraceable("its forward or what that calls is no plain function")
-        if function.__code__ in self.codes:
-            return
-        self.codes.add(function.__code__)
-        if not all(map(_is_plain, (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()))):
-            raise Untraceable("its forward or what that calls has defaults that can change")
-        tree = _source_of(function)
-        nodes = [node for statement in tree.body for node in ast.walk(statement)]
-        local = {*function.__code__.co_varnames, *(n.id for n in nodes if _is_stored(n))}  # type: ignore[attr-defined]
-        for node in nodes:
-            self._allow(node, function, local)
+        if function not in self.functions:
+            if not all(map(_is_plain, (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()))):
+                raise Untraceable("its forward or what that calls has defaults that can change")
+            definition = _source_of(function)
+            nodes = [node for statement in definition.body for node in ast.walk(statement)]
+            for node in nodes:
+                _allow(node)
+            own = {*function.__code__.co_varnames, *(n.id for n in nodes if _is_stored(n))}  # type: ignore[attr-defined]
+            names = {node.id for node in nodes if isinstance(node, ast.Name)} - own
+            outside = {name: self._stand_in(name, function.__globals__) for name in names}
+            outside |= {"__builtins__": {}, _ASSERT: _assert}
+            code = _code_of(ast.Module([_Assertions().visit(definition)], []))
+            read = FunctionType(code, outside, function.__name__, function.__defaults__)
+            read.__kwdefaults__ = function.__kwdefaults__
+            self.functions[function] = read
+        return self.functions[function]
 
-    def _allow(self, node: ast.AST, function: FunctionType, local: set[str]) -> None:
-        if isinstance(node, _EXCLUDED) or (isinstance(node, ast.stmt) and not isinstance(node, _STATEMENTS)):
-            raise Untraceable(f"its forward has a {type(node).__name__.lower()}")
-        if isinstance(node, (ast.Attribute, ast.Subscript)) and not isinstance(node.ctx, ast.Load):
-            raise Untraceable("its forward changes what is not its own")
-        if isinstance(node, ast.Compare) and _compares_objects(node):
-            raise Untraceable("its forward compares objects")
-        if isinstance(node, ast.Name) and node.id not in local:
-            self._allow_global(node.id, function)
-        if isinstance(node, ast.Attribute):
-            if node.attr.startswith("__"):
-                raise Untraceable(f"its forward uses {node.attr}")
-            if isinstance(node.value, ast.Name) and node.value.id not in local:
-                self._allow_attribute(node.value.id, node.attr, function.__globals__.get(node.value.id))
-
-    def _allow_global(self, name: str, function: FunctionType) -> None:
-        value = function.__globals__.get(name, _MISSING)
-        self.globals.append(_Global(function.__globals__, name, value))
+    def _stand_in(self, name: str, namespace: dict[str, Any]) -> Any:
+        """For what a function names from outside."""
+        value = namespace.get(name, _MISSING)
+        self.globals.append(_Global(namespace, name, value))
+        if value is _MISSING:
+            if name in _BUILTINS:
+                return getattr(builtins, name)
+            return _OWN_BUILTINS.get(name, _Forbidden(name))
+        if _is_module(value):
+            return _Library(name, value, self.globals)
         if isinstance(value, FunctionType) and not (value.__module__ or "").startswith("torch."):
-            self.read(value)
-        elif value is _MISSING:
-            if name not in _BUILTINS:
-                raise Untraceable(f"its forward uses {name}")
-        elif not (_is_plain(value) or _is_module(value) or value is Tensor or _is_of_tensors(name, value)):
-            raise Untraceable(f"its forward uses {name}")
+            return lambda *args, **kwargs: self.read(value)(*args, **kwargs)
+        is_allowed = _is_plain(value) or value is Tensor or _is_of_tensors(name, value)
+        return value if is_allowed else _Forbidden(name)
 
-    def _allow_attribute(self, base: str, name: str, module: Any) -> None:
-        value = getattr(module, name) if _is_module(module) and hasattr(module, name) else _MISSING
-        if module not in (math, operator) and not (_is_plain(value) or _is_of_tensors(name, value)):
-            raise Untraceable(f"its forward uses {base}.{name}")
-        self.globals.append(_Global(vars(module), name, value))
+
+def _allow(node: ast.AST) -> None:
+    if isinstance(node, _EXCLUDED) or (isinstance(node, ast.stmt) and not isinstance(node, _STATEMENTS)):
+        raise Untraceable(f"its forward has a {type(node).__name__.lower()}")
+    if isinstance(node, (ast.Attribute, ast.Subscript)) and not isinstance(node.ctx, ast.Load):
+        raise Untraceable("its forward changes what is not its own")
+    if isinstance(node, ast.Compare) and _compares_objects(node):
+        raise Untraceable("its forward compares objects")
+    if isinstance(node, ast.Attribute) and node.attr.startswith("__"):
+        raise Untraceable(f"its forward uses {node.attr}")
 
 
 def _source_of(function: FunctionType) -> ast.FunctionDef:
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-        (compiled,) = (c for c in compile(tree, "<forward>", "exec").co_consts if isinstance(c, CodeType))
+        source = inspect.getsource(function)
+        if source[:1].isspace():  # dedented, a docstring of several lines would be another one
+            source = f"if True:\n{source}"
+        tree = ast.parse(source)
+        compiled = _code_of(tree)
     except (OSError, SyntaxError, TypeError, ValueError) as error:
         raise Untraceable("its forward has no source") from error
-    (definition,) = tree.body
+    (definition,) = tree.body[0].body if isinstance(tree.body[0], ast.If) else tree.body
     if not isinstance(definition, ast.FunctionDef) or definition.decorator_list:
         raise Untraceable("its forward or what that calls is no plain function")
     if _content(compiled) != _content(function.__code__):
         raise Untraceable("its forward has been edited since it was loaded")
     return definition
+
+
+def _code_of(tree: ast.Module) -> CodeType:
+    """Of the one function in it."""
+    (code,) = (part for part in compile(tree, "<forward>", "exec").co_consts if isinstance(part, CodeType))
+    return code
 
 
 def _content(code: CodeType) -> tuple:
@@ -159,7 +236,12 @@ _STORES = ("__dict__", "_parameters", "_buffers", "_modules")
 
 
 def _look_up(module: nn.Module, name: str) -> Any:
-    """What the attribute is, as it is kept: no property is asked."""
+    """What the attribute is, as it is kept: no property is asked. A number of numpy's is Python's."""
+    value = _kept(module, name)
+    return float(value) if isinstance(value, float) and type(value).__module__ == "numpy" else value
+
+
+def _kept(module: nn.Module, name: str) -> Any:
     own = module.__dict__
     if name in own:
         return own[name]
@@ -185,7 +267,7 @@ def _essence(value: Any) -> Any:
         return kind, *((name, _essence(child)) for name, child in value._modules.items())
     if isinstance(value, nn.Module):
         return kind
-    return value if kind is FunctionType else _MISSING
+    return value if kind in (FunctionType, BuiltinFunctionType) else _MISSING
 
 
 class _Proxy(fx.Proxy):
@@ -214,14 +296,16 @@ class _Tracer(fx.proxy.GraphAppendingTracer):
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, Tensor):
             raise Untraceable("its forward makes tensors of its own")
+        if isinstance(a, _Forbidden):
+            a._refuse()
         return super().create_arg(a)
 
 
 class _Layer:
-    """Stands for a layer, which can be called and nothing else."""
+    """Stands for a layer, which can be called, or asked for as one that may be None, and nothing else."""
 
-    def __init__(self, path: str, tracer: _Tracer):
-        self._path, self._tracer = path, tracer
+    def __init__(self, path: str, tracer: _Tracer, is_true: bool | None):
+        self._path, self._tracer, self._is_true = path, tracer, is_true
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._tracer.create_proxy("call_module", self._path, args, kwargs)
@@ -230,7 +314,9 @@ class _Layer:
         raise Untraceable(f"its forward looks into {self._path}")
 
     def __bool__(self) -> bool:
-        raise Untraceable(f"its forward looks into {self._path}")
+        if self._is_true is None:
+            raise Untraceable(f"its forward looks into {self._path}")
+        return self._is_true
 
     def __eq__(self, other: object) -> bool:
         raise Untraceable(f"its forward looks into {self._path}")
@@ -240,14 +326,20 @@ class _Chain(_Layer):
     """Stands for an nn.Sequential, of which the code may also take the layers."""
 
     def __init__(self, path: str, tracer: _Tracer, children: tuple):
-        super().__init__(path, tracer)
+        super().__init__(path, tracer, len(children) > 0)
         self._children = children
+
+    def __len__(self) -> int:
+        return len(self._children)
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._children)
 
     def __getitem__(self, index: int) -> Any:
         return self._children[operator.index(index)]
+
+
+_OF_CONTAINERS = ("__iter__", "__getitem__", "__len__")
 
 
 def _stand_in(value: Any, path: str, tracer: _Tracer) -> Any:
@@ -263,10 +355,11 @@ def _stand_in(value: Any, path: str, tracer: _Tracer) -> Any:
         return tuple(children.values())
     if type(value) is nn.ModuleDict:
         return MappingProxyType(children)
-    is_chain = isinstance(value, nn.Sequential) and type(value).__iter__ is nn.Sequential.__iter__
-    if is_chain and type(value).__getitem__ is nn.Sequential.__getitem__:
+    kind = type(value)
+    if isinstance(value, nn.Sequential) and all(getattr(kind, n) is getattr(nn.Sequential, n) for n in _OF_CONTAINERS):
         return _Chain(path, tracer, tuple(children.values()))
-    return _Layer(path, tracer)
+    is_plain_object = not any(hasattr(kind, name) for name in ("__bool__", "__len__"))
+    return _Layer(path, tracer, True if is_plain_object else None)
 
 
 class _Self:
@@ -276,13 +369,14 @@ class _Self:
         def read(name: str) -> Any:
             value = _look_up(module, name)
             reads[name] = _essence(value)
+            if callable(value) and _is_of_tensors(getattr(value, "__name__", ""), value):
+                return value
             if isinstance(value, FunctionType):
                 if hasattr(nn.Module, name):
                     raise Untraceable(f"its forward uses {name} of nn.Module")
                 if name in module.__dict__ or isinstance(inspect.getattr_static(module, name), staticmethod):
                     raise Untraceable(f"its forward calls {name}, which is no method")
-                reader.read(value)
-                return MethodType(value, self)
+                return MethodType(reader.read(value), self)
             if not (_is_plain(value) or isinstance(value, (Tensor, nn.Module))):
                 raise Untraceable(f"its forward reads {name}" + f", a {type(value).__name__}" * (value is not _MISSING))
             return _stand_in(value, name, tracer)
@@ -291,6 +385,22 @@ class _Self:
 
     def __getattribute__(self, name: str) -> Any:
         return object.__getattribute__(self, "_read")(name)
+
+
+def _getattr(module: Any, name: str) -> Any:
+    """`getattr(self, name)`, as code does whose layers have numbers."""
+    if type(module) is not _Self or type(name) is not str or name.startswith("__"):
+        raise Untraceable("its forward uses getattr")
+    return getattr(module, name)
+
+
+def _str(value: Any) -> str:
+    if not _is_plain(value):
+        raise Untraceable("its forward uses str")
+    return str(value)
+
+
+_OWN_BUILTINS: dict[str, Any] = {"getattr": _getattr, "str": _str}
 
 
 def trace(
@@ -307,11 +417,11 @@ def trace(
         Untraceable: with the reason.
     """
     reader, graph = _Reader(), fx.Graph()
-    reader.read(forward)
+    function = reader.read(forward)
     tracer = _Tracer(graph)
     proxies = {name: tracer.create_proxy("placeholder", name, (), {}) for name in tensors}
     try:
-        result = forward(_Self(module, tracer, reader, reads), **proxies, **rest)
+        result = function(_Self(module, tracer, reader, reads), **proxies, **rest)
         tracer.create_node("output", "output", (tracer.create_arg(result),), {})
     except Untraceable:
         raise

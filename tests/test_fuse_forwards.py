@@ -371,6 +371,11 @@ class Equalized(nn.Module):
         return F.conv2d(x, self.weight * self.gain, self.bias, stride=2, padding=1)
 
 
+class NamesItsInput(Equalized):
+    def forward(self, x):
+        return F.conv2d(weight=self.weight * self.gain, bias=self.bias, input=x)
+
+
 class EqualizedTransposed(Equalized):
     shape = (C, 6, 4, 4)
 
@@ -378,7 +383,9 @@ class EqualizedTransposed(Equalized):
         return F.conv_transpose2d(x, self.weight * self.gain, self.bias, 2, 1)
 
 
-@pytest.mark.parametrize(("kind", "op"), [(Equalized, "conv2d"), (EqualizedTransposed, "conv_transpose2d")])
+@pytest.mark.parametrize(
+    ("kind", "op"), [(Equalized, "conv2d"), (NamesItsInput, "conv2d"), (EqualizedTransposed, "conv_transpose2d")]
+)
 def test_a_functional_convolution_runs_by_the_operator(kind, op, ran):
     agree(kind, [op], ran)
 
@@ -458,4 +465,34 @@ def test_explain_names_what_was_found_in_a_forward():
         ("layer", "relu → AdaIN"),
         ("equalized", "F.conv2d"),
         ("shows", "F.instance_norm"),
+    ]
+
+
+class ConvAsIs(nn.Conv2d):
+    pass
+
+
+class ScaledConv(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight * 0.5, self.bias)
+
+
+class Listed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.styled, self.own, self.scaled = WithALayer(), ConvAsIs(4, 4, 1), ScaledConv(4, 4, 1)
+        self.layers = nn.ModuleList([nn.Conv2d(4, 4, 1)])
+
+    def forward(self, x):
+        x = self.scaled(self.own(x))
+        return [layer(x) for layer in self.layers] if x.sum() > 0 else x
+
+
+def test_explain_gives_the_reason_of_each_layer_and_names_none_that_is_in_a_pattern():
+    why = "the way through the forward of Listed depends on tensors"
+    assert list(explain(fuse(Listed()))) == [
+        ("own", "ConvAsIs", False, "ConvAsIs is a subclass of Conv2d"),
+        ("layers.0", "Conv2d", False, why),
+        ("styled", "relu → AdaIN", True, ""),
+        ("scaled", "F.conv2d", True, ""),
     ]

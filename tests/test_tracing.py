@@ -3,10 +3,11 @@
 import copy
 import threading
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from fusing import assert_agree, batch, twins
+from fusing import Asserts, assert_agree, batch, twins
 from torch import nn
 
 from fastgan.fuse import FusedForward, fuse, rewrite
@@ -89,11 +90,89 @@ class Optional(Block):
         return x + self.body(x)
 
 
-@pytest.mark.parametrize("kind", [Loops, Calls, Draws, InPlace, Optional])
+class Truthful(Block):
+    def forward(self, x):
+        if self.skip:
+            x = self.skip(x)
+        if self.body and self.layers[1]:
+            x = self.layers[1](x)
+        return x + self.body(x)
+
+
+class Documented(Block):
+    def forward(self, x):
+        """A block.
+
+        Args:
+            x: the images.
+        """
+        return x + self.body(x)
+
+
+class Numbered(Block):
+    def __init__(self):
+        super().__init__()
+        for i in range(len(self.layers)):
+            setattr(self, f"layer{i}", self.layers[i])
+
+    def forward(self, x):
+        for i in range(len(self.layers)):
+            x = getattr(self, "layer" + str(i))(x)
+        return x + self.body(x)
+
+
+class Libraries(Block):
+    def forward(self, x):
+        return torch.nn.functional.softplus(nn.functional.relu(x)) + self.body(x)
+
+
+class KeepsFunctions(Block):
+    def __init__(self):
+        super().__init__()
+        self.before, self.after, self.scale = F.softplus, torch.tanh, np.float64(0.3)
+
+    def forward(self, x):
+        return self.scale * self.after(self.before(x)) + self.body(x)
+
+
+class TurnsBack(Block):
+    """On a way that is not gone there may be what has no graph."""
+
+    def forward(self, x, y=None):
+        if self.scale > 1:
+            print(CALLS, np.sqrt(self.scale))
+            raise NotImplementedError(f"{type(x)}")
+        y = torch.zeros(1) if y is not None and self.skip else x
+        return shown(y) + self.body(x)
+
+
+def shown(x, show=False):
+    return x.numpy() if show else x
+
+
+TRACED = [
+    Loops, Calls, Draws, InPlace, Optional, Truthful, Documented, Numbered, Libraries, KeepsFunctions, Asserts,
+    TurnsBack,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TRACED)
 def test_a_traced_forward_computes_the_same(kind):
     stock, fused = twins(kind)
     assert isinstance(fused, FusedForward)
     assert_agree(stock, fused, batch())
+
+
+@pytest.mark.parametrize("change", [lambda model: setattr(model, "scale", 1.0), lambda _: None], ids=["self", "tensor"])
+def test_an_assertion_that_does_not_hold_is_stock_s_own_error(change):
+    messages = []
+    for model in twins(Asserts):
+        model(batch())  # by a graph, when fused
+        change(model)
+        with pytest.raises(AssertionError) as raised:
+            model(batch()[:, :3])
+        messages.append(str(raised.value))
+    assert messages[1] == messages[0]
 
 
 def test_each_way_to_give_arguments_runs_its_own_way_through_the_code():
@@ -169,6 +248,10 @@ CHANGES = {
     "the end of a chain": (Block, extend_the_chain),
     "the forward of a chain": (Block, override_the_chain),
     "the mode": (Draws, lambda model: model.eval()),
+    "a layer where None was asked for": (Truthful, put_in),
+    "a layer of another number": (Numbered, lambda model: setattr(model, "layer1", nn.Hardtanh())),
+    "a function": (KeepsFunctions, lambda model: setattr(model, "before", torch.sin)),
+    "a number of numpy's": (KeepsFunctions, lambda model: setattr(model, "scale", np.float64(0.7))),
 }
 
 
@@ -368,7 +451,40 @@ class Sets(Block):
         return x + self.body(x)
 
 
+class Overloaded(nn.Tanh):
+    def __len__(self):
+        return len(CALLS)
+
+
+class AsksALayer(Block):
+    def __init__(self):
+        super().__init__()
+        self.skip = Overloaded()
+
+    def forward(self, x):
+        return x + self.body(x) if self.skip else x
+
+
+class ReadsTheText(Block):
+    def forward(self, x):
+        return x * float(str(self.body)) + self.body(x)
+
+
+class GetsFromALayer(Block):
+    def forward(self, x):
+        return x * getattr(self.body, "gain") + self.body(x)  # noqa: B009
+
+
+class UsesAnother(Block):
+    def forward(self, x):
+        return x * np.sqrt(2) + self.body(x)
+
+
 REFUSED = {
+    AsksALayer: "its forward looks into skip",
+    ReadsTheText: "its forward uses str",
+    GetsFromALayer: "its forward uses getattr",
+    UsesAnother: "its forward uses np.sqrt",
     Counts: "its forward changes what is not its own",
     ReadsADictionary: "its forward reads options, a dict",
     TakesAny: "its forward takes any arguments",
