@@ -237,6 +237,13 @@ def test_special_values_go_where_eager_sends_them(act, training, value):
         torch.testing.assert_close(ours, stock, equal_nan=True, rtol=1e-5, atol=1e-5)
 
 
+def test_without_eps_a_channel_that_does_not_vary_gives_the_bias_as_in_stock():
+    x = torch.full((2, 3, 4, 4), 0.5, requires_grad=True)
+    y = batch_norm_act(x, None, None, torch.ones(3), torch.ones(3), training=True, eps=0.0, act="none")
+    assert torch.equal(y, torch.ones_like(y))
+    assert not torch.autograd.grad(y.square().sum(), x)[0].any()
+
+
 @pytest.mark.parametrize("momentum", [0.1, 1.0, torch.tensor(0.25)], ids=str)
 def test_running_statistics_move_as_in_stock_torch(momentum):
     x = torch.randn(6, 5, 4, 4) * 3 + 1
