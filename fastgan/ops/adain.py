@@ -18,6 +18,7 @@ from fastgan.ops._norm import (
     stock_is_faster,
     third_derivative,
 )
+from fastgan.ops._plane_statistics import plane_statistics
 from fastgan.ops._tensors import (
     address,
     check_eps,
@@ -31,7 +32,6 @@ from fastgan.ops._tensors import (
     will_use,
 )
 from fastgan.ops._types import FixedAct
-from fastgan.ops.plane_statistics import plane_statistics
 
 # ── Definition ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
