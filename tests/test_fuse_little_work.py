@@ -6,7 +6,7 @@ import gc
 import pytest
 import torch
 import torch.nn.functional as F
-from fusing import penalised_loss
+from fusing import penalised_loss, twins
 from torch import nn
 
 from fastgan import backend, chains, fuse, little_work
@@ -207,6 +207,19 @@ def test_a_running_mean_counts_the_bias_where_the_norm_alone_is_little():
         (model(x) - model(x * 2)).square().mean().backward()
     torch.testing.assert_close(fused[1].running_mean, stock[1].running_mean)
     torch.testing.assert_close(fused[0].weight.grad, stock[0].weight.grad)
+
+
+@pytest.mark.parametrize("sizes", [(2, 48), (48, 2), (48, 48)])
+def test_batches_of_which_one_is_little_are_backpropagated_together(sizes):
+    """The norm of one is stock's, which saves the running statistics that that of the other moves."""
+    gradients, buffers = [], []
+    for model in twins(lambda: nn.Sequential(nn.Conv2d(16, 32, 3), nn.BatchNorm2d(32), nn.Conv2d(32, 1, 3)), torch.float32):
+        torch.manual_seed(0)
+        scores = [model(torch.randn(4, 16, size + 4, size + 4)).square().mean() for size in sizes]
+        gradients.append(torch.autograd.grad(sum(scores), list(model.parameters())))
+        buffers.append(list(model.buffers()))
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(buffers[1], buffers[0])
 
 
 # ── Every choice, of convolutions and norms on their own ─────────────────────────────────────────────────────────────

@@ -359,7 +359,6 @@ def normalise(
             act=act, negative_slope=negative_slope, prelu_weight=prelu_weight, residual=residual,
         )  # fmt: skip
         if training and running_mean is not None and mean_offset is not None:
-            # torch's own saves it for backward, and does not count its change by the batch either.
             running_mean.data.add_(mean_offset.detach().to(running_mean.dtype) * momentum)
         return y
     given = (moments or (None, None)) if training else (running_mean, running_var)
@@ -433,15 +432,18 @@ def _move_at_once(
         DTYPES[running_mean.dtype], len(mean), running_mean.data_ptr(), running_var.data_ptr(), mean.data_ptr(),
         var.data_ptr(), momentum, unbiased,
     )  # fmt: skip
-    torch.autograd.graph.increment_version((running_mean, running_var))
     return True
 
 
 def move(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:
-    """A running statistic towards the batch's, in place."""
+    """A running statistic towards the batch's, in place.
+
+    Autograd counts no change, as it counts none of torch's own batch norm: that has saved the statistics of the batches
+    before, whose gradients may still be asked for.
+    """
     if isinstance(momentum, Tensor):
         momentum = momentum.to(running.dtype).reshape(())
-    running.lerp_(batch.to(running.dtype), momentum)
+    running.data.lerp_(batch.to(running.dtype), momentum)
 
 
 def check_parameters(
