@@ -213,7 +213,9 @@ def test_a_running_mean_counts_the_bias_where_the_norm_alone_is_little():
 def test_batches_of_which_one_is_little_are_backpropagated_together(sizes):
     """The norm of one is stock's, which saves the running statistics that that of the other moves."""
     gradients, buffers = [], []
-    for model in twins(lambda: nn.Sequential(nn.Conv2d(16, 32, 3), nn.BatchNorm2d(32), nn.Conv2d(32, 1, 3)), torch.float32):
+    for model in twins(
+        lambda: nn.Sequential(nn.Conv2d(16, 32, 3), nn.BatchNorm2d(32), nn.Conv2d(32, 1, 3)), torch.float32
+    ):
         torch.manual_seed(0)
         scores = [model(torch.randn(4, 16, size + 4, size + 4)).square().mean() for size in sizes]
         gradients.append(torch.autograd.grad(sum(scores), list(model.parameters())))
