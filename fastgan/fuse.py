@@ -63,6 +63,10 @@ class _Made(FusedModule):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Nothing: what the class does about its subclasses is meant for others."""
 
+    def _get_name(self) -> str:
+        """For `print` alone: code that knows layers by the name of their class finds what it has always found."""
+        return f"Fused{self._unfused.__name__.lstrip('_')}"
+
     def __reduce_ex__(self, protocol: Any) -> tuple:
         """Pickles as the unfused module, to be fused again: the class has no name to import."""
         make, args, *state = cast(tuple, super().__reduce_ex__(protocol))
@@ -188,12 +192,14 @@ def _set_fused(module: nn.Module) -> nn.Module:
     """Swap the class of a module."""
     unfused = type(module)
     if unfused not in _FUSED:
-        namespace: dict[str, Any] = {"_unfused": unfused, "__module__": __name__}
+        namespace: dict[str, Any] = {
+            "_unfused": unfused, "__module__": __name__, "__qualname__": unfused.__qualname__,
+        }  # fmt: skip
         stand_in = Fused if issubclass(unfused, nn.Sequential) else FusedForward
         if stand_in is FusedForward:
             namespace |= {"_traces": Traces(unfused, rewrite), "_chains": {}, "_resampled": {}}
             namespace["forward"] = _like(unfused.forward)
-        _FUSED.setdefault(unfused, type(f"Fused{unfused.__name__}", (stand_in, unfused), namespace))
+        _FUSED.setdefault(unfused, type(unfused.__name__, (stand_in, unfused), namespace))
     module.__class__ = _FUSED[unfused]
     return module
 

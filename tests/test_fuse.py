@@ -535,13 +535,13 @@ def test_a_saved_model_loads_in_a_fresh_process(tmp_path):
     script = """
 import sys, torch
 saved = torch.load(sys.argv[1], weights_only=False)
-print(type(saved["model"]).__name__)
+print(str(saved["model"]).splitlines()[0])
 torch.testing.assert_close(saved["model"](saved["x"]), saved["y"])
 """
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", script, tmp_path / "model.pt"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert (done.stdout.strip(), done.returncode) == ("FusedSequential", 0), done.stderr
+    assert (done.stdout.strip(), done.returncode) == ("FusedSequential(", 0), done.stderr
 
 
 def test_train_eval_dtype_and_freezing_reach_every_layer():
@@ -550,6 +550,15 @@ def test_train_eval_dtype_and_freezing_reach_every_layer():
     assert {p.dtype for p in fused.to(torch.float64).parameters()} == {torch.float64}
     assert {p.dtype for p in fused.half().parameters()} == {torch.float16}
     assert not any(p.requires_grad for p in fused.requires_grad_(False).parameters())
+
+
+def test_code_that_goes_by_the_names_of_classes_finds_them():
+    model = nn.Sequential(*small(), Residual())
+    classes = [type(module) for module in model.modules()]
+    fused = [type(module) for module in fuse(model).modules()]
+    assert sum(one is not other for one, other in zip(fused, classes, strict=True)) == 3
+    for attribute in ("__name__", "__qualname__"):
+        assert [getattr(kind, attribute) for kind in fused] == [getattr(kind, attribute) for kind in classes]
 
 
 def test_print_shows_what_was_fused_and_the_layers_as_before():
