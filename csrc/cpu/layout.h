@@ -20,18 +20,52 @@ struct Half {
   }
 };
 
-// Element j of vector i becomes element i of vector j: interleaving each with the one half the vectors on, as often as lanes
-// can be halved.
+// Element j of vector i becomes element i of vector j. First in squares within 128 bits, by interleaving each vector of a
+// square with the one half the square on, as often as it can be halved; then with these squares as elements, where the even
+// ones of two vectors and the odd ones come together instead. Shuffles of no other kind take one instruction everywhere.
 template <class Acc> FASTGAN_INLINE void transpose(typename Lanes<Acc>::vec (&v)[lanes<Acc>]) {
-  constexpr int W = lanes<Acc>;
-  for (int round = 1; round < W; round *= 2) {
+  constexpr int W = lanes<Acc>, side = 16 / sizeof(Acc), squares = W / side;
+  typename Lanes<Acc>::mask low, even;
+  for (int i = 0; i < W; ++i) {
+    low[i] = i / side * side + i % side / 2 + i % 2 * W;
+    even[i] = 2 * (i / side) * side + i % side;
+  }
+  for (int round = 1; round < side; round *= 2) {
     typename Lanes<Acc>::vec next[W];
-    for (int i = 0; i < W / 2; ++i) {
-      const Pair<Acc> both = interleave<Acc>({v[i], v[i + W / 2]});
-      next[2 * i] = both.a;
-      next[2 * i + 1] = both.b;
-    }
+    for (int i = 0; i < W; i += side)
+      for (int j = 0; j < side / 2; ++j) {
+        const Pair<Acc> both = shuffle<Acc>({v[i + j], v[i + j + side / 2]}, low, low + side / 2);
+        next[i + 2 * j] = both.a;
+        next[i + 2 * j + 1] = both.b;
+      }
     for (int i = 0; i < W; ++i) v[i] = next[i];
+  }
+  for (int round = 1; round < squares; round *= 2) {
+    typename Lanes<Acc>::vec next[W];
+    for (int i = 0; i < squares / 2; ++i)
+      for (int j = 0; j < side; ++j) {
+        const Pair<Acc> both = shuffle<Acc>({v[2 * i * side + j], v[(2 * i + 1) * side + j]}, even, even + side);
+        next[i * side + j] = both.a;
+        next[(i + squares / 2) * side + j] = both.b;
+      }
+    for (int i = 0; i < W; ++i) v[i] = next[i];
+  }
+}
+
+// At most a square of lanes: read(i, columns) gives a row of it, write(j, column, rows) takes a column.
+template <class Acc, class Read, class Write>
+FASTGAN_INLINE void transpose_tile(int rows, int columns, const Read& read, const Write& write) {
+  constexpr int W = lanes<Acc>;
+  if (rows > W || columns > W) __builtin_unreachable();
+  typename Lanes<Acc>::vec v[W];
+  if (rows == W && columns == W) { // all in registers
+    for (int i = 0; i < W; ++i) v[i] = read(i, W);
+    transpose<Acc>(v);
+    for (int j = 0; j < W; ++j) write(j, v[j], W);
+  } else {
+    for (int i = 0; i < W; ++i) v[i] = i < rows ? read(i, columns) : typename Lanes<Acc>::vec{};
+    transpose<Acc>(v);
+    for (int j = 0; j < columns; ++j) write(j, v[j], rows);
   }
 }
 
@@ -44,11 +78,12 @@ template <class Acc, class Access, class T> void transpose_matrices(const Matric
     for (int64_t strip = 0; strip < strips; ++strip)
       for (int64_t a = 0; a < A; a += W)
         for (int64_t b = strip * width; b < smaller((strip + 1) * width, B); b += W) {
-          const int rows = static_cast<int>(smaller(W, A - a)), columns = static_cast<int>(smaller(W, B - b));
-          typename Lanes<Acc>::vec v[W] = {};
-          for (int i = 0; i < rows; ++i) v[i] = Access::read(x + (n * A + a + i) * B + b, columns);
-          transpose<Acc>(v);
-          for (int i = 0; i < columns; ++i) Access::write(y + (n * B + b + i) * A + a, v[i], rows);
+          const T* const from = x + (n * A + a) * B + b;
+          T* const to = y + (n * B + b) * A + a;
+          transpose_tile<Acc>(
+              static_cast<int>(smaller(W, A - a)), static_cast<int>(smaller(W, B - b)),
+              [&](int i, int columns) __attribute__((always_inline)) { return Access::read(from + i * B, columns); },
+              [&](int j, typename Lanes<Acc>::vec v, int rows) __attribute__((always_inline)) { Access::write(to + j * A, v, rows); });
         }
 }
 

@@ -104,6 +104,31 @@ FASTGAN_INLINE u32v narrow(float16, f32v v) {
 FASTGAN_INLINE void store(bfloat16* p, f32v v) { write_u16(p, narrow(bfloat16{}, v)); }
 FASTGAN_INLINE void store(float16* p, f32v v) { write_u16(p, narrow(float16{}, v)); }
 
+// What no core keeps of a tensor that it writes: about what cores that share an L3 have of it.
+constexpr int64_t last_level_bytes = 32 << 20;
+// Past the caches, into which a line that is only written need not be read before. After the last of these, and before
+// another thread reads what they wrote, comes finish_streams.
+template <class T> FASTGAN_INLINE void store_or_stream(T* p, vec_t<T> v, bool streams) {
+#if defined(__x86_64__) && !defined(__clang__)
+  if constexpr (sizeof(T) == sizeof(float))
+    if (streams && reinterpret_cast<uintptr_t>(p) % sizeof v == 0) {
+#if FASTGAN_VECTOR_BYTES == 64
+      return __builtin_ia32_movntps512(p, v);
+#elif FASTGAN_VECTOR_BYTES == 32
+      return __builtin_ia32_movntps256(p, v);
+#else
+      return __builtin_ia32_movntps(p, v);
+#endif
+    }
+#endif
+  store(p, v);
+}
+FASTGAN_INLINE void finish_streams() {
+#if defined(__x86_64__)
+  __builtin_ia32_sfence();
+#endif
+}
+
 // The first n < lanes elements; the other lanes are zero.
 template <class T> FASTGAN_INLINE vec_t<T> load_part(const T* p, int n) {
   T whole[lanes<acc_t<T>>] = {};
@@ -222,11 +247,12 @@ FASTGAN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTGAN_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 FASTGAN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Scratch memory. (std::vector would be instantiated once for all instruction sets.)
+// Scratch memory, at the start of a cache line. (std::vector would be instantiated once for all instruction sets.)
 template <class T> struct Scratch {
+  static constexpr auto line = std::align_val_t(64);
   T* data;
-  explicit Scratch(int64_t count) : data(static_cast<T*>(::operator new(larger(count, 1) * sizeof(T)))) {}
-  ~Scratch() { ::operator delete(data); }
+  explicit Scratch(int64_t count) : data(static_cast<T*>(::operator new(larger(count, 1) * sizeof(T), line))) {}
+  ~Scratch() { ::operator delete(data, line); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   T& operator[](int64_t i) const { return data[i]; }

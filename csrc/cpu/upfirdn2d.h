@@ -4,9 +4,11 @@
 // A filter that is an outer product is applied to the columns first, which for every output row gives one line of sums as
 // long as an input row. Of a filter that is none, the lines are the input rows themselves. What then runs along a line:
 //
-//     rows    a vector holds channels, and a tap is a pixel away
-//     planes  a vector holds every down-th pixel of a line, which is therefore kept in `down` phases between margins of
-//             zeros; where `up` phases come out, they are interleaved at the end
+//     channels   a vector holds channels of one pixel, and a tap is a pixel away: channels_last, and planes, of which as many
+//                as a vector has lanes are turned into an image of so many channels
+//     positions  a vector holds every down-th pixel of a line, which is therefore kept in `down` phases between margins of
+//                zeros; where `up` phases come out, they are interleaved at the end: where channels or planes are too few to
+//                fill a vector
 //
 // Each output is summed by one thread in the order of its taps: the same bits for any number of threads.
 
@@ -62,56 +64,42 @@ struct Windows : Scratch<Window> {
   }
 };
 
-// sums[u] += Σ taps[j·step] · from[j·stride + u·lanes], j < count
+FASTGAN_INLINE int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
+
+// An axis' factors without what is common to them: of the outputs o, o + out_phases, …, each reads inputs that are in_phases
+// after those of the one before, under the same taps.
+struct Phases {
+  int64_t in_phases, out_phases;
+  explicit Phases(const Resampling& a) {
+    int64_t common = a.up, rest = a.down;
+    while (rest) {
+      const int64_t next = common % rest;
+      common = rest;
+      rest = next;
+    }
+    in_phases = a.down / common;
+    out_phases = a.up / common;
+  }
+  // Of output o on a line without ends, which may begin before the image.
+  static Window window(const Resampling& a, int64_t o) {
+    const int64_t start = o * a.down - a.pad, input = floor_div(start + a.up - 1, a.up), tap = input * a.up - start;
+    return {input, tap, tap < a.taps ? (a.taps - 1 - tap) / a.up + 1 : 0};
+  }
+};
+
+// sums[u] += tap · from[u·lanes]
+template <int U, class T> FASTGAN_INLINE void add_tap(vec_t<T> (&sums)[U], acc_t<T> tap, const T* from) {
+  for (int u = 0; u < U; ++u) sums[u] += broadcast<acc_t<T>>(tap) * load(from + u * lanes<acc_t<T>>);
+}
+// The same of taps that are `step` apart and elements that are `stride` apart.
 template <int U, class T>
-FASTGAN_INLINE void add_taps(vec_t<T>* sums, const T* from, int64_t stride, const acc_t<T>* taps, int64_t step, int64_t count) {
-  for (int64_t j = 0; j < count; ++j) {
-    const vec_t<T> tap = broadcast<acc_t<T>>(taps[j * step]);
-    for (int u = 0; u < U; ++u) sums[u] += tap * load(from + j * stride + u * lanes<acc_t<T>>);
-  }
-}
-// The same of the first n elements, where nothing may be read at `end`.
-template <class T>
-FASTGAN_INLINE void add_taps(vec_t<T>& sum, const T* from, int64_t stride, const acc_t<T>* taps, int64_t step, int64_t count,
-                             int64_t n, const T* end) {
-  for (int64_t j = 0; j < count; ++j)
-    sum += broadcast<acc_t<T>>(taps[j * step]) * load_within(from + j * stride, n, end);
+FASTGAN_INLINE void add_taps(vec_t<T> (&sums)[U], const T* from, int64_t stride, const acc_t<T>* taps, int64_t step, int64_t count) {
+  for (int64_t j = 0; j < count; ++j) add_tap(sums, taps[j * step], from + j * stride);
 }
 
-// line[i] = Σ taps[j·step] · rows[j·row + i] for i < n, and zero up to three vectors more. Element i of a line in phases is
-// element i / phases of phase i % phases, and these are `length` apart.
-template <class T>
-void sum_rows(const T* rows, int64_t row, int64_t n, const acc_t<T>* taps, int64_t step, int64_t count, const T* end, int phases,
-              int64_t length, acc_t<T>* line) {
-  using Acc = acc_t<T>;
-  constexpr int W = lanes<Acc>;
-  for (int64_t i = 0; i < n; i += 4 * W) {
-    vec_t<T> sums[4] = {};
-    if (i + 4 * W <= n)
-      add_taps<4>(sums, rows + i, row, taps, step, count);
-    else
-      for (int u = 0; u < 4 && i + u * W < n; ++u)
-        add_taps(sums[u], rows + i + u * W, row, taps, step, count, n - i - u * W, end);
-    if (phases == 1)
-      for (int u = 0; u < 4; ++u) store(line + i + u * W, sums[u]);
-    else if (phases == 2)
-      for (int u = 0; u < 2; ++u) {
-        const Pair<Acc> pair = deinterleave<Acc>({sums[2 * u], sums[2 * u + 1]});
-        store(line + i / 2 + u * W, pair.a);
-        store(line + length + i / 2 + u * W, pair.b);
-      }
-    else
-      for (int64_t k = i; k < smaller(n, i + 4 * W); ++k) line[k % phases * length + k / phases] = sums[(k - i) / W][(k - i) % W];
-  }
-}
-
-// Where a whole vector may be stored: what is wrong behind the n elements is written later.
-template <class T> FASTGAN_INLINE void store_before(T* p, vec_t<T> v, int64_t n, const T* limit) {
-  constexpr int W = lanes<acc_t<T>>;
-  if (n >= W || p + W <= limit)
-    store(p, v);
-  else
-    store_part(p, v, static_cast<int>(n));
+// Whether the output goes past the caches, which do not hold it beside the input.
+template <class T> bool is_streamed(const UpFirDn2d& a) {
+  return a.N * a.C * (a.y.in * a.x.in + a.y.out * a.x.out) * static_cast<int64_t>(sizeof(T)) > last_level_bytes;
 }
 
 // This thread's part of `count`.
@@ -122,201 +110,370 @@ struct Share {
         last(count * (omp_get_thread_num() + 1) / omp_get_num_threads()) {}
 };
 
-// ── Rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+// function(i) for i from First to before Last, where i is known when this is compiled: what it indexes stays in registers.
+template <int I> struct Index {
+  static constexpr int value = I;
+  constexpr operator int() const { return I; }
+};
+template <int First, int Last, class Function> FASTGAN_INLINE void for_each_of(const Function& function) {
+  if constexpr (First < Last) {
+    function(Index<First>{});
+    for_each_of<First + 1, Last>(function);
+  }
+}
 
-// The C channels of one output: Σ taps[i·tap_row + j·up] · from[i·row + j·C], i < lines, j < count.
-template <class S, class T>
-FASTGAN_INLINE void sum_pixel(const S* from, int64_t row, int64_t lines, int64_t C, const acc_t<T>* taps, int64_t tap_row,
-                              int64_t up, int64_t count, const S* end, T* to, const T* limit) {
-  constexpr int W = lanes<acc_t<T>>;
+// ── Channels ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+// Calls function(vectors, c) for all of C ≥ lanes channels. The last vector overlaps the one before it.
+template <class Acc, class Function> FASTGAN_INLINE void for_channels(int64_t C, const Function& function) {
+  constexpr int W = lanes<Acc>, U = FASTGAN_VECTOR_BYTES == 64 ? 4 : 2; // as the registers hold, of which AVX-512 has more
   int64_t c = 0;
-  for (; c + 4 * W <= C; c += 4 * W) {
-    vec_t<T> sums[4] = {};
-    for (int64_t i = 0; i < lines; ++i) add_taps<4>(sums, from + i * row + c, C, taps + i * tap_row, up, count);
-    for (int u = 0; u < 4; ++u) store(to + c + u * W, sums[u]);
-  }
-  for (; c < C; c += W) {
-    vec_t<T> sum = {};
-    for (int64_t i = 0; i < lines; ++i) add_taps(sum, from + i * row + c, C, taps + i * tap_row, up, count, C - c, end);
-    store_before(to + c, sum, C - c, limit);
-  }
+  for (; c + U * W <= C; c += U * W) function(Index<U>{}, c);
+  for (; c < C; c += W) function(Index<1>{}, smaller(c, C - W));
 }
 
-template <class T> void resample_rows(const UpFirDn2d& a, const Filter<acc_t<T>>& f, const T* x, T* y) {
-  using Acc = acc_t<T>;
-  constexpr int W = lanes<Acc>;
-  const int64_t width = a.x.in * a.C, out_width = a.x.out * a.C;
-  const T* const end = x + a.N * a.y.in * width;
-  const Windows vertical(a.y), horizontal(a.x);
-  // Where every pixel has the same taps, C does not matter: between zeros a whole line is filtered at once.
-  constexpr int64_t piece = 2048;
-  const bool is_uniform = f.is_product && a.x.up == 1 && a.x.down == 1;
-  const int64_t left = is_uniform ? larger(0, a.x.pad) * a.C : 0, right = is_uniform ? larger(0, f.w - 1 - a.x.pad) * a.C : 0;
-  const int64_t size = left + larger(width, out_width) + right + 4 * W;
-#pragma omp parallel if (a.N * (a.y.in * width + a.y.out * out_width) > parallel_threshold)
+// Where the line of sums need not be kept: the outputs come in groups of out_phases that read the same `count` sums, and
+// these stay in registers until the last group has read them.
+struct Rolling : Phases {
+  int64_t first; // output of the first group, which may begin one before the row
+  int64_t input; // that it reads first
+  int64_t count; // 0: not so
+  int64_t taps[2];
+
+  explicit Rolling(const Resampling& a) : Phases(a), count(0) {
+    if (in_phases > 2 || out_phases > 2) return;
+    for (first = 0; first > -out_phases; --first) {
+      const Window one = window(a, first), other = window(a, first + out_phases - 1);
+      if (one.input != other.input || one.count != other.count) continue;
+      input = one.input;
+      count = one.count;
+      taps[0] = one.tap;
+      taps[1] = other.tap;
+      return;
+    }
+  }
+};
+
+template <class S, class T> struct Channels {
+  using Acc = acc_t<S>;
+  using Roll = void (Channels::*)(const S*, const Window&, T*) const;
+
+  const UpFirDn2d& a;
+  const Filter<Acc>& f;
+  int64_t C, width;
+  bool streams; // what comes out
+  Windows vertical, horizontal;
+  Rolling rolling;
+  Roll roll = nullptr;
+
+  Channels(const UpFirDn2d& a, const Filter<Acc>& f, int64_t C, bool streams)
+      : a(a), f(f), C(C), width(a.x.in * C), streams(streams), vertical(a.y), horizontal(a.x), rolling(a.x) {
+    if constexpr (accumulators<T> > 1) {
+      const int64_t up = rolling.out_phases, down = rolling.in_phases;
+      if (f.is_product) roll = up == 2 ? find_roll<2, 1>() : down == 2 ? find_roll<1, 2>() : find_roll<1, 1>();
+    }
+  }
+  template <int Up, int Down> Roll find_roll() const {
+    switch (rolling.count) {
+      case 2: return &Channels::roll_along<2, Up, Down>;
+      case 3: return &Channels::roll_along<3, Up, Down>;
+      case 4: return &Channels::roll_along<4, Up, Down>;
+      default: return nullptr;
+    }
+  }
+
+  int64_t line_size() const { return f.is_product && !roll ? width : 0; }
+
+  // Output row `window`, of which `rows` are the input rows under it.
+  void sum_row(const S* rows, const Window& window, T* to, Acc* line) const {
+    if (roll) return (this->*roll)(rows, window, to);
+    if (f.is_product)
+      for_channels<Acc>(width, [&](auto vectors, int64_t i) __attribute__((always_inline)) {
+        constexpr int U = decltype(vectors)::value;
+        vec_t<S> sums[U] = {};
+        add_taps(sums, rows + i, width, &f.taps[window.tap], a.y.up, window.count);
+        for (int u = 0; u < U; ++u) store(line + i + u * lanes<Acc>, sums[u]);
+      });
+    for (int64_t o = 0; o < a.x.out; ++o, to += C) {
+      const auto [input, tap, count] = horizontal[o];
+      if (f.is_product)
+        sum_pixel(line + input * C, 1, &f.taps[f.h + tap], count, to);
+      else
+        sum_pixel(rows + input * C, window.count, &f.taps[window.tap * f.w + tap], count, to);
+    }
+  }
+
+  template <class Line> void sum_pixel(const Line* from, int64_t lines, const Acc* taps, int64_t count, T* to) const {
+    for_channels<Acc>(C, [&](auto vectors, int64_t c) __attribute__((always_inline)) {
+      constexpr int U = decltype(vectors)::value;
+      vec_t<S> sums[U] = {};
+      for (int64_t i = 0; i < lines; ++i)
+        add_taps(sums, from + i * width + c, C, taps + i * a.y.up * f.w, a.x.up, count);
+      for (int u = 0; u < U; ++u) store(to + c + u * lanes<Acc>, sums[u]);
+    });
+  }
+
+  template <int Count, int Up, int Down> void roll_along(const S* rows, const Window& window, T* to) const {
+    vec_t<S> taps[Up][Count];
+    for (int q = 0; q < Up; ++q)
+      for (int j = 0; j < Count; ++j) taps[q][j] = broadcast<Acc>(f.taps[f.h + rolling.taps[q] + j * a.x.up]);
+    for_channels<Acc>(C, [&](auto vectors, int64_t c) __attribute__((always_inline)) {
+      constexpr int U = decltype(vectors)::value;
+      vec_t<S> line[Count][U];
+      int64_t x = rolling.input;
+      const auto sum_column = [&](auto j) __attribute__((always_inline)) {
+        vec_t<S> sums[U] = {};
+        if (x >= 0 && x < a.x.in) add_taps(sums, rows + x * C + c, width, &f.taps[window.tap], a.y.up, window.count);
+        for (int u = 0; u < U; ++u) line[j.value][u] = sums[u];
+        ++x;
+      };
+      for_each_of<0, Count>(sum_column);
+      for (int64_t o = rolling.first;; o += Up) {
+        for_each_of<0, Up>([&](auto q) __attribute__((always_inline)) {
+          if (o + q.value < 0 || o + q.value >= a.x.out) return;
+          vec_t<S> sums[U] = {};
+          for_each_of<0, Count>([&](auto j) __attribute__((always_inline)) {
+            for (int u = 0; u < U; ++u) sums[u] += taps[q.value][j.value] * line[j.value][u];
+          });
+          for (int u = 0; u < U; ++u) store_or_stream(to + (o + q.value) * C + c + u * lanes<Acc>, sums[u], streams);
+        });
+        if (o + Up >= a.x.out) break;
+        for_each_of<0, Count - Down>([&](auto j) __attribute__((always_inline)) {
+          for (int u = 0; u < U; ++u) line[j.value][u] = line[j.value + Down][u];
+        });
+        for_each_of<Count - Down, Count>(sum_column);
+      }
+    });
+  }
+};
+
+template <class T> void resample_channels(const UpFirDn2d& a, const Filter<acc_t<T>>& f, const T* x, T* y) {
+  const Channels<T, T> channels(a, f, a.C, is_streamed<T>(a));
+  const int64_t out_width = a.x.out * a.C;
+#pragma omp parallel if (a.N * (a.y.in * channels.width + a.y.out * out_width) > parallel_threshold)
   {
-    const Scratch<Acc> zeros_and_line(size);
-    __builtin_memset(zeros_and_line.data, 0, size * sizeof(Acc));
-    Acc* const line = zeros_and_line.data + left;
+    const Scratch<acc_t<T>> line(channels.line_size());
     const Share share(a.N * a.y.out);
-    T* const limit = y + share.last * out_width;
     for (int64_t o = share.first; o < share.last; ++o) {
-      const Window down = vertical[o % a.y.out];
-      const T* const rows = x + (o / a.y.out * a.y.in + down.input) * width;
-      T* const to = y + o * out_width;
-      if (is_uniform) {
-        // A piece of the line is filtered while it is in the L1.
-        for (int64_t from = 0, i = 0; i < out_width; from += piece) {
-          const int64_t n = smaller(piece, width - from), ready = from + n + (a.x.pad - f.w + 1) * a.C - 4 * W;
-          if (n > 0) sum_rows(rows + from, width, n, &f.taps[down.tap], a.y.up, down.count, end, 1, size, line + from);
-          for (; i < (from + piece >= width ? out_width : smaller(ready, out_width)); i += 4 * W) {
-            vec_t<T> sums[4] = {};
-            add_taps<4>(sums, line - a.x.pad * a.C + i, a.C, &f.taps[f.h], 1, f.w);
-            for (int u = 0; u < 4 && i + u * W < out_width; ++u) store_before(to + i + u * W, sums[u], out_width - i - u * W, limit);
-          }
-        }
-        continue;
-      }
-      if (f.is_product) sum_rows(rows, width, width, &f.taps[down.tap], a.y.up, down.count, end, 1, size, line);
-      for (int64_t ox = 0; ox < a.x.out; ++ox) {
-        const auto [input, tap, count] = horizontal[ox];
-        if (f.is_product)
-          sum_pixel(line + input * a.C, size, 1, a.C, &f.taps[f.h + tap], 0, a.x.up, count, line + size, to + ox * a.C, limit);
-        else
-          sum_pixel(rows + input * a.C, width, down.count, a.C, &f.taps[down.tap * f.w + tap], a.y.up * f.w, a.x.up, count,
-                    end, to + ox * a.C, limit);
-      }
+      const Window window = channels.vertical[o % a.y.out];
+      channels.sum_row(x + (o / a.y.out * a.y.in + window.input) * channels.width, window, y + o * out_width, line.data);
     }
+    finish_streams();
   }
 }
 
-// ── Planes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-template <int U> struct Together {
-  static constexpr int count = U;
-};
-template <class V> struct Length;
-template <class V, int U> struct Length<V (&)[U]> {
-  static constexpr int value = U;
-};
-template <class V> constexpr int length_of = Length<V>::value;
-
-// Outputs r, r + out_phases, … of a row are sums over taps of vectors of a line. With the phases of the line, in which the
-// taps take turns, these vectors are one element apart.
-struct Run {
-  int64_t at, tap, count;
-};
-
-struct Across {
-  int64_t in_phases, out_phases; // down and up, without their common factors
-  int64_t vectors_end;           // elements of an output phase, in whole vectors
-  int64_t before, length;        // of one phase of a line: zeros in front, and all
-  Scratch<Run> runs;             // (out_phases, in_phases)
-
-  Across(const Resampling& a, int64_t W) : in_phases(a.down / common(a)), out_phases(a.up / common(a)), runs(in_phases * out_phases) {
-    vectors_end = ceil_div(ceil_div(a.out, out_phases), W) * W;
-    int64_t lowest = 0, highest = 0;
-    for (int64_t r = 0; r < out_phases; ++r) {
-      const int64_t start = r * a.down - a.pad, first = floor_div(start + a.up - 1, a.up), tap = first * a.up - start;
-      const int64_t count = tap < a.taps ? (a.taps - 1 - tap) / a.up + 1 : 0;
-      for (int64_t d = 0; d < in_phases; ++d) {
-        const int64_t at = floor_div(first + d, in_phases), own = larger(0, ceil_div(count - d, in_phases));
-        runs[r * in_phases + d] = {at, tap + d * a.up, own};
-        if (own == 0) continue;
-        lowest = smaller(lowest, at);
-        highest = larger(highest, at + own);
-      }
-    }
-    before = -lowest;
-    length = before + larger(ceil_div(a.in, in_phases) + 4 * W, highest + vectors_end);
-    for (int64_t r = 0; r < out_phases; ++r) {
-      const int64_t start = r * a.down - a.pad, first = floor_div(start + a.up - 1, a.up);
-      for (int64_t d = 0; d < in_phases; ++d)
-        runs[r * in_phases + d].at += before + (first + d - floor_div(first + d, in_phases) * in_phases) * length;
-    }
-  }
-
-  static int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
-  static int64_t common(const Resampling& a) {
-    int64_t m = a.up, n = a.down;
-    while (n) {
-      const int64_t rest = m % n;
-      m = n;
-      n = rest;
-    }
-    return m;
-  }
-};
+// Elements i, i + 1, … of each of `planes` planes, which lie `stride` apart, become the channels of pixels, and back.
+template <class T> void turn_planes(const T* from, int64_t planes, int64_t stride, int64_t pixels, acc_t<T>* to) {
+  constexpr int W = lanes<acc_t<T>>;
+  for (int64_t i = 0; i < pixels; i += W)
+    transpose_tile<acc_t<T>>(
+        static_cast<int>(planes), static_cast<int>(smaller(W, pixels - i)),
+        [&](int p, int n) __attribute__((always_inline)) { return load(from + p * stride + i, n); },
+        [&](int j, vec_t<T> v, int) __attribute__((always_inline)) { store(to + (i + j) * W, v); });
+}
+template <class T> void turn_back(const acc_t<T>* from, int64_t planes, int64_t stride, int64_t pixels, T* to) {
+  constexpr int W = lanes<acc_t<T>>;
+  for (int64_t i = 0; i < pixels; i += W)
+    transpose_tile<acc_t<T>>(
+        static_cast<int>(smaller(W, pixels - i)), static_cast<int>(planes),
+        [&](int j, int) __attribute__((always_inline)) { return load(from + (i + j) * W); },
+        [&](int p, vec_t<T> v, int n) __attribute__((always_inline)) { store(to + p * stride + i, v, n); });
+}
 
 template <class T> void resample_planes(const UpFirDn2d& a, const Filter<acc_t<T>>& f, const T* x, T* y) {
   using Acc = acc_t<T>;
   constexpr int W = lanes<Acc>;
-  const int64_t in = a.x.in, out = a.x.out, planes = a.N * a.C;
-  const T* const end = x + planes * a.y.in * in;
+  constexpr int64_t most_elements = 1 << 15; // of a band of turned rows, and of what comes out: both stay in the L2
+  const Channels<Acc, Acc> channels(a, f, W, false);
+  const int64_t planes = a.N * a.C, in = a.x.in, out = a.x.out, groups = ceil_div(planes, W);
+  const int64_t height = smaller(a.y.out, larger(1, most_elements / W / larger(out, in * a.y.down / a.y.up)));
+  const int64_t bands = ceil_div(a.y.out, height), most_rows = smaller(a.y.in, (height * a.y.down + a.y.taps) / a.y.up + 2);
+#pragma omp parallel if (planes * (a.y.in * in + a.y.out * out) > parallel_threshold)
+  {
+    const Scratch<Acc> turned(most_rows * in * W), sums(height * out * W), line(channels.line_size());
+    const Share share(groups * bands);
+    for (int64_t i = share.first; i < share.last; ++i) {
+      const int64_t plane = i / bands * W, count = smaller(W, planes - plane);
+      const int64_t first = i % bands * height, last = smaller(first + height, a.y.out);
+      const Window &top = channels.vertical[first], &bottom = channels.vertical[last - 1];
+      const int64_t rows = larger(0, bottom.input + bottom.count - top.input);
+      turn_planes(x + (plane * a.y.in + top.input) * in, count, a.y.in * in, rows * in, turned.data);
+      for (int64_t o = first; o < last; ++o) {
+        const Window& window = channels.vertical[o];
+        channels.sum_row(&turned[(window.input - top.input) * channels.width], window, &sums[(o - first) * out * W], line.data);
+      }
+      turn_back(sums.data, count, a.y.out * out, (last - first) * out, y + (plane * a.y.out + first) * out);
+    }
+  }
+}
+
+// ── Positions ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+// to[k·to_stride + c] = from[k·from_stride + c], k < pixels, c < C
+template <class Acc>
+FASTGAN_INLINE void copy_pixels(const Acc* from, int64_t from_stride, Acc* to, int64_t to_stride, int64_t pixels, int64_t C) {
+  const auto copy = [&](auto channels) __attribute__((always_inline)) {
+    for (int64_t k = 0; k < pixels; ++k)
+      for (int64_t c = 0; c < channels; ++c) to[k * to_stride + c] = from[k * from_stride + c];
+  };
+  switch (C) { // where a loop takes longer than what it does
+    case 1: return copy(Index<1>{});
+    case 2: return copy(Index<2>{});
+    case 3: return copy(Index<3>{});
+    case 4: return copy(Index<4>{});
+    default: return copy(C);
+  }
+}
+
+// Outputs r, r + out_phases, … of a row are sums over taps of vectors of a line, which lies in its in_phases phases so that
+// these vectors do not skip any pixel.
+struct Across : Phases {
+  struct Tap {
+    int64_t at, index; // where the line is read, and which tap of the axis it is
+  };
+  int64_t C, out;         // elements of a pixel; pixels of an output phase
+  int64_t before, length; // elements of one phase of a line: zeros in front, and all
+  Scratch<Tap> taps;      // (out_phases, taps), of which `counts` are read
+  Scratch<int64_t> counts;
+
+  Across(const Resampling& a, int64_t C, int64_t W)
+      : Phases(a), C(C), out(ceil_div(a.out, out_phases)), taps(out_phases * a.taps), counts(out_phases) {
+    int64_t lowest = 0, highest = ceil_div(a.in, in_phases);
+    for (int64_t r = 0; r < out_phases; ++r) {
+      const auto [input, tap, count] = window(a, r);
+      counts[r] = count;
+      lowest = smaller(lowest, floor_div(input, in_phases));
+      highest = larger(highest, floor_div(input + count, in_phases) + 1 + out);
+    }
+    before = ceil_div(-lowest * C, W) * W; // whole vectors, so that a tap in the middle reads aligned ones
+    length = before + (ceil_div(highest * C, W) + 4) * W;
+    for (int64_t r = 0; r < out_phases; ++r)
+      for (int64_t j = 0; j < counts[r]; ++j) {
+        const int64_t input = window(a, r).input + j, pixel = floor_div(input, in_phases), phase = input - pixel * in_phases;
+        taps[r * a.taps + j] = {phase * length + before + pixel * C, window(a, r).tap + j * a.up};
+      }
+  }
+};
+
+// line[i] = Σ taps[j·step] · rows[j·row + i] for i < n, and zero up to three vectors more.
+template <class T>
+FASTGAN_INLINE void sum_rows(const T* rows, int64_t row, int64_t n, const acc_t<T>* taps, int64_t step, int64_t count, const T* end,
+              const Across& across, acc_t<T>* line, acc_t<T>* whole) {
+  using Acc = acc_t<T>;
+  constexpr int W = lanes<Acc>;
+  Acc* const to = line + across.before;
+  const bool are_pairs = across.in_phases == 2 && across.C == 1;
+  for (int64_t i = 0; i < n; i += 4 * W) {
+    vec_t<T> sums[4] = {};
+    if (i + 4 * W <= n)
+      add_taps(sums, rows + i, row, taps, step, count);
+    else
+      for (int u = 0; u < 4 && i + u * W < n; ++u)
+        for (int64_t j = 0; j < count; ++j)
+          sums[u] += broadcast<Acc>(taps[j * step]) * load_within(rows + j * row + i + u * W, n - i - u * W, end);
+    if (are_pairs)
+      for (int u = 0; u < 2; ++u) {
+        const Pair<Acc> pair = deinterleave<Acc>({sums[2 * u], sums[2 * u + 1]});
+        store(to + i / 2 + u * W, pair.a);
+        store(to + across.length + i / 2 + u * W, pair.b);
+      }
+    else
+      for (int u = 0; u < 4; ++u) store((across.in_phases == 1 ? to : whole) + i + u * W, sums[u]);
+  }
+  if (across.in_phases == 1 || are_pairs) return;
+  const int64_t C = across.C, phases = across.in_phases;
+  for (int64_t d = 0; d < phases; ++d)
+    copy_pixels(whole + d * C, phases * C, to + d * across.length, C, ceil_div(n / C - d, phases), C);
+}
+
+// Where a whole vector may be stored: what is wrong behind the n elements is written later.
+template <class T> FASTGAN_INLINE void store_before(T* p, vec_t<T> v, int64_t n, const T* limit, bool streams) {
+  constexpr int W = lanes<acc_t<T>>;
+  if (n >= W || p + W <= limit)
+    store_or_stream(p, v, streams);
+  else
+    store_part(p, v, static_cast<int>(n));
+}
+
+// `images` of pixels with C elements each.
+template <class T>
+void resample_positions(const UpFirDn2d& a, const Filter<acc_t<T>>& f, int64_t images, int64_t C, const T* x, T* y) {
+  using Acc = acc_t<T>;
+  constexpr int W = lanes<Acc>;
+  const int64_t in = a.x.in * C, out = a.x.out * C;
+  const T* const end = x + images * a.y.in * in;
   const Windows vertical(a.y);
-  const Across across(a.x, W);
-  const int64_t size = across.in_phases * across.length, step = a.x.up * across.in_phases;
+  const Across across(a.x, C, W);
+  const int64_t size = across.in_phases * across.length;
+  const int64_t of_phase = across.out * C, sums_size = ceil_div(of_phase, W) * W;
+  const bool are_pairs = across.out_phases == 2 && C == 1, streams = is_streamed<T>(a);
   // Several lines at a time: one that is read as soon as it is written is read when the writes have left the store buffer.
   constexpr int64_t ahead = 2048;
   const int64_t lines = f.is_product ? larger(1, ahead / size) : (f.h - 1) / a.y.up + 1;
   const Acc one = 1;
-#pragma omp parallel if (planes * (a.y.in * in + a.y.out * out) > parallel_threshold)
+#pragma omp parallel if (images * (a.y.in * in + a.y.out * out) > parallel_threshold)
   {
-    const Share share(planes * a.y.out);
+    const Share share(images * a.y.out);
     T* const limit = y + share.last * out;
-    const Scratch<Acc> line(lines * size), phases(across.out_phases * across.vectors_end);
+    const Scratch<Acc> line(lines * size), whole(in + 4 * W);
+    const Scratch<Acc> phases(across.out_phases * sums_size), row(across.out_phases * of_phase + W);
     const Scratch<int64_t> held(lines); // which row of x a line is
     __builtin_memset(line.data, 0, lines * size * sizeof(Acc));
     for (int64_t i = 0; i < lines; ++i) held[i] = -1;
     const auto fill = [&](int64_t i, int64_t row, const Acc* taps, int64_t count) {
-      sum_rows(x + row * in, in, in, taps, a.y.up, count, end, across.in_phases, across.length, &line[i * size + across.before]);
+      sum_rows(x + row * in, in, in, taps, a.y.up, count, end, across, &line[i * size], whole.data);
     };
-    // Writes a row of y; sum(totals, run, m) adds to U vectors of an output phase, from its element m on.
-    const auto finish = [&](T* to, const auto& sum) __attribute__((always_inline)) {
-      const auto phase = [&](auto& totals, int64_t r, int64_t m) __attribute__((always_inline)) {
-        for (int64_t d = 0; d < across.in_phases; ++d) sum(totals, across.runs[r * across.in_phases + d], m);
+    // Writes a row of y; add(totals, tap, e) adds to U vectors of an output phase, from its element e on.
+    const auto finish = [&](T* to, const auto& add) __attribute__((always_inline)) {
+      const auto phase = [&](auto& totals, int64_t r, int64_t e) __attribute__((always_inline)) {
+        for (int64_t j = 0; j < across.counts[r]; ++j) add(totals, across.taps[r * a.x.taps + j], e);
       };
       // U vectors of each phase at a time: so many sums are under way at once.
-      const auto write = [&](auto vectors, int64_t m) __attribute__((always_inline)) {
-        constexpr int U = decltype(vectors)::count;
+      const auto write = [&](auto vectors, int64_t e) __attribute__((always_inline)) {
+        constexpr int U = decltype(vectors)::value;
         if (across.out_phases == 1) {
           vec_t<T> totals[U] = {};
-          phase(totals, 0, m);
-          for (int u = 0; u < U && m + u * W < out; ++u) store_before(to + m + u * W, totals[u], out - m - u * W, limit);
-        } else if (across.out_phases == 2) {
+          phase(totals, 0, e);
+          for (int u = 0; u < U && e + u * W < out; ++u) store_before(to + e + u * W, totals[u], out - e - u * W, limit, streams);
+        } else if (are_pairs) {
           vec_t<T> even[U] = {}, odd[U] = {};
-          phase(even, 0, m);
-          phase(odd, 1, m);
+          phase(even, 0, e);
+          phase(odd, 1, e);
           for (int u = 0; u < U; ++u) {
             const Pair<Acc> pair = interleave<Acc>({even[u], odd[u]});
-            const int64_t at = 2 * (m + u * W);
-            if (at < out) store_before(to + at, pair.a, out - at, limit);
-            if (at + W < out) store_before(to + at + W, pair.b, out - at - W, limit);
+            const int64_t at = 2 * (e + u * W);
+            if (at < out) store_before(to + at, pair.a, out - at, limit, streams);
+            if (at + W < out) store_before(to + at + W, pair.b, out - at - W, limit, streams);
           }
         } else {
           for (int64_t r = 0; r < across.out_phases; ++r) {
             vec_t<T> totals[U] = {};
-            phase(totals, r, m);
-            for (int i = 0; i < U * W; ++i) phases[(m + i) * across.out_phases + r] = totals[i / W][i % W];
+            phase(totals, r, e);
+            for (int u = 0; u < U; ++u) store(&phases[r * sums_size + e + u * W], totals[u]);
           }
         }
       };
-      int64_t m = 0;
-      for (; m + 4 * W <= across.vectors_end; m += 4 * W) write(Together<4>{}, m);
-      for (; m < across.vectors_end; m += W) write(Together<1>{}, m);
-      if (across.out_phases > 2)
-        for (int64_t i = 0; i < out; i += W) store_before(to + i, load(&phases[i]), out - i, limit);
+      int64_t e = 0;
+      for (; e + 4 * W <= of_phase; e += 4 * W) write(Index<4>{}, e);
+      for (; e + 2 * W <= of_phase; e += 2 * W) write(Index<2>{}, e);
+      for (; e < of_phase; e += W) write(Index<1>{}, e);
+      if (across.out_phases == 1 || are_pairs) return;
+      for (int64_t r = 0; r < across.out_phases; ++r)
+        copy_pixels(&phases[r * sums_size], C, &row[r * C], across.out_phases * C, across.out, C);
+      for (int64_t i = 0; i < out; i += W) store_before(to + i, load(&row[i]), out - i, limit, streams);
     };
+    int64_t image = share.first / a.y.out, row_out = share.first % a.y.out;
     if (f.is_product)
       for (int64_t o = share.first; o < share.last; o += lines) {
         const int64_t count = smaller(lines, share.last - o);
         for (int64_t i = 0; i < count; ++i) {
-          const Window down = vertical[(o + i) % a.y.out];
-          fill(i, (o + i) / a.y.out * a.y.in + down.input, &f.taps[down.tap], down.count);
+          const Window& down = vertical[row_out];
+          fill(i, image * a.y.in + down.input, &f.taps[down.tap], down.count);
+          if (++row_out == a.y.out) row_out = 0, ++image;
         }
         for (int64_t i = 0; i < count; ++i)
-          finish(y + (o + i) * out, [&](auto& totals, const Run& run, int64_t m) __attribute__((always_inline)) {
-            add_taps<length_of<decltype(totals)>>(totals, &line[i * size + run.at + m], 1, &f.taps[f.h + run.tap], step, run.count);
+          finish(y + (o + i) * out, [&](auto& totals, const Across::Tap& tap, int64_t e) __attribute__((always_inline)) {
+            add_tap(totals, f.taps[f.h + tap.index], &line[i * size + tap.at + e]);
           });
       }
     else
@@ -328,21 +485,23 @@ template <class T> void resample_planes(const UpFirDn2d& a, const Filter<acc_t<T
             fill(row % lines, row, &one, 1);
             held[row % lines] = row;
           }
-        finish(y + o * out, [&](auto& totals, const Run& run, int64_t m) __attribute__((always_inline)) {
+        finish(y + o * out, [&](auto& totals, const Across::Tap& tap, int64_t e) __attribute__((always_inline)) {
           for (int64_t j = 0; j < down.count; ++j)
-            add_taps<length_of<decltype(totals)>>(totals, &line[(top + j) % lines * size + run.at + m], 1,
-                                                  &f.taps[(down.tap + j * a.y.up) * f.w + run.tap], step, run.count);
+            add_tap(totals, f.taps[(down.tap + j * a.y.up) * f.w + tap.index], &line[(top + j) % lines * size + tap.at + e]);
         });
       }
+    finish_streams();
   }
 }
 
-template <class T> void resample(const UpFirDn2d& a, const void* x, const void* filter, void* y) {
+template <class T> void resample(const UpFirDn2d& a, const void* input, const void* filter, void* output) {
   const Filter<acc_t<T>> f(a, filter);
-  if (a.rows)
-    resample_rows(a, f, static_cast<const T*>(x), static_cast<T*>(y));
+  const T* const x = static_cast<const T*>(input);
+  T* const y = static_cast<T*>(output);
+  if ((a.rows ? a.C < lanes<acc_t<T>> : a.x.in >= 64 || a.N * a.C < lanes<acc_t<T>>))
+    a.rows ? resample_positions(a, f, a.N, a.C, x, y) : resample_positions(a, f, a.N * a.C, 1, x, y);
   else
-    resample_planes(a, f, static_cast<const T*>(x), static_cast<T*>(y));
+    a.rows ? resample_channels(a, f, x, y) : resample_planes(a, f, x, y);
 }
 
 void upfirdn2d(const UpFirDn2d& a, const void* x, const void* filter, void* y) {
