@@ -104,31 +104,6 @@ FASTGAN_INLINE u32v narrow(float16, f32v v) {
 FASTGAN_INLINE void store(bfloat16* p, f32v v) { write_u16(p, narrow(bfloat16{}, v)); }
 FASTGAN_INLINE void store(float16* p, f32v v) { write_u16(p, narrow(float16{}, v)); }
 
-// What no core keeps of a tensor that it writes: about what cores that share an L3 have of it.
-constexpr int64_t last_level_bytes = 32 << 20;
-// Past the caches, into which a line that is only written need not be read before. After the last of these, and before
-// another thread reads what they wrote, comes finish_streams.
-template <class T> FASTGAN_INLINE void store_or_stream(T* p, vec_t<T> v, bool streams) {
-#if defined(__x86_64__) && !defined(__clang__)
-  if constexpr (sizeof(T) == sizeof(float))
-    if (streams && reinterpret_cast<uintptr_t>(p) % sizeof v == 0) {
-#if FASTGAN_VECTOR_BYTES == 64
-      return __builtin_ia32_movntps512(p, v);
-#elif FASTGAN_VECTOR_BYTES == 32
-      return __builtin_ia32_movntps256(p, v);
-#else
-      return __builtin_ia32_movntps(p, v);
-#endif
-    }
-#endif
-  store(p, v);
-}
-FASTGAN_INLINE void finish_streams() {
-#if defined(__x86_64__)
-  __builtin_ia32_sfence();
-#endif
-}
-
 // The first n < lanes elements; the other lanes are zero.
 template <class T> FASTGAN_INLINE vec_t<T> load_part(const T* p, int n) {
   T whole[lanes<acc_t<T>>] = {};
@@ -148,6 +123,37 @@ template <class T> FASTGAN_INLINE void store(T* p, vec_t<T> v, int n) {
     store(p, v);
   else
     store_part(p, v, n);
+}
+
+// What no core keeps of a tensor that it writes: about what cores that share an L3 have of it.
+constexpr int64_t last_level_bytes = 32 << 20;
+// Past the caches, into which a line that is only written need not be read before. After the last of these, and before
+// another thread reads what they wrote, comes finish_streams.
+template <class T> FASTGAN_INLINE void store_or_stream(T* p, vec_t<T> v, bool streams) {
+#if defined(__x86_64__) && !defined(__clang__)
+  if constexpr (sizeof(T) == sizeof(float))
+    if (streams && reinterpret_cast<uintptr_t>(p) % sizeof v == 0) {
+#if FASTGAN_VECTOR_BYTES == 64
+      return __builtin_ia32_movntps512(p, v);
+#elif FASTGAN_VECTOR_BYTES == 32
+      return __builtin_ia32_movntps256(p, v);
+#else
+      return __builtin_ia32_movntps(p, v);
+#endif
+    }
+#endif
+  store(p, v);
+}
+template <class T> FASTGAN_INLINE void store_or_stream(T* p, vec_t<T> v, int n, bool streams) {
+  if (n == lanes<acc_t<T>>)
+    store_or_stream(p, v, streams);
+  else
+    store_part(p, v, n);
+}
+FASTGAN_INLINE void finish_streams() {
+#if defined(__x86_64__)
+  __builtin_ia32_sfence();
+#endif
 }
 
 template <class Acc> FASTGAN_INLINE typename Lanes<Acc>::vec broadcast(Acc value) {

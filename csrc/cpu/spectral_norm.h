@@ -165,11 +165,13 @@ template <class T> struct SpectralNorm {
   const SpectralForward* weights;
   const SpectralPlan plan;
   const double eps;
+  const bool streams; // W / σ, which no cache holds beside the weights until it is read
   const Scratch<Acc> sums;
   const Scratch<double> u_parts, v_parts; // Σ u², Σ v² of a block or chunk: the norms of what is not normalised yet
 
   SpectralNorm(const SpectralForward* weights, int64_t count, double eps)
-      : weights(weights), plan(weights, count, sizeof(T), W), eps(eps), sums(plan.most_sums), u_parts(plan.parts_count),
+      : weights(weights), plan(weights, count, sizeof(T), W), eps(eps),
+        streams(2 * plan.elements * static_cast<int64_t>(sizeof(T)) > last_level_bytes), sums(plan.most_sums), u_parts(plan.parts_count),
         v_parts(plan.parts_count) {}
 
   const T* elements(int64_t w) const { return static_cast<const T*>(weights[w].weight); }
@@ -355,7 +357,7 @@ template <class T> struct SpectralNorm {
       const int64_t last = block.last * l.length();
       for (int64_t i = block.first * l.length(); i < last; i += W) {
         const int n = static_cast<int>(smaller(W, last - i));
-        store(to + i, load(elements(w) + i, n) * factor, n);
+        store_or_stream(to + i, load(elements(w) + i, n) * factor, n, streams);
       }
       if (iterated) scale_vector(made(w, true), block.first * l.B, block.last * l.B, 1 / norm(w, !l.transposed));
     });
@@ -367,11 +369,14 @@ template <class T> struct SpectralNorm {
 
   void compute(int64_t iterations, Acc* sigma) const {
 #pragma omp parallel if (plan.elements > spectral_threshold)
-    for (int64_t from = 0, to; from < plan.count; from = to) {
-      to = plan.group_end[from];
-      for (int64_t i = 0; i < iterations; ++i) iterate(from, to, i == 0);
-      if (iterations == 0) project(from, to);
-      finish(from, to, iterations > 0, sigma);
+    {
+      for (int64_t from = 0, to; from < plan.count; from = to) {
+        to = plan.group_end[from];
+        for (int64_t i = 0; i < iterations; ++i) iterate(from, to, i == 0);
+        if (iterations == 0) project(from, to);
+        finish(from, to, iterations > 0, sigma);
+      }
+      finish_streams();
     }
   }
 };
@@ -396,36 +401,40 @@ template <class T> void backward(const SpectralBackward* weights, int64_t count,
   using Acc = acc_t<T>;
   constexpr int W = lanes<Acc>;
   const SpectralPlan plan(weights, count, 2 * sizeof(T), 0);
+  const bool streams = 3 * plan.elements * static_cast<int64_t>(sizeof(T)) > last_level_bytes;
   const Scratch<double> products(plan.blocks_count);
 #pragma omp parallel if (plan.elements > spectral_threshold)
-  for (int64_t from = 0, to; from < count; from = to) {
-    to = plan.group_end[from];
-    plan.for_own_blocks(from, to, [&](int64_t b, const LineBlock& block) {
-      const SpectralBackward& w = weights[block.weight];
-      const Lines& l = plan.lines[block.weight];
-      const T *grad = static_cast<const T*>(w.grad), *weight = static_cast<const T*>(w.weight);
-      const int64_t first = block.first * l.length(), n = (block.last - block.first) * l.length();
-      products[b] = sum<Acc>(dot_product<Acc>(grad + first, grad + l.size(), weight + first, weight + l.size(), n));
-    });
+  {
+    for (int64_t from = 0, to; from < count; from = to) {
+      to = plan.group_end[from];
+      plan.for_own_blocks(from, to, [&](int64_t b, const LineBlock& block) {
+        const SpectralBackward& w = weights[block.weight];
+        const Lines& l = plan.lines[block.weight];
+        const T *grad = static_cast<const T*>(w.grad), *weight = static_cast<const T*>(w.weight);
+        const int64_t first = block.first * l.length(), n = (block.last - block.first) * l.length();
+        products[b] = sum<Acc>(dot_product<Acc>(grad + first, grad + l.size(), weight + first, weight + l.size(), n));
+      });
 #pragma omp barrier
-    plan.for_own_blocks(from, to, [&](int64_t, const LineBlock& block) {
-      const SpectralBackward& w = weights[block.weight];
-      const Lines& l = plan.lines[block.weight];
-      const T* grad = static_cast<const T*>(w.grad);
-      double product = 0;
-      for (int64_t b = plan.first_block[block.weight]; b < plan.first_block[block.weight + 1]; ++b) product += products[b];
-      const double inverse = 1 / static_cast<double>(static_cast<const Acc*>(sigma)[block.weight]);
-      const vec_t<T> factor = broadcast<Acc>(static_cast<Acc>(inverse));
-      const auto finish = [&](int64_t start, int64_t length, Acc scalar, const Acc* vector, const Acc* end) {
-        const vec_t<T> outer = broadcast<Acc>(static_cast<Acc>(product * inverse * inverse * scalar));
-        for (int64_t i = 0; i < length; i += W) {
-          const int n = static_cast<int>(smaller(W, length - i));
-          const vec_t<T> g = load_within(grad + start + i, n, grad + l.size());
-          store(static_cast<T*>(w.grad_weight) + start + i, g * factor - outer * load_within(vector + i, n, end), n);
-        }
-      };
-      for_pieces<Acc>(w, l, block.first, block.last, finish);
-    });
+      plan.for_own_blocks(from, to, [&](int64_t, const LineBlock& block) {
+        const SpectralBackward& w = weights[block.weight];
+        const Lines& l = plan.lines[block.weight];
+        const T* grad = static_cast<const T*>(w.grad);
+        double product = 0;
+        for (int64_t b = plan.first_block[block.weight]; b < plan.first_block[block.weight + 1]; ++b) product += products[b];
+        const double inverse = 1 / static_cast<double>(static_cast<const Acc*>(sigma)[block.weight]);
+        const vec_t<T> factor = broadcast<Acc>(static_cast<Acc>(inverse));
+        const auto finish = [&](int64_t start, int64_t length, Acc scalar, const Acc* vector, const Acc* end) {
+          const vec_t<T> outer = broadcast<Acc>(static_cast<Acc>(product * inverse * inverse * scalar));
+          for (int64_t i = 0; i < length; i += W) {
+            const int n = static_cast<int>(smaller(W, length - i));
+            const vec_t<T> g = load_within(grad + start + i, n, grad + l.size());
+            store_or_stream(static_cast<T*>(w.grad_weight) + start + i, g * factor - outer * load_within(vector + i, n, end), n, streams);
+          }
+        };
+        for_pieces<Acc>(w, l, block.first, block.last, finish);
+      });
+    }
+    finish_streams();
   }
 }
 

@@ -262,47 +262,51 @@ template <class T> void resample_channels(const UpFirDn2d& a, const Filter<acc_t
   }
 }
 
-// Elements i, i + 1, … of each of `planes` planes, which lie `stride` apart, become the channels of pixels, and back.
-template <class T> void turn_planes(const T* from, int64_t planes, int64_t stride, int64_t pixels, acc_t<T>* to) {
+// Elements 0, 1, … of each of `planes` planes, which lie `stride` apart, become the channels of pixels with C, and back.
+template <class T> void turn_planes(const T* from, int64_t planes, int64_t stride, int64_t pixels, int64_t C, acc_t<T>* to) {
   constexpr int W = lanes<acc_t<T>>;
-  for (int64_t i = 0; i < pixels; i += W)
-    transpose_tile<acc_t<T>>(
-        static_cast<int>(planes), static_cast<int>(smaller(W, pixels - i)),
-        [&](int p, int n) __attribute__((always_inline)) { return load(from + p * stride + i, n); },
-        [&](int j, vec_t<T> v, int) __attribute__((always_inline)) { store(to + (i + j) * W, v); });
+  for (int64_t c = 0; c < C; c += W)
+    for (int64_t i = 0; i < pixels; i += W)
+      transpose_tile<acc_t<T>>(
+          static_cast<int>(smaller(W, planes - c)), static_cast<int>(smaller(W, pixels - i)),
+          [&](int p, int n) __attribute__((always_inline)) { return load(from + (c + p) * stride + i, n); },
+          [&](int j, vec_t<T> v, int) __attribute__((always_inline)) { store(to + (i + j) * C + c, v); });
 }
-template <class T> void turn_back(const acc_t<T>* from, int64_t planes, int64_t stride, int64_t pixels, T* to) {
+template <class T> void turn_back(const acc_t<T>* from, int64_t planes, int64_t stride, int64_t pixels, int64_t C, T* to) {
   constexpr int W = lanes<acc_t<T>>;
-  for (int64_t i = 0; i < pixels; i += W)
-    transpose_tile<acc_t<T>>(
-        static_cast<int>(smaller(W, pixels - i)), static_cast<int>(planes),
-        [&](int j, int) __attribute__((always_inline)) { return load(from + (i + j) * W); },
-        [&](int p, vec_t<T> v, int n) __attribute__((always_inline)) { store(to + p * stride + i, v, n); });
+  for (int64_t c = 0; c < planes; c += W)
+    for (int64_t i = 0; i < pixels; i += W)
+      transpose_tile<acc_t<T>>(
+          static_cast<int>(smaller(W, pixels - i)), static_cast<int>(smaller(W, planes - c)),
+          [&](int j, int) __attribute__((always_inline)) { return load(from + (i + j) * C + c); },
+          [&](int p, vec_t<T> v, int n) __attribute__((always_inline)) { store(to + (c + p) * stride + i, v, n); });
 }
 
 template <class T> void resample_planes(const UpFirDn2d& a, const Filter<acc_t<T>>& f, const T* x, T* y) {
   using Acc = acc_t<T>;
   constexpr int W = lanes<Acc>;
   constexpr int64_t most_elements = 1 << 15; // of a band of turned rows, and of what comes out: both stay in the L2
-  const Channels<Acc, Acc> channels(a, f, W, false);
-  const int64_t planes = a.N * a.C, in = a.x.in, out = a.x.out, groups = ceil_div(planes, W);
-  const int64_t height = smaller(a.y.out, larger(1, most_elements / W / larger(out, in * a.y.down / a.y.up)));
+  const int64_t planes = a.N * a.C, C = smaller(4, ceil_div(planes, W)) * W;
+  const Channels<Acc, Acc> channels(a, f, C, false);
+  const int64_t in = a.x.in, out = a.x.out, groups = ceil_div(planes, C);
+  const int64_t height = smaller(a.y.out, larger(1, most_elements / C / larger(out, in * a.y.down / a.y.up)));
   const int64_t bands = ceil_div(a.y.out, height), most_rows = smaller(a.y.in, (height * a.y.down + a.y.taps) / a.y.up + 2);
 #pragma omp parallel if (planes * (a.y.in * in + a.y.out * out) > parallel_threshold)
   {
-    const Scratch<Acc> turned(most_rows * in * W), sums(height * out * W), line(channels.line_size());
+    const Scratch<Acc> turned(most_rows * in * C), sums(height * out * C), line(channels.line_size());
     const Share share(groups * bands);
     for (int64_t i = share.first; i < share.last; ++i) {
-      const int64_t plane = i / bands * W, count = smaller(W, planes - plane);
+      const int64_t plane = i / bands * C, count = smaller(C, planes - plane);
       const int64_t first = i % bands * height, last = smaller(first + height, a.y.out);
-      const Window &top = channels.vertical[first], &bottom = channels.vertical[last - 1];
-      const int64_t rows = larger(0, bottom.input + bottom.count - top.input);
-      turn_planes(x + (plane * a.y.in + top.input) * in, count, a.y.in * in, rows * in, turned.data);
+      const Window& bottom = channels.vertical[last - 1];
+      const int64_t top = smaller(a.y.in, channels.vertical[first].input);
+      const int64_t rows = smaller(a.y.in, bottom.input + bottom.count) - top;
+      turn_planes(x + (plane * a.y.in + top) * in, count, a.y.in * in, rows * in, C, turned.data);
       for (int64_t o = first; o < last; ++o) {
         const Window& window = channels.vertical[o];
-        channels.sum_row(&turned[(window.input - top.input) * channels.width], window, &sums[(o - first) * out * W], line.data);
+        channels.sum_row(turned.data + (window.input - top) * channels.width, window, &sums[(o - first) * out * C], line.data);
       }
-      turn_back(sums.data, count, a.y.out * out, (last - first) * out, y + (plane * a.y.out + first) * out);
+      turn_back(sums.data, count, a.y.out * out, (last - first) * out, C, y + (plane * a.y.out + first) * out);
     }
   }
 }
