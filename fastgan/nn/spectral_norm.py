@@ -68,19 +68,19 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 # On the CPU torch's own operations are faster at fewer elements than these, of which each weight counts as some more: an
-# operator in Python takes longer to call than small weights to read. So they are in evaluation, where they are three, at
-# any size; but weights whose rows are another axis than the first they copy, which large ones feel.
+# operator in Python takes longer to call than small weights to read. In evaluation, where they are three, that is so of
+# larger ones; but weights whose rows are another axis than the first they copy.
 _SMALL, _EACH = 11 << 12, 1 << 12
-_SMALL_COPY = 1 << 18
+_SMALL_READ, _SMALL_COPY = 1 << 21, 1 << 18
 
 
 def _is_torchs(weight: Tensor, elements: int, dim: int, iterates: bool) -> bool:
     """Whether that is so for `elements` of which `weight` has some, of rows along `dim`, or of some along it. Asked before
     anything else, of every weight."""
-    copies = dim > 0 and elements >= _SMALL_COPY
+    is_large = elements >= (_SMALL_READ if dim == 0 else _SMALL_COPY)
     return (
         weight.is_cpu
-        and (elements < _SMALL or not (iterates or copies or (weight.requires_grad and torch.is_grad_enabled())))
+        and (elements < _SMALL or not (iterates or is_large or (weight.requires_grad and torch.is_grad_enabled())))
         and not torch.compiler.is_compiling()
         and backend.is_automatic()
     )
