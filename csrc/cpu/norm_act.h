@@ -12,19 +12,23 @@ template <class T> void forward(const NormActForward& a) {
   const Scratch<Acc> table(4 * slices.count);
   const T* x = static_cast<const T*>(a.x);
   T* y = static_cast<T*>(a.y);
+  auto value = [&](const Channel<T, 4>& channel, int64_t offset, int n) __attribute__((always_inline)) {
+    return act.value(preactivation<T, 4>(a, channel, load(x + offset, n) - channel.p[0], offset, n), channel.p[3]);
+  };
+  if (!a.batch_stats) {
+    fill_affine(a, slices, table.data);
+    return for_all<T, 4>(a, table.data, [&](const Channel<T, 4>& channel, int64_t offset, int n) __attribute__((always_inline)) {
+      store(y + offset, value(channel, offset, n), n);
+    });
+  }
   const int64_t ahead = slices.group * a.S; // the next unit: its way from memory overlaps the stores of this one
   auto body = [&](vec_t<T>*, const Channel<T, 4>& channel, int64_t offset, int n, auto where) __attribute__((always_inline)) {
-    const vec_t<T> t = load(x + offset, n) - channel.p[0];
+    const vec_t<T> here = value(channel, offset, n);
     __builtin_prefetch(x + offset + ahead, 0, 2);
     slices.fetch_next_to_store(y + offset, where);
-    store(y + offset, act.value(preactivation<T, 4>(a, channel, t, offset, n), channel.p[3]), n);
+    store(y + offset, here, n);
   };
-  if (a.batch_stats)
-    moments_finish_apply<T, 4>(a, table.data, Stored<T>{x}, [&](int64_t unit) { fill_affine(a, slices, table.data, unit); }, body);
-  else
-    sum_finish_apply<T, 4, 1, 4>(
-        a, table.data, false, [](vec_t<T>*, const Channel<T, 4>&, int64_t, int, auto) {},
-        [&](int64_t unit, const Sums&) { fill_affine(a, slices, table.data, unit); }, body);
+  moments_finish_apply<T, 4>(a, table.data, Stored<T>{x}, [&](int64_t unit) { fill_affine(a, slices, table.data, unit); }, body);
 }
 
 template <class T, bool Prelu> void backward(const NormActBackward& a) {

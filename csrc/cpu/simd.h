@@ -264,6 +264,14 @@ template <class T> struct Scratch {
   T& operator[](int64_t i) const { return data[i]; }
 };
 
+// This thread's part of `count`.
+struct Share {
+  int64_t first, last;
+  explicit Share(int64_t count)
+      : first(count * omp_get_thread_num() / omp_get_num_threads()),
+        last(count * (omp_get_thread_num() + 1) / omp_get_num_threads()) {}
+};
+
 // Starting a parallel region costs microseconds: below this many elements one thread is faster.
 constexpr int64_t parallel_threshold = 32768;
 

@@ -94,16 +94,20 @@ struct Planes : Slices {
     together = reduces ? larger(1, block_elements / larger(S, 1)) : 1;
     blocks = ceil_div(images, together) * pieces;
   }
+  // Where block b of a slice begins, and of which sample a slice is; a division takes as long as a small plane.
+  int64_t first_image(int64_t b) const { return (pieces == 1 ? b : b / pieces) * together; }
+  int64_t first_pixel(int64_t b) const { return pieces == 1 ? 0 : b % pieces * piece; }
+  int64_t sample(int64_t slice) const { return samples == 1 ? 0 : slice / C; }
   int64_t size(int64_t b) const {
-    const int64_t n = b / pieces * together, s = b % pieces * piece;
+    const int64_t n = first_image(b), s = first_pixel(b);
     return (smaller(n + together, images) - n) * (smaller(s + piece, S) - s);
   }
 
   // The mean of the first values of block b of a slice.
   template <class T, class Value> acc_t<T> first_mean(const Value& value, int64_t slice, int64_t b) const {
     constexpr int W = lanes<acc_t<T>>;
-    const int64_t s = b % pieces * piece, n = smaller(smaller(s + piece, S) - s, unroll * W);
-    const int64_t image = b / pieces * together, offset = (image * C + slice) * S + s, pixel = (image + slice / C) * S + s;
+    const int64_t s = first_pixel(b), n = smaller(smaller(s + piece, S) - s, unroll * W);
+    const int64_t image = first_image(b), offset = (image * C + slice) * S + s, pixel = (image + sample(slice)) * S + s;
     vec_t<T> total = {};
     for (int64_t i = 0; i < n; i += W)
       total += value(offset + i, static_cast<int>(smaller(W, n - i)), Pixels{pixel + i});
@@ -119,16 +123,16 @@ struct Planes : Slices {
     channel.start = slice * S;
     for (int i = 0; i < P; ++i) channel.p[i] = broadcast<acc_t<T>>(table[i * stride]);
     doubles<acc_t<T>> totals[K ? K : 1] = {};
-    const int64_t n0 = b / pieces * together, n1 = smaller(n0 + together, images), s = b % pieces * piece;
+    const int64_t n0 = first_image(b), n1 = smaller(n0 + together, images), s = first_pixel(b), of_sample = sample(slice);
     const int64_t length = smaller(s + piece, S) - s, segment = run * tall * W;
-    const int64_t sharing = larger(1, run / (length / (tall * W) + tall)); // small planes that share accumulators
+    const int64_t sharing = n1 - n0 == 1 ? 1 : larger(1, run / (length / (tall * W) + tall)); // small planes that share accumulators
     for (int64_t image = n0; image < n1; image += sharing)
       for (int64_t first = 0; first < length; first += segment) {
         vec_t<T> sums[tall][K ? K : 1] = {};
         const int64_t last = smaller(first + segment, length);
         for (int64_t n = image; n < smaller(image + sharing, n1); ++n) {
-          // Where samples are apart n is 0; else slice / C is.
-          const int64_t offset = (n * C + slice) * S + s, pixel = (n + slice / C) * S + s;
+          // Where samples are apart n is 0; else the sample is.
+          const int64_t offset = (n * C + slice) * S + s, pixel = (n + of_sample) * S + s;
           int64_t i = first;
           for (; i + tall * W <= last; i += tall * W)
             for (int u = 0; u < tall; ++u) f(sums[u], channel, offset + i + u * W, W, Pixels{pixel + i + u * W});
@@ -237,8 +241,13 @@ void run_planes(const Planes& planes, bool reduces, Reduce reduce, Finish finish
     {
 #pragma omp for schedule(static)
       for (int64_t unit = 0; unit < planes.units; ++unit) finish(unit);
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < planes.count * blocks; ++i) apply(i % planes.count, i / planes.count);
+      const int64_t all = planes.count * blocks, threads = omp_get_num_threads(), thread = omp_get_thread_num();
+      const int64_t begin = all * thread / threads, end = all * (thread + 1) / threads;
+      int64_t slice = begin % planes.count, b = begin / planes.count;
+      for (int64_t i = begin; i < end; ++i) {
+        apply(slice, b);
+        if (++slice == planes.count) slice = 0, ++b;
+      }
     }
     return;
   }
@@ -292,6 +301,34 @@ void run_rows(const Rows& rows, bool reduces, Reduce reduce, Finish finish, Appl
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < rows.samples * steps; ++i) finish_step(i / steps, i % steps);
     for (int64_t i = end; i-- > begin;) apply(i / blocks, i % blocks);
+  }
+}
+
+// body(channel, offset, n) for every vector of a batch whose channels' numbers, P rows of them, are known. Planes are gone
+// through as they lie: one slice after the other, small ones would be on a page each.
+template <class T, int P, class Body> void for_all(const NormAct& a, const acc_t<T>* table, Body body) {
+  using Acc = acc_t<T>;
+  constexpr int W = lanes<Acc>;
+  if (a.rows) {
+    const Rows rows(a);
+    const auto of_row = [&](vec_t<T>*, const Channel<T, P>& channel, int64_t offset, int n, OnePixel)
+                            __attribute__((always_inline)) { body(channel, offset, n); };
+#pragma omp parallel for schedule(static) if (rows.threads())
+    for (int64_t b = 0; b < rows.blocks; ++b) rows.walk<T, P, 0>(table, rows.count, 0, b, of_row, Nothing{});
+    return;
+  }
+#pragma omp parallel if (a.N * a.C * a.S > parallel_threshold)
+  {
+    Channel<T, P> channel;
+    const Share elements(a.N * a.C * a.S);
+    int64_t at = elements.first, plane = at / larger(a.S, 1), c = plane % a.C;
+    for (; at < elements.last; ++plane, c = c + 1 == a.C ? 0 : c + 1) {
+      for (int i = 0; i < P; ++i) channel.p[i] = broadcast<Acc>(table[i * a.C + c]);
+      const int64_t end = smaller((plane + 1) * a.S, elements.last);
+      for (; at + W <= end; at += W) body(channel, at, W);
+      if (at < end) body(channel, at, static_cast<int>(end - at));
+      at = end;
+    }
   }
 }
 

@@ -102,14 +102,6 @@ template <class T> bool is_streamed(const UpFirDn2d& a) {
   return a.N * a.C * (a.y.in * a.x.in + a.y.out * a.x.out) * static_cast<int64_t>(sizeof(T)) >= last_level_bytes;
 }
 
-// This thread's part of `count`.
-struct Share {
-  int64_t first, last;
-  explicit Share(int64_t count)
-      : first(count * omp_get_thread_num() / omp_get_num_threads()),
-        last(count * (omp_get_thread_num() + 1) / omp_get_num_threads()) {}
-};
-
 // function(i) for i from First to before Last, where i is known when this is compiled: what it indexes stays in registers.
 template <int I> struct Index {
   static constexpr int value = I;

@@ -390,15 +390,15 @@ def move_statistics(
 # its second order always.
 _Small = dict[tuple[bool, bool], tuple[int, int]]  # by (training, float32): in NCHW and channels_last
 _SMALL: _Small = {
-    (False, True): (1 << 19, 1 << 19),
-    (False, False): (1 << 19, 1 << 19),
+    (False, True): (1 << 17, 1 << 16),
+    (False, False): (1 << 17, 1 << 16),
     (True, True): (1 << 16, 1 << 16),
     (True, False): (1 << 18, 1 << 17),
 }
 # With AVX2. (In training not with PReLU, of which stock computes the gradient slowly.)
 _SMALL_NARROW: _Small = {
-    (False, True): (1 << 20, 1 << 19),
-    (False, False): (1 << 21, 1 << 20),
+    (False, True): (1 << 17, 1 << 16),
+    (False, False): (1 << 18, 1 << 17),
     (True, True): (1 << 16, 1 << 18),
     (True, False): (1 << 21, 1 << 19),
 }
