@@ -108,6 +108,26 @@ def test_large_filters(taps, layout):
         )
 
 
+@pytest.mark.instruction_sets
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("shape", "up", "down"),
+    [
+        ((3, 40, 90, 50), 1, 1),  # planes that are turned in several bands, of which the last is short
+        ((3, 40, 90, 50), 1, 2),
+        ((2, 9, 9, 131), 2, 1),  # rows of several vectors; pixels of fewer channels than a vector has lanes
+        ((2, 9, 9, 131), 3, 2),
+        ((1, 17, 320, 321), 2, 1),  # more than any cache holds
+    ],
+    ids=str,
+)
+def test_large_images(shape, up, down, layout, poisoned):
+    x, f = inputs_of(shape, torch.float32, layout), FILTERS["binomial"]
+    found = upfirdn2d(x, f, up, down, [2, 1, 2, 1])
+    expected = reference(x.double(), f.double(), [up, up], [down, down], [2, 1, 2, 1])
+    torch.testing.assert_close(found, expected.float())
+
+
 def test_an_outer_product_gives_what_its_two_factors_give():
     x, taps = torch.randn(2, 3, 9, 11), torch.rand(6) + 0.1
     found = upfirdn2d(x, torch.outer(taps, taps), 2, 1, 5)
