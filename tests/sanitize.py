@@ -125,7 +125,7 @@ def run(kind: str, instruction_set: str, reports: Path, *arguments: str | Path) 
         "LD_PRELOAD": " ".join(libraries),
         "PYTHONPATH": os.pathsep.join(map(str, (FOLDER / kind / "package", ROOT / "kernels"))),
         "ATEN_CPU_CAPABILITY": instruction_set,
-        "OMP_NUM_THREADS": "4",
+        "OMP_NUM_THREADS": "4" if kind == "thread" else "2",
         "OMP_WAIT_POLICY": "passive",
     }
     # Without random addresses: those of newer kernels are not where GCC's ThreadSanitizer expects them.
