@@ -6,8 +6,9 @@ The extension is built, not a driver of the kernels: torch takes the memory of i
 fences, and so all that the tests call with their dtypes, layouts, odd shapes and views is checked as users call it. What is
 read in torch itself is not seen. Before the tests faults are committed on purpose, each of which must be reported.
 
-Left out are tests that call no kernel in a way of their own: those of the schemas, of torch.compile and of Triton, and, with
-all instruction sets but the first, those of the modules and the thousands of equal calls of gradcheck.
+Left out are tests that call no kernel in a way of their own: those of the schemas, of torch.compile and of Triton. Of what is
+compiled for other instruction sets than the first the files in `EVERY_SET` are the tests: two that call every operator, with
+all dtypes, layouts, orders and odd shapes, and those of kernels with forms of their own for a set.
 """
 
 import os
@@ -55,23 +56,22 @@ threads = [threading.Thread(target=_C.sample_scale, args=(samples, *[x.data_ptr(
     ],
 }
 OPERATORS = sorted((ROOT / "tests" / "ops").glob("test_*.py"))
+OPERATORS += sorted((ROOT / "tests" / "nn").glob("test_*.py"))
 OPERATORS += [ROOT / "tests" / "test_bad_input.py", ROOT / "tests" / "test_same_bits.py"]
-MODULES = sorted((ROOT / "tests" / "nn").glob("test_*.py"))
+EVERY_SET = {"test_bad_input", "test_same_bits", "test_conv", "test_upfirdn2d"}
 # Not the workers of a DataLoader: ThreadSanitizer ends a process that was forked beside threads at its own first one, or,
 # with die_after_fork=0, at the first that has the id of one of the parent's.
-THREADS = [path for path in OPERATORS + MODULES if re.search(r"def test\w*threads", path.read_text())]
-NO_KERNEL = "opcheck or compile or triton"
+THREADS = [path for path in OPERATORS if re.search(r"def test\w*threads", path.read_text())]
+TESTS = {"memory": (OPERATORS, "not (opcheck or compile or triton)"), "thread": (THREADS, "threads")}
 
 
 def cases(kind: str) -> Iterator[tuple[str, Path, str]]:
     """Instruction set, file, and which of its tests."""
+    files, chosen = TESTS[kind]
     for instruction_set in INSTRUCTION_SETS:
-        if kind == "thread":
-            yield from ((instruction_set, file, "threads") for file in THREADS)
-        elif instruction_set == INSTRUCTION_SETS[0]:
-            yield from ((instruction_set, file, f"not ({NO_KERNEL})") for file in OPERATORS + MODULES)
-        else:
-            yield from ((instruction_set, file, f"not ({NO_KERNEL} or gradcheck)") for file in OPERATORS)
+        for file in files:
+            if instruction_set == INSTRUCTION_SETS[0] or file.stem in EVERY_SET:
+                yield instruction_set, file, chosen
 
 
 def newest(*paths: Path) -> float:

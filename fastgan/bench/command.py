@@ -84,7 +84,8 @@ def bench(
         console.print(f"{comparison.summary}. {comparison.basis}", soft_wrap=True, highlight=False)
     known = [case.key for cases in groups.values() for case in cases] if quick else suite.keys(where)
     html = page.write(path.with_suffix(".html"), results.read(path), known, comparison)
-    console.print(f"{len(measured)} rows in {path}, and a page of plots, {html}", soft_wrap=True)
+    rows = "1 row" if len(measured) == 1 else f"{len(measured)} rows"
+    console.print(f"{rows} in {path}, and a page of plots, {html}", soft_wrap=True)
 
 
 def _parts(op: list[str] | None, model: list[str] | None) -> list[str]:
