@@ -6,9 +6,9 @@ The extension is built, not a driver of the kernels: torch takes the memory of i
 fences, and so all that the tests call with their dtypes, layouts, odd shapes and views is checked as users call it. What is
 read in torch itself is not seen. Before the tests faults are committed on purpose, each of which must be reported.
 
-Left out are tests that call no kernel in a way of their own: those of the schemas, of torch.compile and of Triton. Of what is
-compiled for other instruction sets than the first the files in `EVERY_SET` are the tests: two that call every operator, with
-all dtypes, layouts, orders and odd shapes, and those of kernels with forms of their own for a set.
+Left out are tests that call no kernel in a way of their own: those of the schemas, of torch.compile and of Triton. With the
+other instruction sets than the first run the files in `EVERY_SET`: two that call every operator, with all dtypes, layouts,
+orders and odd shapes, and those of kernels that have forms of their own for a set.
 """
 
 import os
