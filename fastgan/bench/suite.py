@@ -41,7 +41,7 @@ def keys(device: torch.device) -> list[Key]:
 
 
 def one_of_each(selected: Iterable[Case]) -> list[Case]:
-    """Of each operator and model the first case that is trained through: with gradients, once."""
+    """Of each operator the first case with its gradients."""
     found: dict[str, Case] = {}
     for case in selected:
         if case.work not in ("forward", "second order"):
