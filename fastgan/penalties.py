@@ -230,6 +230,8 @@ def _check_settings(device: torch.device, **given: Any) -> None:
             raise TypeError(f"{name} must be a number, not {value}")
         elif isinstance(value, Tensor):
             check_is_tensor(name, value)
+            if value.is_complex():
+                raise TypeError(f"{name} must be a real number, not {value.dtype}")
             if value.numel() != 1:
                 raise ValueError(f"{name} must be one number, not a tensor of shape {tuple(value.shape)}")
             if value.device != device and (value.dim() > 0 or value.device.type != "cpu"):

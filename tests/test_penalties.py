@@ -229,6 +229,11 @@ BAD = {
         TypeError,
         "center must be a dense tensor",
     ),
+    "a complex gamma": (
+        lambda: fastgan.r1_penalty(critic, x, gamma=torch.tensor(3 + 0j)),
+        TypeError,
+        "gamma must be a real number",
+    ),
     "a dictionary": (
         lambda: fastgan.r1_penalty(lambda x: {"score": x}, x),
         TypeError,
