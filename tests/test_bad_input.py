@@ -124,7 +124,7 @@ def special(given, change):
     elif change == "constant":
         flat = torch.full_like(flat, 0.5)
     elif change in SPECIAL and flat.numel() and flat.is_floating_point():
-        flat[:: max(1, flat.numel() // 3)] = SPECIAL[change]
+        flat[:: max(1, flat.numel() // 3)] = torch.tensor(SPECIAL[change]).to(flat.dtype)
     return flat.view(given.shape)
 
 
