@@ -38,7 +38,7 @@ def _version(package: str) -> str:
 def _versions() -> Table:
     table = Table(title="Versions", title_justify="left", show_header=False)
     for package in ("fastgan", "torch", "triton", "numpy", "accelerate", "datasets"):
-        table.add_row(package, _version(package))
+        table.add_row(package, torch.__version__ if package == "torch" else _version(package))
     table.add_row("python", platform.python_version())
     table.add_row("system", f"{platform.system()} {platform.machine()}")
     return table

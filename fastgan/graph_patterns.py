@@ -433,7 +433,7 @@ class WholeChain(NamedTuple):
 
 def whole_chain(graph: fx.Graph) -> WholeChain | None:
     calls = [node for node in graph.nodes if node.op.startswith("call_")]
-    x, output = next(iter(graph.nodes)), next(reversed(graph.nodes))
+    x, output = next(iter(graph.nodes)), next(iter(reversed(graph.nodes)))
     if len(calls) != 1 or not isinstance(calls[0].target, ChainCall) or output.args != (calls[0],):
         return None
     call, inputs = calls[0].target, 1 if calls[0].target.order is None else 2
@@ -446,7 +446,7 @@ def whole_chain(graph: fx.Graph) -> WholeChain | None:
 def resample(graph: fx.Graph, doubled: bool) -> fx.Graph | None:
     """The graph of the doubled input, or with its result halved, where that is next to a convolution that is a function."""
     calls = [node for node in graph.nodes if isinstance(node.target, ChainCall) and node.target.order is None]
-    x, output = next(iter(graph.nodes)), next(reversed(graph.nodes))
+    x, output = next(iter(graph.nodes)), next(iter(reversed(graph.nodes)))
     if doubled:
         fits = [call for call in calls if list(x.users) == [call] and call.args[0] is x and x not in call.args[1:]]
     else:

@@ -167,6 +167,8 @@ def path_length_penalty(
 
 def _input_gradient(critic: Critic, x: Tensor, args: tuple, kwargs: dict, create_graph: bool) -> Tensor:
     """The gradient of the critic's output in its input, which must not require gradients yet."""
+    if not callable(critic):
+        raise TypeError(f"critic must be callable, not {type(critic).__name__}")
     _check_gradients_are_on()
     x = x.requires_grad_()
     with lean_double_backward(), _without_compiled_code():
@@ -198,7 +200,7 @@ def _gradient(y: Tensor, x: Tensor, grad_y: Tensor, create_graph: bool, name_y: 
 
 def _without_autocast(device_type: str) -> AbstractContextManager:
     """There is none to switch off for meta tensors, say."""
-    if not torch.amp.is_autocast_available(device_type):
+    if device_type == "meta":
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
 
@@ -226,12 +228,16 @@ def _check_settings(device: torch.device, **given: Any) -> None:
             check_flag(name, value)
         elif isinstance(value, bool):
             raise TypeError(f"{name} must be a number, not {value}")
-        elif not isinstance(value, Tensor):
+        elif isinstance(value, Tensor):
+            check_is_tensor(name, value)
+            if value.is_complex():
+                raise TypeError(f"{name} must be a real number, not {value.dtype}")
+            if value.numel() != 1:
+                raise ValueError(f"{name} must be one number, not a tensor of shape {tuple(value.shape)}")
+            if value.device != device and (value.dim() > 0 or value.device.type != "cpu"):
+                raise ValueError(f"{name} is on {value.device}, the images on {device}")
+        else:
             check_number(name, value, "a number, or a tensor of one")
-        elif value.numel() != 1:
-            raise ValueError(f"{name} must be one number, not a tensor of shape {tuple(value.shape)}")
-        elif value.device != device and (value.dim() > 0 or value.device.type != "cpu"):
-            raise ValueError(f"{name} is on {value.device}, the images on {device}")
 
 
 def _check_images(name: str, images: object) -> None:

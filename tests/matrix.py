@@ -1,8 +1,9 @@
 """The tests with one built wheel under other versions: `python tests/matrix.py`, what follows goes to pytest.
 
-For each Python found, one wheel is built, which does not see torch. Then, for each version of torch and of numpy below, an
-environment is made, the wheel installed, and the tests run against it. What cannot be installed is said, with the reason.
-Builds of torch that bring CUDA are left alone, as those are gigabytes.
+The wheel is built where no torch is to be seen. One thing is changed at a time: under the Python that runs this each version
+of torch below and, with the newest of those, each of numpy; under the other Pythons that are found the newest of both. For
+each an environment is made, the wheel installed, and the tests run against it. What cannot be installed is said, with the
+reason. Where pip finds no CPU build of torch it takes the one for CUDA: 3 GB to download, and 8 GB of disk for the time.
 """
 
 import os
@@ -14,10 +15,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
-TORCHES = ("2.15", "2.14", "2.13", "2.12", "2.11", "2.10")
-NUMPYS = ("1.26", "2.0", "2.2", "2.4")
+TORCHES = [f"torch==2.{minor}.*" for minor in (15, 14, 13, 12, 11, 10)]
+NUMPYS = [f"numpy=={version}.*" for version in ("2.2", "2.0", "1.26")]
+# A CPU build of torch brings none.
+TRITON = "triton==3.6.0"
 # What the suite needs besides the package's own requirements.
-TOOLS = ("triton==3.6.0", "pytest", "pytest-xdist", "hypothesis", "build", "safetensors", "markdown-it-py")
+TOOLS = ("pytest", "pytest-xdist", "hypothesis", "build", "safetensors", "markdown-it-py")
 
 
 class NotThere(Exception):
@@ -34,25 +37,20 @@ def said(*command: object, **environment: str) -> str:
     return run.stdout
 
 
-def cpu_build(own: Path, torch: str) -> str:
-    """The version of torch's latest build without CUDA."""
-    listed = said(own, "-m", "pip", "index", "versions", "torch").split("Available versions: ")[1].splitlines()[0]
-    for version in listed.split(", "):
-        if version.startswith(f"{torch}.") and version.endswith("+cpu"):
-            return version
-    raise NotThere("pip finds no CPU build (+cpu) of it")
-
-
-def environment(python: str, torch: str, numpy: str, folder: Path) -> Path:
+def environment(python: str, pins: list[str], folder: Path) -> Path:
     """Its interpreter."""
     said(python, "-m", "venv", folder)
     own = folder / "bin" / "python"
-    said(own, "-m", "pip", "install", "--quiet", f"torch=={cpu_build(own, torch)}", f"numpy=={numpy}.*", *TOOLS)
+    install = (own, "-m", "pip", "install", "--quiet", "--no-compile")
+    said(*install, "torch", "numpy", *pins, *TOOLS)
+    if said(own, "-c", "import importlib.util as u; print(u.find_spec('triton'))").strip() == "None":
+        said(*install, TRITON)
     return own
 
 
 def outcome(own: Path, wheel: Path, folder: Path, arguments: list[str]) -> str:
-    said(own, "-m", "pip", "install", "--quiet", wheel)
+    said(own, "-m", "pip", "install", "--quiet", "--no-compile", wheel)
+    versions = "import torch, numpy; print('torch', torch.__version__, 'and numpy', numpy.__version__)"
     # From another folder, so that the package is the installed one. The benchmarks are no part of it.
     shutil.copytree(ROOT / "benchmarks", folder / "benchmarks")
     tests = arguments or [str(ROOT / "tests")]
@@ -65,27 +63,26 @@ def outcome(own: Path, wheel: Path, folder: Path, arguments: list[str]) -> str:
     for line in lines:
         if line.startswith(("FAILED", "ERROR")):
             print("    " + line)
-    return lines[-1]
+    return f"{said(own, '-c', versions).strip()}: {lines[-1]}"
 
 
-def tried(python: str, torch: str, numpy: str, wheel: Path, arguments: list[str]) -> bool:
+def tried(python: str, pins: list[str], wheel: Path, arguments: list[str]) -> bool:
     """Prints what came of a case; whether it could be installed."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         try:
-            found, there = (
-                outcome(environment(python, torch, numpy, Path(folder)), wheel, Path(folder), arguments),
-                True,
-            )
+            print(f"  {outcome(environment(python, pins, folder), wheel, folder, arguments)}", flush=True)
         except NotThere as error:
-            found, there = f"not installed: {error}", False
-    print(f"  torch {torch}, numpy {numpy}: {found}", flush=True)
-    return there
+            print(f"  {' and '.join(pins)} not installed: {error}", flush=True)
+            return False
+    return True
 
 
 def main(arguments: list[str]) -> None:
     arguments = [str(Path(word).resolve()) if Path(word.split("::")[0]).exists() else word for word in arguments]
-    for version in PYTHONS:
-        python = shutil.which(f"python{version}")
+    here = f"{sys.version_info.major}.{sys.version_info.minor}"
+    for version in (here, *(python for python in PYTHONS if python != here)):
+        python = sys.executable if version == here else shutil.which(f"python{version}")
         if python is None:
             print(f"Python {version}: not on the PATH")
             continue
@@ -97,10 +94,12 @@ def main(arguments: list[str]) -> None:
                 continue
             (wheel,) = Path(place).glob("*.whl")
             print(f"Python {version}: {wheel.name}", flush=True)
-            there = [torch for torch in TORCHES if tried(python, torch, NUMPYS[-1], wheel, arguments)]
-            for numpy in NUMPYS[:-1]:
-                if there:
-                    tried(python, there[0], numpy, wheel, arguments)
+            if version != here:
+                tried(python, [], wheel, arguments)
+                continue
+            installed = [pin for pin in TORCHES if tried(python, [pin], wheel, arguments)]
+            for pin in NUMPYS:
+                tried(python, [*installed[:1], pin], wheel, arguments)
 
 
 if __name__ == "__main__":

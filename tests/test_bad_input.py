@@ -13,9 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastgan import backend, nn, ops, penalties
+from fastgan import nn, ops, penalties
 
 EXAMPLES = int(os.environ.get("FASTGAN_FUZZ", "80"))
+DRAWN = settings(derandomize=EXAMPLES < 1000, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 
 def spectral_norm(weights, u, v, dims, n_power_iterations, eps):
@@ -84,12 +85,16 @@ def other_tensor(given):
     """Tensors like a given one but in something."""
 
     def changed(draw_shape, dtype, change):
+        if given.is_sparse:
+            return given
         if change == "shape":
             return values(draw_shape, 0).to(given.dtype)
         if change == "dtype":
             return given.to(dtype)
         if change == "meta":
             return given.to("meta")
+        if change == "sparse":
+            return given if given.is_meta else given.to_sparse()
         if change == "channels_last" and given.dim() == 4:
             return given.contiguous(memory_format=torch.channels_last)
         if change == "transposed" and given.dim() > 1:
@@ -103,8 +108,8 @@ def other_tensor(given):
         return special(given, change)
 
     changes = (
-        "shape", "shape", "dtype", "dtype", "meta", "channels_last", "transposed", "sliced", "expanded", "overlapping",
-        "nan", "inf", "denormal", "huge", "far from zero", "constant",
+        "shape", "shape", "dtype", "dtype", "meta", "sparse", "channels_last", "transposed", "sliced", "expanded",
+        "overlapping", "nan", "inf", "denormal", "huge", "far from zero", "constant",
     )  # fmt: skip
     return st.builds(changed, SHAPES, OTHER_DTYPES, st.sampled_from(changes))
 
@@ -119,7 +124,7 @@ def special(given, change):
     elif change == "constant":
         flat = torch.full_like(flat, 0.5)
     elif change in SPECIAL and flat.numel() and flat.is_floating_point():
-        flat[:: max(1, flat.numel() // 3)] = SPECIAL[change]
+        flat[:: max(1, flat.numel() // 3)] = torch.tensor(SPECIAL[change]).to(flat.dtype)
     return flat.view(given.shape)
 
 
@@ -133,6 +138,8 @@ class Arguments(dict):
     def _described(value):
         if not isinstance(value, Tensor):
             return repr(value)
+        if value.is_sparse:
+            return f"<{value.dtype} {tuple(value.shape)}, sparse>"
         values = value.flatten()[:2].tolist() if value.device.type == "cpu" else "…"
         return f"<{value.dtype} {tuple(value.shape)} strides {value.stride()} on {value.device}: {values}>"
 
@@ -154,11 +161,10 @@ def calls(draw, name):
 # ── What comes of it ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def outcome(name, arguments, backend_name, monkeypatch):
+def outcome(name, arguments, backend_name, use_backend):
     """(y, gradients), or the error."""
     on_cpu = all(value.device.type == "cpu" for value in arguments.values() if isinstance(value, Tensor))
-    monkeypatch.setenv("FASTGAN_BACKEND", backend_name if on_cpu else "auto")  # by name there is none for meta tensors
-    backend.reset()
+    use_backend(backend_name if on_cpu else "auto")  # by name there is none for meta tensors
     arguments, leaves = dict(arguments), {}
     for key, value in arguments.items():
         if not isinstance(value, Tensor) or value.device.type != "cpu":
@@ -167,7 +173,9 @@ def outcome(name, arguments, backend_name, monkeypatch):
             arguments[key] = value.clone()
         elif value.is_floating_point():
             leaves[key] = arguments[key] = value.detach().requires_grad_()
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(
+        0
+    )  # torch.manual_seed notes the call stack for CUDA, which takes longer than all else
     y = FUNCTIONS[name](**arguments)
     if y.device.type != "cpu" or not y.requires_grad or not leaves:
         return y, {}
@@ -201,40 +209,31 @@ def assert_agree(found, expected, what):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_call_does_what_its_definition_does_or_names_the_argument(name, monkeypatch):
-    @given(calls(name))
-    @settings(
-        max_examples=EXAMPLES,
-        derandomize=EXAMPLES < 1000,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
-    def check(arguments):
-        try:
-            y, grads = outcome(name, arguments, "cpp", monkeypatch)
-        except (TypeError, ValueError) as error:
-            assert "\n" not in str(error), error
-            names = inspect.signature(FUNCTIONS[name]).parameters
-            assert re.search(rf"\b({'|'.join(names)})\b", str(error)), error
-            return
-        others = [value.double() for key, value in arguments.items() if _is_floating(value) and key != "x"]
-        if any((value.device.type == "cpu" and not (value.abs() < 1e15).all()) for value in others):
-            return  # what comes of infinite weights or statistics is left open, and large ones hide all else
-        expected, expected_grads = outcome(name, arguments, "reference", monkeypatch)
-        assert_agree(y, expected, "y")
-        overflows = not is_finite(expected) and all(map(is_finite, filter(_is_floating, arguments.values())))
-        if (
-            y.dtype.itemsize > 2 and not overflows
-        ):  # in 16 bits rounding decides on which side of its kink an activation is
-            for key, grad in grads.items():
-                assert_agree(grad, expected_grads[key], f"gradient of {key}")
-
+@given(data=st.data())
+@settings(DRAWN, max_examples=EXAMPLES)
+def test_a_call_does_what_its_definition_does_or_names_the_argument(name, data, use_backend):
+    arguments = data.draw(calls(name))
     try:
-        check()
-    finally:
-        monkeypatch.undo()
-        backend.reset()
+        y, grads = outcome(name, arguments, "cpp", use_backend)
+    except (TypeError, ValueError) as error:
+        assert "\n" not in str(error), error
+        names = inspect.signature(FUNCTIONS[name]).parameters
+        assert re.search(rf"\b({'|'.join(names)})\b", str(error)), error
+        return
+    others = [value.double() for key, value in arguments.items() if _is_floating(value) and key != "x"]
+    if any((value.device.type == "cpu" and not (value.abs() < 1e15).all()) for value in others):
+        return  # what comes of infinite weights or statistics is left open, and large ones hide all else
+    # In channels_last stock's group norm without eps gives 0 or NaN for what does not vary, depending on its value.
+    contiguous = {key: value.contiguous() if isinstance(value, Tensor) else value for key, value in arguments.items()}
+    expected, expected_grads = outcome(name, contiguous, "reference", use_backend)
+    if y.dtype.itemsize == 2:  # a small difference of large sums is another one there
+        wide = {key: value.float() if _is_floating(value) else value for key, value in contiguous.items()}
+        expected = outcome(name, wide, "reference", use_backend)[0].to(expected.dtype)
+    assert_agree(y, expected, "y")
+    overflows = not is_finite(expected) and all(map(is_finite, filter(_is_floating, arguments.values())))
+    if y.dtype.itemsize > 2 and not overflows:  # in 16 bits rounding decides on which side of its kink an activation is
+        for key, grad in grads.items():
+            assert_agree(grad, expected_grads[key], f"gradient of {key}")
 
 
 # ── Modules ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -259,35 +258,24 @@ MODULES = {
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_a_module_does_what_its_definition_does_or_names_the_argument(name, monkeypatch):
+@given(data=st.data())
+@settings(DRAWN, max_examples=EXAMPLES // 4)
+def test_a_module_does_what_its_definition_does_or_names_the_argument(name, data, use_backend):
     positional, own = MODULES[name]
 
-    def result(settings, backend_name):
-        monkeypatch.setenv("FASTGAN_BACKEND", backend_name)
-        backend.reset()
+    def result(backend_name):
+        use_backend(backend_name)
         torch.manual_seed(0)
-        module = getattr(nn, name)(*positional, **settings)
+        module = getattr(nn, name)(*positional, **drawn)
         return module(torch.linspace(-1, 1, 240).view(2, 4, 5, 6).requires_grad_())
 
-    @given(st.dictionaries(st.sampled_from(sorted(own)), JUNK | ACT | st.just("prelu"), min_size=1, max_size=2))
-    @settings(
-        max_examples=EXAMPLES // 4,
-        derandomize=EXAMPLES < 1000,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
+    drawn = data.draw(
+        st.dictionaries(st.sampled_from(sorted(own)), JUNK | ACT | st.just("prelu"), min_size=1, max_size=2)
     )
-    def check(drawn):
-        try:
-            y = result(drawn, "cpp")
-        except (TypeError, ValueError) as error:
-            assert "\n" not in str(error), error
-            assert re.search(rf"\b({'|'.join(own)}|prelu_weight|f)\b", str(error)), error
-            return
-        assert_agree(y, result(drawn, "reference"), "y")
-
     try:
-        check()
-    finally:
-        monkeypatch.undo()
-        backend.reset()
+        y = result("cpp")
+    except (TypeError, ValueError) as error:
+        assert "\n" not in str(error), error
+        assert re.search(rf"\b({'|'.join(own)}|prelu_weight|f)\b", str(error)), error
+        return
+    assert_agree(y, result("reference"), "y")

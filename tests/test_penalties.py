@@ -223,6 +223,17 @@ BAD = {
         ValueError,
         "does not depend on its input",
     ),
+    "no critic": (lambda: fastgan.r1_penalty(x, x), TypeError, "critic must be callable, not Tensor"),
+    "a sparse center": (
+        lambda: fastgan.dragan_penalty(critic, x, center=torch.ones(()).to_sparse()),
+        TypeError,
+        "center must be a dense tensor",
+    ),
+    "a complex gamma": (
+        lambda: fastgan.r1_penalty(critic, x, gamma=torch.tensor(3 + 0j)),
+        TypeError,
+        "gamma must be a real number",
+    ),
     "a dictionary": (
         lambda: fastgan.r1_penalty(lambda x: {"score": x}, x),
         TypeError,

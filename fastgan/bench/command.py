@@ -19,7 +19,7 @@ from fastgan.bench.changes import Comparison
 from fastgan.bench.results import Row
 from fastgan.training import keep_freed_memory
 
-MINUTES, QUICK_MINUTES = 12.0, 3.0
+MINUTES, QUICK_MINUTES = 12.0, 2.0
 
 
 def bench(
@@ -32,12 +32,16 @@ def bench(
         typer.Option(metavar="NAME", help=f"Its training step: of {', '.join(suite.MODELS)}.", show_default="all"),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Headline cases only, in few rounds and without torch.compile.")
+        bool,
+        typer.Option(
+            "--quick",
+            help="Headline cases, in few rounds, without torch.compile; of everything one of each operator, and DCGAN.",
+        ),
     ] = False,
     text: Annotated[str, typer.Option("-k", metavar="TEXT", help="Only cases with this in their names.")] = "",
     minutes: Annotated[
         float | None,
-        typer.Option(min=0, help="For everything; the rest is not measured.", show_default="12, with --quick 3"),
+        typer.Option(min=0, help="For everything; the rest is not measured.", show_default="12, with --quick 2"),
     ] = None,
     against: Annotated[
         Path | None, typer.Option(metavar="FILE", help="An earlier CSV file: show what has changed since.")
@@ -57,6 +61,8 @@ def bench(
             kind: suite.in_turn(suite.quick_cases(part, where, text) for part in known if part in parts)
             for kind, known in kinds.items()
         }
+        if not (op or model or text):
+            groups = {"operators": suite.one_of_each(groups["operators"]), "models": groups["models"][:1]}
     else:
         groups = {part: suite.cases(part, where, text) for part in parts}
     groups = {name: cases for name, cases in groups.items() if cases}
@@ -76,8 +82,10 @@ def bench(
     if comparison:
         console.print(changes_table(comparison, str(against)))
         console.print(f"{comparison.summary}. {comparison.basis}", soft_wrap=True, highlight=False)
-    html = page.write(path.with_suffix(".html"), results.read(path), suite.keys(where, quick), comparison)
-    console.print(f"{len(measured)} rows in {path}, and a page of plots, {html}", soft_wrap=True)
+    known = [case.key for cases in groups.values() for case in cases] if quick else suite.keys(where)
+    html = page.write(path.with_suffix(".html"), results.read(path), known, comparison)
+    rows = "1 row" if len(measured) == 1 else f"{len(measured)} rows"
+    console.print(f"{rows} in {path}, and a page of plots, {html}", soft_wrap=True)
 
 
 def _parts(op: list[str] | None, model: list[str] | None) -> list[str]:

@@ -35,9 +35,18 @@ def quick_cases(part: str, device: torch.device, text: str = "") -> list[Case]:
     return [replace(case, quick=True) for case in cases(part, device, text) if case.headline]
 
 
-def keys(device: torch.device, quick: bool = False) -> list[Key]:
+def keys(device: torch.device) -> list[Key]:
     """Of all there is to measure."""
-    return [case.key for part in PARTS for case in (quick_cases if quick else cases)(part, device)]
+    return [case.key for part in PARTS for case in cases(part, device)]
+
+
+def one_of_each(selected: Iterable[Case]) -> list[Case]:
+    """Of each operator the first case with its gradients."""
+    found: dict[str, Case] = {}
+    for case in selected:
+        if case.work not in ("forward", "second order"):
+            found.setdefault(case.op, case)
+    return list(found.values())
 
 
 def in_turn(groups: Iterable[list[Case]]) -> list[Case]:

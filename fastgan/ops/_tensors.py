@@ -81,6 +81,8 @@ _LARGE, _WIDE = 1 << 16, 16
 def check_is_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
+    if value.layout is not torch.strided or value.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, not {'nested' if value.is_nested else value.layout}")
 
 
 def check_like(name: str, value: Any, x: Any, of: str = "x") -> None:

@@ -50,7 +50,8 @@ def reference(
 ) -> Tensor:
     """`adain` in plain torch."""
     y = activate(_before(x, noise, noise_weight, bias), act, negative_slope)
-    y = torch.group_norm(y, x.shape[1], eps=eps)  # instance norm, also of planes of one element
+    if x.numel():  # torch 2.15 refuses planes without pixels
+        y = torch.group_norm(y, x.shape[1], eps=eps)  # instance norm, also of planes of one element
     return (_over_planes(scale, x) * y + _over_planes(shift, x)).to(x.dtype)
 
 

@@ -54,6 +54,10 @@ def reference(
 ) -> Tensor:
     """`batch_norm_act` in plain torch."""
     w, b, mean, var = in_one_dtype(x, weight, bias, running_mean, running_var)
+    # In channels_last torch's backward reads these as if they had no gaps.
+    w = None if w is None else w.contiguous()
+    if not training and mean is not None and var is not None:
+        mean, var = mean.contiguous(), var.contiguous()
     y = torch.batch_norm(x, w, b, mean, var, training, float(momentum), eps, torch.backends.cudnn.enabled)
     for own, moved in ((running_mean, mean), (running_var, var)):
         if training and own is not None and moved is not None and moved is not own:

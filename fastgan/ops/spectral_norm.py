@@ -45,10 +45,11 @@ def reference(
     results: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
     for weight, left, right, dim in zip(weights, u, v, dims, strict=True):
         w = matrix(weight, dim)
+        least = min(eps, torch.finfo(weight.dtype).max)  # torch takes no number that the dtype does not have
         with torch.no_grad():
             for _ in range(n_power_iterations):
-                left = F.normalize(torch.mv(w, right), dim=0, eps=eps)
-                right = F.normalize(torch.mv(w.t(), left), dim=0, eps=eps)
+                left = F.normalize(torch.mv(w, right), dim=0, eps=least)
+                right = F.normalize(torch.mv(w.t(), left), dim=0, eps=least)
             if n_power_iterations == 0:
                 left, right = left.clone(), right.clone()
         sigma = torch.dot(left, torch.mv(w, right))

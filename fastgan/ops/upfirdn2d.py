@@ -211,7 +211,8 @@ def setup_filter(
 
     Raises:
         TypeError: f is not made of numbers, gain is none, or a flag is neither True nor False.
-        ValueError: f has more than 2 axes or no tap, or is to be separable and has 2 or a negative gain.
+        ValueError: f has more than 2 axes or no tap, is to be normalised and adds up to 0, or is to be separable and has 2
+            axes or a negative gain.
     """
     check_flag("normalize", normalize)
     check_flag("flip_filter", flip_filter)
@@ -231,7 +232,10 @@ def setup_filter(
         f = f.outer(f)
     _check_gain(gain, f)
     if normalize:
-        f = f / f.sum()
+        total = f.sum()
+        if not f.is_meta and total == 0:
+            raise ValueError("f must not add up to 0 to be normalised; normalize=False takes it as it is")
+        f = f / total
     if flip_filter:
         f = f.flip(list(range(f.dim())))
     return (f * gain ** (f.dim() / 2)).to(device)

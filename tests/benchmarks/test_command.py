@@ -81,6 +81,15 @@ def test_a_quick_run_is_of_headlines_without_torch_compile_and_does_not_spoil_be
     assert "A quick run" in quick.with_suffix(".html").read_text()
 
 
+def test_a_quick_run_of_everything_is_of_one_case_with_gradients_of_each_operator():
+    works = [("a", "forward"), ("a", "forward+backward"), ("a", "second order"), ("b", "penalty+backward")]
+    selected = [make_case(op=op, work=work, shape=shape) for op, work in works for shape in ("first", "other")]
+    found = [(case.op, case.work, case.shape) for case in suite.one_of_each(selected)]
+    assert found == [("a", "forward+backward", "first"), ("b", "penalty+backward", "first")]
+    measured = [case.op for part in suite.PARTS for case in suite.one_of_each(suite.quick_cases(part, CPU))]
+    assert len(measured) == len(set(measured)) and {"batch_norm_act", "DCGAN"} <= set(measured)
+
+
 def test_what_there_is_no_time_for_is_said_and_listed_as_not_measured(bench, tmp_path):
     output = bench("--op", "bias_act", "--op", "adain", "--minutes", 0)
     rows, html = written(tmp_path / "out")

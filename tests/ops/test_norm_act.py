@@ -244,6 +244,22 @@ def test_without_eps_a_channel_that_does_not_vary_gives_the_bias_as_in_stock():
     assert not torch.autograd.grad(y.square().sum(), x)[0].any()
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_parameters_with_gaps_give_the_gradients_of_those_without(backend, training, use_backend):
+    """Stock's batch norm gives others in channels_last."""
+    use_backend(backend)
+    x = torch.randn(2, 6, 3, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
+
+    def grads(weight, mean, var):
+        weight = weight.detach().requires_grad_()
+        y = batch_norm_act(x, mean, var, weight, None, training=training, act="relu")
+        return torch.autograd.grad(y, (x, weight), torch.linspace(-1, 1, x.numel()).view_as(x))
+
+    parameters = torch.randn(6), torch.randn(6), torch.rand(6) + 0.5
+    torch.testing.assert_close(grads(*(t.repeat_interleave(2)[::2] for t in parameters)), grads(*parameters))
+
+
 @pytest.mark.parametrize("momentum", [0.1, 1.0, torch.tensor(0.25)], ids=str)
 def test_running_statistics_move_as_in_stock_torch(momentum):
     x = torch.randn(6, 5, 4, 4) * 3 + 1

@@ -409,6 +409,7 @@ def test_upsample2d_names_a_gain_that_is_no_number():
     [
         (dict(f=torch.ones(1, 2, 2)), ValueError, "f must be one tap"),
         (dict(f=[]), ValueError, "f must be one tap"),
+        (dict(f=[1, -1]), ValueError, "f must not add up to 0 to be normalised"),
         (dict(f=torch.ones(2, 2), separable=True), ValueError, "to be separable"),
         (dict(f=torch.ones(2), separable=True, gain=-1), ValueError, "gain must not be negative"),
         (dict(f=torch.ones(2), gain=None), TypeError, "gain must be a number, not NoneType"),
