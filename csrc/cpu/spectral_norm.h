@@ -352,12 +352,12 @@ template <class T> struct SpectralNorm {
         for (int64_t i = plan.first_block[w]; i < plan.first_block[w + 1]; ++i)
           value += u_parts[plan.first_part[w] + i - plan.first_block[w]];
       if (b == plan.first_block[w]) sigma[w] = static_cast<Acc>(value);
-      const vec_t<T> factor = broadcast<Acc>(static_cast<Acc>(1 / value));
+      const vec_t<T> divisor = broadcast<Acc>(static_cast<Acc>(value)); // whose inverse may be none, where it is denormal
       T* to = static_cast<T*>(weights[w].normalised);
       const int64_t last = block.last * l.length();
       for (int64_t i = block.first * l.length(); i < last; i += W) {
         const int n = static_cast<int>(smaller(W, last - i));
-        store_or_stream(to + i, load(elements(w) + i, n) * factor, n, streams);
+        store_or_stream(to + i, load(elements(w) + i, n) / divisor, n, streams);
       }
       if (iterated) scale_vector(made(w, true), block.first * l.B, block.last * l.B, 1 / norm(w, !l.transposed));
     });
