@@ -361,7 +361,9 @@ def normalise(
         if training and running_mean is not None and mean_offset is not None:
             running_mean.data.add_(mean_offset.detach().to(running_mean.dtype) * momentum)
         return y
-    given = (moments or (None, None)) if training else (running_mean, running_var)
+    given = moments or (None, None)
+    if not training:
+        given = _as_they_are(running_mean, running_var)
     y, *found = operators.batch_norm_act(
         x, weight, bias, residual, prelu_weight, *given, training, eps, act, negative_slope
     )
@@ -369,6 +371,13 @@ def normalise(
         mean, var = moments or found
         move_statistics(running_mean, running_var, mean, var, momentum, x.numel() // x.shape[1], mean_offset)
     return y
+
+
+def _as_they_are(*running: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Running statistics for a pass that may be differentiated: training may move them before, and autograd is not told."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return running
+    return tuple(None if tensor is None else tensor.detach().clone() for tensor in running)
 
 
 def move_statistics(
