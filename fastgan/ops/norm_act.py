@@ -401,7 +401,7 @@ _Small = dict[tuple[bool, bool], tuple[int, int]]  # by (training, float32): in 
 _SMALL: _Small = {
     (False, True): (1 << 19, 1 << 19),
     (False, False): (1 << 19, 1 << 19),
-    (True, True): (1 << 16, 1 << 16),
+    (True, True): (1 << 16, 1 << 17),
     (True, False): (1 << 18, 1 << 17),
 }
 # With AVX2. (In training not with PReLU, of which stock computes the gradient slowly.)
