@@ -99,7 +99,7 @@ BATCH, INSTANCE = (nn.BatchNorm2d, nn.SyncBatchNorm), (nn.InstanceNorm2d,)
 NORM = BATCH + INSTANCE
 ACT = (nn.ReLU, nn.LeakyReLU)
 ACT_OR_PRELU = (*ACT, nn.PReLU)
-UP, FLAT, DOWN = (nn.Upsample,), (nn.Conv2d,), (nn.AvgPool2d,)
+UP, FLAT, DOWN = (nn.Upsample, nn.UpsamplingNearest2d), (nn.Conv2d,), (nn.AvgPool2d,)
 SHUFFLE = (nn.PixelShuffle,)
 REVERSAL, LINEAR = (GradientReversal, WarmStartGradientReversal), (nn.Linear,)
 
@@ -128,9 +128,9 @@ PATTERNS: tuple[tuple[tuple[tuple[type[nn.Module], ...], ...], Callable[..., Ten
 
 # Layers that compute the same however their input lies in memory. Dropout is not one: it draws in the order of memory.
 LAYOUT_BLIND = {
-    nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.CELU, nn.ELU, nn.GELU, nn.Hardtanh, nn.Identity, nn.LeakyReLU, nn.PReLU,
+    nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.CELU, nn.ELU, nn.GELU, nn.GLU, nn.Hardtanh, nn.Identity, nn.LeakyReLU, nn.PReLU,
     nn.PixelShuffle, nn.ReLU, nn.ReLU6, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.SELU, nn.SiLU, nn.Sigmoid,
-    nn.Softplus, nn.Tanh, nn.Upsample, nn.ZeroPad2d,
+    nn.Softplus, nn.Tanh, nn.Upsample, nn.UpsamplingNearest2d, nn.ZeroPad2d,
 }  # fmt: skip
 
 Classes = tuple[type[nn.Module] | None, ...]
