@@ -361,9 +361,7 @@ def normalise(
         if training and running_mean is not None and mean_offset is not None:
             running_mean.data.add_(mean_offset.detach().to(running_mean.dtype) * momentum)
         return y
-    given = moments or (None, None)
-    if not training:
-        given = _as_they_are(running_mean, running_var)
+    given = (moments or (None, None)) if training else _as_they_are(running_mean, running_var)
     y, *found = operators.batch_norm_act(
         x, weight, bias, residual, prelu_weight, *given, training, eps, act, negative_slope
     )
