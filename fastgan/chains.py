@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgan import backend, ops
-from fastgan.little_work import call_of_little, note_work
+from fastgan.little_work import IN_ROWS, Route, call_of_little, in_rows, note_work
 from fastgan.nn.conv_norm_act import (
     conv2d,
     conv_batch_norm_act,
@@ -99,7 +99,7 @@ BATCH, INSTANCE = (nn.BatchNorm2d, nn.SyncBatchNorm), (nn.InstanceNorm2d,)
 NORM = BATCH + INSTANCE
 ACT = (nn.ReLU, nn.LeakyReLU)
 ACT_OR_PRELU = (*ACT, nn.PReLU)
-UP, FLAT, DOWN = (nn.Upsample,), (nn.Conv2d,), (nn.AvgPool2d,)
+UP, FLAT, DOWN = (nn.Upsample, nn.UpsamplingNearest2d), (nn.Conv2d,), (nn.AvgPool2d,)
 SHUFFLE = (nn.PixelShuffle,)
 REVERSAL, LINEAR = (GradientReversal, WarmStartGradientReversal), (nn.Linear,)
 
@@ -128,9 +128,9 @@ PATTERNS: tuple[tuple[tuple[tuple[type[nn.Module], ...], ...], Callable[..., Ten
 
 # Layers that compute the same however their input lies in memory. Dropout is not one: it draws in the order of memory.
 LAYOUT_BLIND = {
-    nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.CELU, nn.ELU, nn.GELU, nn.Hardtanh, nn.Identity, nn.LeakyReLU, nn.PReLU,
+    nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.CELU, nn.ELU, nn.GELU, nn.GLU, nn.Hardtanh, nn.Identity, nn.LeakyReLU, nn.PReLU,
     nn.PixelShuffle, nn.ReLU, nn.ReLU6, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.SELU, nn.SiLU, nn.Sigmoid,
-    nn.Softplus, nn.Tanh, nn.Upsample, nn.ZeroPad2d,
+    nn.Softplus, nn.Tanh, nn.Upsample, nn.UpsamplingNearest2d, nn.ZeroPad2d,
 }  # fmt: skip
 
 Classes = tuple[type[nn.Module] | None, ...]
@@ -299,24 +299,34 @@ class Residual(NamedTuple):
     act: nn.Module | None
 
 
+Layouts = list[torch.memory_format | None]
+
+
 def run_chain(
-    layers: list[nn.Module], x: Any, stock: torch.memory_format | None = None, residual: Residual | None = None
+    layers: list[nn.Module],
+    x: Any,
+    stock: torch.memory_format | None = None,
+    residual: Residual | None = None,
+    layouts: Layouts | None = None,
 ) -> tuple[Any, torch.memory_format | None, bool]:
     """The layers' output for x, the layout that it owes, and whether it holds the `residual`.
 
     Convolutions leave their output in the layout that is fast. Where that is not the layout that stock torch would have,
     `stock` names it, and whoever can tell the difference gets the tensor restored. A last norm adds a residual that owes its
-    own layout: then the sum owes that too, in whichever order stock adds.
+    own layout: then the sum owes that too, in whichever order stock adds. `layouts` becomes those of a `Route`, where all
+    layers turn out to be called.
     """
     is_added, before = False, None  # the norm that x is still to go through
+    put = given = None  # the layouts that x is put into before a layer, and behind it
     classes: Classes = (None,) * len(layers) if is_observed() else classes_of(layers)
     while layers:
         head, head_class = layers[0], classes[0]
         # What is to be called as it stands is not looked at: each look at a parametrized weight computes it.
         little = call_of_little(x, layers, stock is not None) if (head_class,) in _RUNS else None
         length, run = _choose(x, layers, classes) if little is None else (1, little.run)
-        if run is not None or (little is None and head_class in _GAINING):
+        if layouts is None if little is not None and little.run else little is None and (run or head_class in _GAINING):
             note_work()
+        put, given = given, None
         added = residual if little is None and length == len(layers) and _adds(layers[-1]) else None
         if added is not None and length > 1:
             length -= 1  # the norm comes alone, and adds
@@ -326,12 +336,7 @@ def run_chain(
         if run is not None and not isinstance(head, REVERSAL):
             if stock is None:
                 stock = torch.channels_last if suggests_channels_last(x) else torch.contiguous_format
-            if any(getattr(layer, "padding_mode", None) == "circular" for layer in layers[:length]):
-                stock = torch.contiguous_format  # which torch's circular padding makes of any layout
-            if any(isinstance(layer, CONV) and suggests_channels_last(layer.weight) for layer in layers[:length]):
-                stock = torch.channels_last
-            if any(isinstance(layer, INSTANCE) for layer in layers[:length]):
-                stock = torch.contiguous_format  # which stock torch makes of any layout
+            stock = _layout_of_stock(layers[:length], stock)
             if added is not None and length == len(layers) and _can_add(x, stock, head, added):
                 x, is_added = run(x, head, added.act, residual=added.tensor), True
             elif run is _conv_batch_norm_act and _loads_by_kernels(x):
@@ -339,26 +344,50 @@ def run_chain(
                 x, before = _conv_batch_norm_act_in_chain(x, layers[:length], before, hands_on)
             else:
                 x = run(x, *layers[:length])
-            if any(map(_makes_anew, layers[:length])) and lies_in_both(x):
+            if lies_in_both(x) and any(map(_makes_anew, layers[:length])):
                 stock = torch.contiguous_format
+            if little is IN_ROWS:
+                put = torch.channels_last
         elif head_class is not None and isinstance(head, FusedModule) and (chain := head.chain(x)) is not None:
+            owed = stock
             if chain.sum is None:
                 x, stock, is_added = run_chain(chain.layers, x, stock, residual if len(layers) == 1 else None)
             else:
                 if _may_change_input(chain.layers, x):  # and then the sum is of what it leaves
                     x, stock = restore(x, stock), None
                 x, stock = _plus_owing(chain.layers, x, x, stock, chain.sum)
+            if (owed, stock) != (None, None):
+                note_work()
         elif (resampled := _find_resampled(x, layers, classes)) is not None:
             note_work()
             x, stock, length = resampled(restore(x, stock)), None, 2
         else:
             if head_class not in LAYOUT_BLIND:
+                put = stock or put
                 x, stock = restore(x, stock), None
             x = head(x) if run is None else run(x, *layers[:length])
         if stock is not None and x.is_contiguous(memory_format=stock):
+            given = stock
             x, stock = restore(x, stock), None
         layers, classes = layers[length:], classes[length:]
+        if layouts is not None:
+            layouts.append(put)
+    if layouts is not None:
+        layouts.append(stock or given)
     return x, stock, is_added
+
+
+def _layout_of_stock(layers: list[nn.Module], stock: torch.memory_format) -> torch.memory_format:
+    """The layout that stock's layers give to an image that they are given in the layout `stock`."""
+    for layer in layers:
+        if isinstance(layer, CONV):
+            if layer.padding_mode == "circular":
+                stock = torch.contiguous_format  # which torch's circular padding makes of any layout
+            if suggests_channels_last(layer.weight):
+                stock = torch.channels_last
+        elif isinstance(layer, INSTANCE):
+            stock = torch.contiguous_format  # which stock torch makes of any layout
+    return stock
 
 
 def _loads_by_kernels(x: Any) -> bool:
@@ -394,6 +423,27 @@ def run_whole(layers: list[nn.Module], x: Any) -> Any:
     """`run_chain` for those who see the output."""
     x, stock, _ = run_chain(layers, x)
     return restore(x, stock)
+
+
+def run_and_find_route(layers: list[nn.Module], x: Any) -> tuple[Any, Route | None]:
+    """`run_whole`, and the route on which the layers may as well be called from now on, if nothing but calls was found. None
+    where each is called as it stands."""
+    layouts: Layouts = []
+    x, stock, _ = run_chain(layers, x, layouts=layouts)
+    return restore(x, stock), Route(classes_of(layers), layouts) if any(layouts) else None
+
+
+def call_on_route(layers: list[nn.Module], x: Any, route: Route) -> Any:
+    for layer, layout in zip(layers, route.layouts, strict=False):
+        if layout is not None:
+            x = in_rows(x) if layout is torch.channels_last else restore(x, layout)
+        x = layer(x)
+    return restore(x, route.layouts[-1])
+
+
+def is_on_route(layers: list[nn.Module], route: Route) -> bool:
+    """Whether the layers can still be told only by what they compute."""
+    return not is_observed() and classes_of(layers) == route.classes
 
 
 def _find_resampled(x: Any, layers: list[nn.Module], classes: Classes) -> Callable[[Any], Any] | None:

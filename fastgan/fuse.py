@@ -26,9 +26,12 @@ from fastgan.chains import (
     REVERSAL,
     Chain,
     FusedModule,
+    call_on_route,
     classes_of,
     is_chain,
+    is_on_route,
     matches,
+    run_and_find_route,
     run_whole,
 )
 from fastgan.graph_patterns import (
@@ -133,13 +136,17 @@ class FusedForward(_Made):
 def _run_layers(module: Fused, input: Any) -> Any:
     if torch.compiler.is_compiling():
         return run_whole(list(module), input)
-    work = LittleWork(module, (input,))
+    work, layers = LittleWork(module, (input,)), list(module)
     if work.is_known:
-        for layer in module:
-            input = layer(input)
-        return input
+        if work.route is None:
+            for layer in layers:
+                input = layer(input)
+            return input
+        if is_on_route(layers, work.route):
+            return call_on_route(layers, input, work.route)
     with work:
-        return run_whole(list(module), input)
+        output, work.route = run_and_find_route(layers, input)
+    return output
 
 
 def _find_run(module: FusedForward, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, list[Tensor]]:

@@ -11,6 +11,7 @@ may be anything that changes nothing.
 
 import ast
 import builtins
+import functools
 import inspect
 import math
 import operator
@@ -119,6 +120,8 @@ class _Library:
         self._globals.append(_Global(vars(self._module), name, value))
         if _is_module(value):
             return _Library(path, value, self._globals)
+        if isinstance(value, type) and value in _MADE:
+            return _maker(value, self._globals)
         is_allowed = self._module in (math, operator) or _is_plain(value) or _is_of_tensors(name, value)
         return value if is_allowed else _Forbidden(path)
 
@@ -164,6 +167,8 @@ class _Reader:
             return _Library(name, value, self.globals)
         if isinstance(value, FunctionType) and not (value.__module__ or "").startswith("torch."):
             return lambda *args, **kwargs: self.read(value)(*args, **kwargs)
+        if isinstance(value, type) and value in _MADE:
+            return _maker(value, self.globals)
         is_allowed = _is_plain(value) or value is Tensor or _is_of_tensors(name, value)
         return value if is_allowed else _Forbidden(name)
 
@@ -219,6 +224,18 @@ def _is_module(value: Any) -> bool:
 
 def _is_stored(node: ast.AST) -> bool:
     return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+
+
+# Layers that code may make as it runs: they hold no tensors, draw no numbers, and call one function.
+_MADE = (
+    nn.ELU, nn.GELU, nn.LeakyReLU, nn.LogSoftmax, nn.ReLU, nn.ReLU6, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softmax, nn.Softplus,
+    nn.Tanh, nn.Upsample,
+)  # fmt: skip
+
+
+def _maker(kind: Any, globals: list[_Global]) -> Callable[..., Callable[[Any], Any]]:
+    globals.append(_Global(vars(kind), "forward", kind.forward))
+    return lambda *args, **kwargs: functools.partial(kind.forward, kind(*args, **kwargs))
 
 
 def _is_of_tensors(name: str, value: Any) -> bool:

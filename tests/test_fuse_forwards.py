@@ -110,7 +110,7 @@ RESAMPLING_CHAINS = {
         lambda: [
             *[nn.Upsample(scale_factor=2), nn.Conv2d(C, 6, 3, 1, 1), nn.BatchNorm2d(6, 0.8), nn.LeakyReLU(0.2, True)],
             *[nn.Upsample(scale_factor=(2, 2)), nn.Conv2d(6, 6, 5, padding=2, groups=2, bias=False), nn.BatchNorm2d(6)],
-            *[nn.Upsample(scale_factor=2), nn.Conv2d(6, C, (3, 2)), nn.Tanh()],
+            *[nn.UpsamplingNearest2d(scale_factor=2), nn.Conv2d(6, C, (3, 2)), nn.Tanh()],
         ],
         ["conv_transpose2d_batch_norm_act"] * 2 + ["upsample_conv2d"],
     ),

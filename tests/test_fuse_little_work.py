@@ -42,9 +42,9 @@ def looks(monkeypatch):
     shapes = []
     run_chain = chains.run_chain
 
-    def noting(layers, x, *args):
+    def noting(layers, x, *args, **kwargs):
         shapes.append(x.shape)
-        return run_chain(layers, x, *args)
+        return run_chain(layers, x, *args, **kwargs)
 
     monkeypatch.setattr(chains, "run_chain", noting)
     return shapes
@@ -110,9 +110,28 @@ def test_many_shapes_are_not_all_remembered(make):
     assert len(little_work._LITTLE[id(fused)]) == little_work._MOST_LITTLE
 
 
+class Blocks(nn.Module):
+    """Two convolutions in one forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.conv2, self.norm2 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return x + self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+
+
+def two_chains():
+    return nn.Sequential(*chain(), *chain())
+
+
+IMAGE = torch.randn(2, 4, 9, 9)  # larger than the weights of two convolutions
+
+
 @pytest.fixture
 def layouts(monkeypatch):
-    """Of the images that stock convolutions are called on, whether they lie in channels_last. Any of them gains by it."""
+    """Of the images that stock convolutions are called on, whether they lie in channels_last. However few products gain."""
     found = []
     convolve = F.conv2d
 
@@ -126,19 +145,71 @@ def layouts(monkeypatch):
     return found
 
 
-@makers
+@pytest.mark.parametrize("make", [two_chains, Blocks])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
 def test_stock_convolutions_are_called_in_the_layout_that_is_fast(make, training, layout, layouts):
     stock = make().train(training)
-    fused, x = fuse(copy.deepcopy(stock)), LITTLE.contiguous(memory_format=layout)
+    fused, x = fuse(copy.deepcopy(stock)), IMAGE.contiguous(memory_format=layout)
     expected = stock(x)
     layouts.clear()
-    for _ in range(2):
+    for _ in range(3):
         found = fused(x)
         torch.testing.assert_close(found, expected)
         assert found.stride() == expected.stride()
-    assert layouts == [True] * 2
+    assert layouts == [True] * 6
+
+
+def test_a_stock_convolution_that_is_alone_is_called_in_the_layout_it_has(layouts):
+    fuse(chain())(IMAGE)
+    assert layouts == [False]
+
+
+def test_a_route_through_layouts_is_found_once(looks, layouts):
+    fused = fuse(two_chains())
+    for _ in range(3):
+        fused(IMAGE)
+    assert looks == [IMAGE.shape] and layouts == [True] * 6
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["with gradients", "without"])
+def test_a_route_is_left_where_a_hook_sees_the_layouts(grad, layouts):
+    with torch.set_grad_enabled(grad):
+        stock, seen = two_chains(), []
+        fused = fuse(copy.deepcopy(stock))
+        fused(IMAGE)
+        for model in (stock, fused):
+            model[1].register_forward_hook(lambda module, args, output: seen.append(args[0].stride()))
+            model(IMAGE)
+        assert seen[0] == seen[1]
+
+
+def test_a_route_goes_back_before_a_layer_that_sees_the_layout(layouts):
+    class Flat(nn.Module):
+        def forward(self, x):
+            return x.view(len(x), -1)
+
+    stock = nn.Sequential(*two_chains(), Flat(), nn.Linear(4 * 81, 1))
+    fused = fuse(copy.deepcopy(stock))
+    for _ in range(3):
+        torch.testing.assert_close(fused(IMAGE), stock(IMAGE))
+
+
+def test_what_is_little_without_gradients_may_gain_with_them(looks):
+    fused, x = fuse(nn.Sequential(nn.Conv2d(3, 64, 4, 2, 1), nn.LeakyReLU(0.2))), torch.randn(8, 3, 128, 128)
+    with torch.no_grad():
+        for _ in range(2):
+            fused(x)
+    assert looks == [x.shape]
+    for _ in range(2):
+        fused(x.requires_grad_())
+    assert looks == [x.shape] * 3
+
+
+def test_settings_that_were_changed_by_hand_are_taken_as_stock_takes_them():
+    stock = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    stock[0].padding, stock[0].stride = 1, [2, 1]
+    torch.testing.assert_close(fuse(copy.deepcopy(stock))(LITTLE), stock(LITTLE))
 
 
 def test_stock_convolutions_with_heavy_weights_are_called_in_the_layout_they_have(layouts):
@@ -158,11 +229,11 @@ def test_16_bit_convolutions_that_the_cpu_has_no_instructions_for_are_not_left_t
 
 
 def test_hooks_see_the_layout_of_stock(layouts):
-    fused = fuse(nn.Sequential(*chain(), *chain()))
+    fused = fuse(nn.Sequential(*two_chains(), *chain()))
     seen = []
-    fused[3].register_forward_hook(lambda module, args, output: seen.append(args[0].is_contiguous()))
-    fused(LITTLE)
-    assert seen == [True] and layouts == [True, False]
+    fused[6].register_forward_hook(lambda module, args, output: seen.append(args[0].is_contiguous()))
+    fused(torch.cat([IMAGE] * 2))
+    assert seen == [True] and layouts == [True, True, False]
 
 
 @pytest.mark.parametrize("padding_mode", ["zeros", "circular", "reflect", "replicate"])
@@ -282,8 +353,10 @@ def convolutions(request, monkeypatch):
     chain, rows, operator = CONVOLUTIONS[request.param]
     for name in (
         "_FEW_PRODUCTS",
+        "_FEW_PRODUCTS_IN_LANES",
         "_FEW_PRODUCTS_NARROW",
         "_FEW_PRODUCTS_SLOW",
+        "_FEW_PRODUCTS_OF_SCORES",
         "_FEW_ELEMENTS",
         "_FEW_ELEMENTS_NARROW",
     ):

@@ -231,7 +231,8 @@ def distance(found, expected):
 # What decides whether layers are left to stock, by what is counted: multiplications, or elements.
 PRODUCTS = {
     little_work: (
-        "_FEW_PRODUCTS", "_FEW_PRODUCTS_NARROW", "_FEW_PRODUCTS_SLOW", "_PRODUCTS_IN_ROWS", "_PRODUCTS_IN_ROWS_SLOW",
+        "_FEW_PRODUCTS", "_FEW_PRODUCTS_IN_LANES", "_FEW_PRODUCTS_NARROW", "_FEW_PRODUCTS_SLOW", "_FEW_PRODUCTS_OF_SCORES",
+        "_PRODUCTS_IN_ROWS", "_PRODUCTS_IN_ROWS_SLOW",
     ),
     _conv_cpu: ("_SMALL", "_SMALL_NARROW", "_SMALL_FEW", "_TINY"),
 }  # fmt: skip

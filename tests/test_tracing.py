@@ -135,6 +135,12 @@ class KeepsFunctions(Block):
         return self.scale * self.after(self.before(x)) + self.body(x)
 
 
+class MakesLayers(Block):
+    def forward(self, x):
+        softmax = torch.nn.Softmax(dim=1)
+        return softmax(nn.LeakyReLU(0.2)(x)) + self.body(x)
+
+
 class TurnsBack(Block):
     """On a way that is not gone there may be what has no graph."""
 
@@ -152,7 +158,7 @@ def shown(x, show=False):
 
 TRACED = [
     Loops, Calls, Draws, InPlace, Optional, Truthful, Documented, Numbered, Libraries, KeepsFunctions, Asserts,
-    TurnsBack,
+    MakesLayers, TurnsBack,
 ]  # fmt: skip
 
 
@@ -282,6 +288,14 @@ def test_what_is_replaced_outside_of_the_module_holds_too(owner, name, value, mo
     x = batch()
     torch.testing.assert_close(fused(x), stock(x))
     monkeypatch.setitem(globals(), name, value) if owner is None else monkeypatch.setattr(owner, name, value)
+    torch.testing.assert_close(fused(x), stock(x))
+
+
+def test_a_forward_of_torch_s_that_is_replaced_holds_for_layers_that_are_made(monkeypatch):
+    stock, fused = twins(MakesLayers)
+    x = batch()
+    torch.testing.assert_close(fused(x), stock(x))
+    monkeypatch.setattr(nn.Softmax, "forward", lambda self, x: x * 3)
     torch.testing.assert_close(fused(x), stock(x))
 
 

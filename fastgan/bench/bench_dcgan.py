@@ -1,6 +1,8 @@
-"""A training step of DCGAN, 64×64, as `fastgan train dcgan` does it, against the same step in stock PyTorch."""
+"""A training step of DCGAN as `fastgan train dcgan` does it, against the same step in stock PyTorch: 64×64, and little ones,
+where calls are what takes time."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import cycle
 
 import torch
@@ -14,7 +16,8 @@ from fastgan.fuse import fuse
 from fastgan.models.dcgan import Discriminator, Generator, init_weights
 from fastgan.training.dcgan import DCGAN, DCGANSettings
 
-SIZE, BATCH, LATENT = 64, 64, 100
+SIZE, BATCH, FEATURES, LATENT = 64, 64, 64, 100
+LITTLE = ((32, 1, 64), (32, 8, 16), (32, 8, 64))  # images' side, batch, features
 
 PEERS = {
     "tutorial": Stock(),
@@ -27,11 +30,13 @@ PEERS = {
 
 
 class StockTrainer(Trainer):
-    def __init__(self, stock: Stock, setup: Setup):
+    def __init__(self, stock: Stock, setup: Setup, features: int = FEATURES):
         self.stock, self.setup, self.reals = stock, setup, cycle(setup.reals)
+        _, channels, size, _ = setup.reals[0].shape
         torch.manual_seed(0)
-        self.generator = Generator().apply(init_weights).to(setup.device, setup.dtype)
-        self.discriminator = Discriminator().apply(init_weights).to(setup.device, setup.dtype)
+        generator = Generator(size, channels, setup.latent_dim, features)
+        self.generator = generator.apply(init_weights).to(setup.device, setup.dtype)
+        self.discriminator = Discriminator(size, channels, features).apply(init_weights).to(setup.device, setup.dtype)
         if stock.channels_last:
             for network in (self.generator, self.discriminator):
                 network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -74,10 +79,13 @@ class StockTrainer(Trainer):
 
 
 class FusedTrainer(Trainer):
-    def __init__(self, setup: Setup):
+    def __init__(self, setup: Setup, features: int = FEATURES):
         torch.manual_seed(0)
-        settings = DCGANSettings(image_size=SIZE, batch_size=BATCH, latent_dim=LATENT, lr=setup.lr)
-        system = DCGAN(settings, 3, setup.process())
+        batch, channels, size, _ = setup.reals[0].shape
+        settings = DCGANSettings(
+            image_size=size, batch_size=batch, latent_dim=setup.latent_dim, features=features, lr=setup.lr
+        )
+        system = DCGAN(settings, channels, setup.process())
         self.generator = fuse(system.generator)
         fuse(system.discriminator)
         system.capture()
@@ -85,20 +93,26 @@ class FusedTrainer(Trainer):
         self.step = lambda: system.step(reals)
 
 
+def case(size: int, batch: int, features: int, dtype: torch.dtype, headline: bool = False) -> Case:
+    return StepCase(
+        op="DCGAN",
+        work="training step",
+        shape=f"{batch}×3×{size}²" + ("" if features == FEATURES else f", {features} features"),
+        dtype=dtype,
+        layout="as each likes",
+        headline=headline,
+        image=(batch, 3, size, size),
+        latent_dim=LATENT,
+        lr=2e-4,
+        autocast=dtype == torch.bfloat16,
+        ours=partial(FusedTrainer, features=features),
+        stock=partial(StockTrainer, features=features),
+        peers=PEERS,
+    )
+
+
 def cases(device: torch.device) -> Iterator[Case]:
     for dtype in (torch.float32, torch.bfloat16):
-        yield StepCase(
-            op="DCGAN",
-            work="training step",
-            shape=f"{BATCH}×3×{SIZE}²",
-            dtype=dtype,
-            layout="as each likes",
-            headline=True,
-            image=(BATCH, 3, SIZE, SIZE),
-            latent_dim=LATENT,
-            lr=2e-4,
-            autocast=dtype == torch.bfloat16,
-            ours=FusedTrainer,
-            stock=StockTrainer,
-            peers=PEERS,
-        )
+        yield case(SIZE, BATCH, FEATURES, dtype, headline=True)
+    for size, batch, features in LITTLE:
+        yield case(size, batch, features, torch.float32)

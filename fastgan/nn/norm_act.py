@@ -59,9 +59,10 @@ _METHODS = ("forward", "_conv_forward", "_check_input_dim", "_output_padding")
 
 def attachment(module: nn.Module) -> str | None:
     """What would also run when `module` is called, besides its class's forward: such a module must be called."""
-    own = [name for name in _METHODS if name in module.__dict__]
-    if own:
-        return f"a {own[0]} of its own"
+    own = module.__dict__
+    for name in _METHODS:
+        if name in own:
+            return f"a {name} of its own"
     if module._forward_pre_hooks:
         return "a forward pre-hook"
     if module._forward_hooks:

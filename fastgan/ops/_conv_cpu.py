@@ -190,13 +190,26 @@ def _backward_is_vendor_s(dtype: torch.dtype, *shapes_and_settings: Any) -> bool
 def _plan_backward(_serving: str, dtype: torch.dtype, *shapes_and_settings: Any) -> bool:
     """Whether the vendor's form is the one for both gradients."""
     x_shape, y_shape, weight_shape, settings = *shapes_and_settings[:3], shapes_and_settings[3:]
-    of_input = settings_of_input_grad(y_shape, weight_shape, x_shape[2:], settings)
     geometry = _geometry(dtype, x_shape, weight_shape, y_shape, settings)
     return (
-        _plan(dtype, y_shape, weight_shape, *of_input).form == "vendor"
-        and choose_form(geometry, "weight") == "vendor"
+        forms_of_passes(dtype, x_shape, weight_shape, *settings)[1:] == ("vendor", "vendor")
         and not _is_summed_turned(dtype, weight_shape, settings)
         and (dtype.itemsize > 2 or geometry.every_tap_meets())  # see `weight_grad`
+    )
+
+
+def forms_of_passes(
+    dtype: torch.dtype, x_shape: Sequence[int], weight_shape: Sequence[int], *settings: Any
+) -> tuple[Form, Form, Form]:
+    """Of a convolution, and of its gradients in x and the weight. One that leaves no output is the vendor's, to refuse."""
+    size = output_shape(x_shape, weight_shape, *settings)
+    if min(size) < 1:
+        return "vendor", "vendor", "vendor"
+    of_input = settings_of_input_grad(size, weight_shape, x_shape[2:], settings)
+    return (
+        _plan(dtype, torch.Size(x_shape), torch.Size(weight_shape), *settings).form,
+        _plan(dtype, torch.Size(size), torch.Size(weight_shape), *of_input).form,
+        choose_form(_geometry(dtype, x_shape, weight_shape, size, settings), "weight"),
     )
 
 
@@ -294,6 +307,16 @@ def stays_in_planes(dtype: torch.dtype, x_shape: torch.Size, weight_shape: torch
     if backend.has_wide_lanes() or backend.serving("cpu") != "cpp":
         return False
     return _plan(dtype, x_shape, weight_shape, *settings).form == "vendor"
+
+
+def copies_weights(dtype: torch.dtype, forms: Sequence[Form]) -> bool:
+    """Whether every form lays a weight, or its gradient, out anew. Stock's convolutions in NCHW do so faster, where float32
+    lanes are wide and there is no matrix unit."""
+    if dtype != torch.float32 or not backend.has_wide_lanes() or backend.serving("cpu") != "cpp":
+        return False
+    from fastgan import _C
+
+    return not _C.has_matrix_unit() and {"vendor", "patches"}.issuperset(forms)
 
 
 # Patches pay where the matrix of them has at most this many times the elements of the weight. Above, writing it costs more

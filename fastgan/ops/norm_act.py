@@ -365,7 +365,7 @@ def normalise(
         if training and running_mean is not None and mean_offset is not None:
             running_mean.data.add_(mean_offset.detach().to(running_mean.dtype) * momentum)
         return y
-    given = (moments or (None, None)) if training else (running_mean, running_var)
+    given = (moments or (None, None)) if training else _as_they_are(running_mean, running_var)
     y, *found = operators.batch_norm_act(
         x, weight, bias, residual, prelu_weight, *given, training, eps, act, negative_slope
     )
@@ -373,6 +373,13 @@ def normalise(
         mean, var = moments or found
         move_statistics(running_mean, running_var, mean, var, momentum, x.numel() // x.shape[1], mean_offset)
     return y
+
+
+def _as_they_are(*running: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Running statistics for a pass that may be differentiated: training may move them before, and autograd is not told."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return running
+    return tuple(None if tensor is None else tensor.detach().clone() for tensor in running)
 
 
 def move_statistics(
@@ -396,7 +403,7 @@ _Small = dict[tuple[bool, bool], tuple[int, int]]  # by (training, float32): in 
 _SMALL: _Small = {
     (False, True): (1 << 17, 1 << 16),
     (False, False): (1 << 17, 1 << 16),
-    (True, True): (1 << 16, 1 << 16),
+    (True, True): (1 << 16, 1 << 17),
     (True, False): (1 << 18, 1 << 17),
 }
 # With AVX2. (In training not with PReLU, of which stock computes the gradient slowly.)

@@ -458,3 +458,13 @@ def test_gradients_in_a_batch():
     (batched,) = torch.autograd.grad(y, x, cotangents, retain_graph=True, is_grads_batched=True)
     expected = [torch.autograd.grad(y, x, cotangent, retain_graph=True)[0] for cotangent in cotangents]
     torch.testing.assert_close(batched, torch.stack(expected))
+
+
+@needs_cpp
+def test_a_gradient_of_evaluation_is_of_the_statistics_that_it_saw():
+    """Stock's is of what training has made of them since."""
+    x, mean, var = torch.randn(4, 3, 8, 8, requires_grad=True), torch.zeros(3), torch.full((3,), 4.0)
+    y = batch_norm_act(x, mean, var, act="none", eps=0.0)
+    batch_norm_act(x.detach() * 9, mean, var, training=True, momentum=0.5)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(grad, torch.full_like(grad, 0.5))
