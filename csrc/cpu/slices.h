@@ -305,7 +305,7 @@ void run_rows(const Rows& rows, bool reduces, Reduce reduce, Finish finish, Appl
 }
 
 // body(channel, offset, n) for every vector of a batch whose channels' numbers, P rows of them, are known. Planes are gone
-// through as they lie: one slice after the other, small ones would be on a page each.
+// through as they lie: one slice after the other, small ones would be on a page each. The body may stream.
 template <class T, int P, class Body> void for_all(const NormAct& a, const acc_t<T>* table, Body body) {
   using Acc = acc_t<T>;
   constexpr int W = lanes<Acc>;
@@ -313,8 +313,12 @@ template <class T, int P, class Body> void for_all(const NormAct& a, const acc_t
     const Rows rows(a);
     const auto of_row = [&](vec_t<T>*, const Channel<T, P>& channel, int64_t offset, int n, OnePixel)
                             __attribute__((always_inline)) { body(channel, offset, n); };
-#pragma omp parallel for schedule(static) if (rows.threads())
-    for (int64_t b = 0; b < rows.blocks; ++b) rows.walk<T, P, 0>(table, rows.count, 0, b, of_row, Nothing{});
+#pragma omp parallel if (rows.threads())
+    {
+#pragma omp for schedule(static)
+      for (int64_t b = 0; b < rows.blocks; ++b) rows.walk<T, P, 0>(table, rows.count, 0, b, of_row, Nothing{});
+      finish_streams();
+    }
     return;
   }
 #pragma omp parallel if (a.N * a.C * a.S > parallel_threshold)
@@ -329,6 +333,7 @@ template <class T, int P, class Body> void for_all(const NormAct& a, const acc_t
       if (at < end) body(channel, at, static_cast<int>(end - at));
       at = end;
     }
+    finish_streams();
   }
 }
 
