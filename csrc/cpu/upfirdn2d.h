@@ -99,7 +99,7 @@ FASTGAN_INLINE void add_taps(vec_t<T> (&sums)[U], const T* from, int64_t stride,
 
 // Whether the output goes past the caches, which do not hold it beside the input.
 template <class T> bool is_streamed(const UpFirDn2d& a) {
-  return a.N * a.C * (a.y.in * a.x.in + a.y.out * a.x.out) * static_cast<int64_t>(sizeof(T)) >= last_level_bytes;
+  return a.N * a.C * (a.y.in * a.x.in + a.y.out * a.x.out) * static_cast<int64_t>(sizeof(T)) > last_level_bytes;
 }
 
 // function(i) for i from First to before Last, where i is known when this is compiled: what it indexes stays in registers.

@@ -117,7 +117,7 @@ def test_large_filters(taps, layout):
         ((3, 40, 90, 50), 1, 2),
         ((2, 9, 9, 131), 2, 1),  # rows of several vectors; pixels of fewer channels than a vector has lanes
         ((2, 9, 9, 131), 3, 2),
-        ((1, 17, 320, 321), 2, 1),  # more than any cache holds
+        ((1, 17, 360, 361), 2, 1),  # more than any cache holds
     ],
     ids=str,
 )
