@@ -17,7 +17,7 @@ template <class T> void forward(const NormActForward& a) {
   };
   if (!a.batch_stats) {
     fill_affine(a, slices, table.data);
-    const bool streams = 2 * a.N * a.C * a.S * static_cast<int64_t>(sizeof(T)) > last_level_bytes;
+    const bool streams = exceeds_caches<T>(2 * a.N * a.C * a.S);
     return for_all<T, 4>(a, table.data, [&](const Channel<T, 4>& channel, int64_t offset, int n) __attribute__((always_inline)) {
       store_or_stream(y + offset, value(channel, offset, n), n, streams);
     });

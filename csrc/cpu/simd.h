@@ -127,7 +127,7 @@ template <class T> FASTGAN_INLINE void store(T* p, vec_t<T> v, int n) {
 
 // Of what is read and written together: above, the L3 holds too little of it for what comes next. Timed with an operation that
 // reads the output, on an AMD EPYC, writing past the caches lost at 34 MB and gained at 47.
-constexpr int64_t last_level_bytes = 40 << 20;
+template <class T> bool exceeds_caches(int64_t elements) { return elements * static_cast<int64_t>(sizeof(T)) > 40 << 20; }
 // Past the caches, into which a line that is only written need not be read before. After the last of these, and before
 // another thread reads what they wrote, comes finish_streams.
 template <class T> FASTGAN_INLINE void store_or_stream(T* p, vec_t<T> v, bool streams) {

@@ -241,10 +241,9 @@ void run_planes(const Planes& planes, bool reduces, Reduce reduce, Finish finish
     {
 #pragma omp for schedule(static)
       for (int64_t unit = 0; unit < planes.units; ++unit) finish(unit);
-      const int64_t all = planes.count * blocks, threads = omp_get_num_threads(), thread = omp_get_thread_num();
-      const int64_t begin = all * thread / threads, end = all * (thread + 1) / threads;
-      int64_t slice = begin % planes.count, b = begin / planes.count;
-      for (int64_t i = begin; i < end; ++i) {
+      const Share own(planes.count * blocks);
+      int64_t slice = own.first % planes.count, b = own.first / planes.count;
+      for (int64_t i = own.first; i < own.last; ++i) {
         apply(slice, b);
         if (++slice == planes.count) slice = 0, ++b;
       }
@@ -293,14 +292,13 @@ void run_rows(const Rows& rows, bool reduces, Reduce reduce, Finish finish, Appl
   }
 #pragma omp parallel if (rows.threads())
   {
-    const int64_t all = rows.samples * blocks, threads = omp_get_num_threads(), thread = omp_get_thread_num();
-    const int64_t begin = all * thread / threads, end = all * (thread + 1) / threads;
+    const Share own(rows.samples * blocks);
     if (reduces)
-      for (int64_t i = begin; i < end; ++i) reduce(i / blocks, i % blocks);
+      for (int64_t i = own.first; i < own.last; ++i) reduce(i / blocks, i % blocks);
 #pragma omp barrier
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < rows.samples * steps; ++i) finish_step(i / steps, i % steps);
-    for (int64_t i = end; i-- > begin;) apply(i / blocks, i % blocks);
+    for (int64_t i = own.last; i-- > own.first;) apply(i / blocks, i % blocks);
   }
 }
 

@@ -171,7 +171,7 @@ template <class T> struct SpectralNorm {
 
   SpectralNorm(const SpectralForward* weights, int64_t count, double eps)
       : weights(weights), plan(weights, count, sizeof(T), W), eps(eps),
-        streams(2 * plan.elements * static_cast<int64_t>(sizeof(T)) > last_level_bytes), sums(plan.most_sums), u_parts(plan.parts_count),
+        streams(exceeds_caches<T>(2 * plan.elements)), sums(plan.most_sums), u_parts(plan.parts_count),
         v_parts(plan.parts_count) {}
 
   const T* elements(int64_t w) const { return static_cast<const T*>(weights[w].weight); }
@@ -401,7 +401,7 @@ template <class T> void backward(const SpectralBackward* weights, int64_t count,
   using Acc = acc_t<T>;
   constexpr int W = lanes<Acc>;
   const SpectralPlan plan(weights, count, 2 * sizeof(T), 0);
-  const bool streams = 3 * plan.elements * static_cast<int64_t>(sizeof(T)) > last_level_bytes;
+  const bool streams = exceeds_caches<T>(3 * plan.elements);
   const Scratch<double> products(plan.blocks_count);
 #pragma omp parallel if (plan.elements > spectral_threshold)
   {

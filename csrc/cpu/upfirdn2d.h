@@ -99,7 +99,7 @@ FASTGAN_INLINE void add_taps(vec_t<T> (&sums)[U], const T* from, int64_t stride,
 
 // Whether the output goes past the caches, which do not hold it beside the input.
 template <class T> bool is_streamed(const UpFirDn2d& a) {
-  return a.N * a.C * (a.y.in * a.x.in + a.y.out * a.x.out) * static_cast<int64_t>(sizeof(T)) > last_level_bytes;
+  return exceeds_caches<T>(a.N * a.C * (a.y.in * a.x.in + a.y.out * a.x.out));
 }
 
 // function(i) for i from First to before Last, where i is known when this is compiled: what it indexes stays in registers.
@@ -351,10 +351,11 @@ struct Across : Phases {
   }
 };
 
-// line[i] = Σ taps[j·step] · rows[j·row + i] for i < n, and zero up to three vectors more.
+// Σ taps[j·step] · rows[j·row + i] for i < n, and zero up to three vectors more, as a line in its phases; `whole` holds it
+// before it is split into these.
 template <class T>
-FASTGAN_INLINE void sum_rows(const T* rows, int64_t row, int64_t n, const acc_t<T>* taps, int64_t step, int64_t count, const T* end,
-              const Across& across, acc_t<T>* line, acc_t<T>* whole) {
+FASTGAN_INLINE void sum_rows(const T* rows, int64_t row, int64_t n, const acc_t<T>* taps, int64_t step, int64_t count,
+                             const T* end, const Across& across, acc_t<T>* line, acc_t<T>* whole) {
   using Acc = acc_t<T>;
   constexpr int W = lanes<Acc>;
   Acc* const to = line + across.before;
@@ -494,7 +495,8 @@ template <class T> void resample(const UpFirDn2d& a, const void* input, const vo
   const Filter<acc_t<T>> f(a, filter);
   const T* const x = static_cast<const T*>(input);
   T* const y = static_cast<T*>(output);
-  if ((a.rows ? a.C < lanes<acc_t<T>> : a.x.in >= 64 || a.N * a.C < lanes<acc_t<T>>))
+  constexpr int64_t wide = 64; // pixels of a row, from which turning planes takes longer than it gains
+  if (a.rows ? a.C < lanes<acc_t<T>> : a.x.in >= wide || a.N * a.C < lanes<acc_t<T>>)
     a.rows ? resample_positions(a, f, a.N, a.C, x, y) : resample_positions(a, f, a.N * a.C, 1, x, y);
   else
     a.rows ? resample_channels(a, f, x, y) : resample_planes(a, f, x, y);
