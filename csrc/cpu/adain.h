@@ -20,10 +20,11 @@ template <class T> struct Activated {
   static constexpr int P = 2;
   const AdaIN& a;
   Activation<T> act;
+  Elements<acc_t<T>> bias, noise_weight;
 
-  explicit Activated(const AdaIN& a) : a(a), act(a) {}
-  void fill(acc_t<T>* table, int64_t stride, int64_t channel) const {
-    store_column(table, stride, {element<acc_t<T>>(a.bias, channel, 0), element<acc_t<T>>(a.noise_weight, channel, 1)});
+  explicit Activated(const AdaIN& a) : a(a), act(a), bias(a.bias, a.C, 0), noise_weight(a.noise_weight, a.C, 1) {}
+  inline __attribute__((always_inline)) void fill(const Table<acc_t<T>>& table, int64_t row, int64_t slice, int64_t channel) const {
+    table.store(row, slice, {bias[channel], noise_weight[channel]});
   }
   // Computed in one way only, so that forward and backward agree on its sign to the bit.
   template <class Where>
@@ -59,13 +60,13 @@ template <class T> void adain_forward_of(const AdaINForward& a) {
   using Acc = acc_t<T>;
   const Activated<T> values(a);
   const Slices slices(a);
-  const Scratch<Acc> table(5 * slices.count);
+  const Table<Acc> table(5, slices.count);
   T* out = static_cast<T*>(a.out);
-  auto finish = [&](int64_t slice) {
-    const double scale = element<Acc>(a.scale, slice, 1) * inverse_deviation(a, slice);
-    values.fill(&table[slice], slices.count, slice % a.C);
-    store_column(&table[2 * slices.count + slice], slices.count,
-                 {a.mean[slice], scale, element<Acc>(a.shift, slice, 0) - mean_remainder<Acc>(a, slice) * scale});
+  const Elements<Acc> scales(a.scale, slices.count, 1), shifts(a.shift, slices.count, 0);
+  auto finish = [&](int64_t slice, int64_t channel, auto) __attribute__((always_inline)) {
+    const double scale = scales[slice] * inverse_deviation(a, slice);
+    values.fill(table, 0, slice, channel);
+    table.store(2, slice, {a.mean[slice], scale, shifts[slice] - mean_remainder<Acc>(a, slice) * scale});
   };
   auto body = [&](vec_t<T>*, const Channel<T, 5>& channel, int64_t offset, int n, auto where) __attribute__((always_inline)) {
     const auto& p = channel.p;
@@ -73,7 +74,7 @@ template <class T> void adain_forward_of(const AdaINForward& a) {
     slices.fetch_next_to_store(out + offset, where);
     store(out + offset, (values(p, offset, n, where) - p[2]) * p[3] + p[4], n);
   };
-  moments_finish_apply<T, 5>(a, table.data, values, finish, body);
+  moments_finish_apply<T, 5>(a, table, values, finish, body);
 }
 
 template <class T> void adain_backward_of(const AdaINBackward& a) {
@@ -81,13 +82,14 @@ template <class T> void adain_backward_of(const AdaINBackward& a) {
   using vec = vec_t<T>;
   const Activated<T> values(a);
   const Slices slices(a);
-  const double M = slices.unit_size();
-  const Scratch<Acc> table(6 * slices.count);
-#pragma omp parallel for schedule(static) if (slices.count > 512)
-  for (int64_t slice = 0; slice < slices.count; ++slice) {
-    values.fill(&table[slice], slices.count, slice % a.C);
-    store_column(&table[2 * slices.count + slice], slices.count, {a.mean[slice]});
-  }
+  const double each = 1 / slices.unit_size();
+  const Table<Acc> table(6, slices.count);
+  for (int64_t sample = 0; sample < a.N; ++sample)
+    for_units(slices, sample, 0, a.C, [&](int64_t slice, int64_t channel, auto, int64_t) __attribute__((always_inline)) {
+      values.fill(table, 0, slice, channel);
+      table.store(2, slice, {a.mean[slice]});
+    });
+  const Elements<Acc> scales(a.scale, slices.count, 1);
   const T* grad_out = static_cast<const T*>(a.grad_out);
   T* grad_x = static_cast<T*>(a.grad_x);
   auto sums_of = [&](vec* sums, const Channel<T, 3>& channel, int64_t offset, int n, auto where) __attribute__((always_inline)) {
@@ -97,12 +99,12 @@ template <class T> void adain_backward_of(const AdaINBackward& a) {
     sums[0] += g;
     sums[1] += g * t;
   };
-  auto finish = [&](int64_t slice, const Sums& sums) {
+  auto finish = [&](int64_t slice, int64_t, auto, const Sums& sums) __attribute__((always_inline)) {
     const double r = inverse_deviation(a, slice), rest = mean_remainder<Acc>(a, slice), g = sums(0, 0);
-    const double gy = (sums(0, 1) - rest * g) * r, scale = element<Acc>(a.scale, slice, 1), k2 = -scale * r * r * gy / M;
+    const double gy = (sums(0, 1) - rest * g) * r, scale = scales[slice], k2 = -scale * r * r * gy * each;
     if (a.grad_scale) static_cast<Acc*>(a.grad_scale)[slice] = static_cast<Acc>(gy);
     if (a.grad_shift) static_cast<Acc*>(a.grad_shift)[slice] = static_cast<Acc>(g);
-    store_column(&table[3 * slices.count + slice], slices.count, {scale * r, k2, -scale * r * g / M - k2 * rest});
+    table.store(3, slice, {scale * r, k2, -scale * r * g * each - k2 * rest});
   };
   auto body = [&](vec* sums, const Channel<T, 6>& channel, int64_t offset, int n, auto where) __attribute__((always_inline)) {
     if (!grad_x) return;
@@ -116,7 +118,7 @@ template <class T> void adain_backward_of(const AdaINBackward& a) {
     add_channel<T>(a, sums, grad, n, where);
   };
   void* const totals[] = {a.grad_bias, a.grad_noise_weight};
-  sum_finish_apply<T, 3, 2, 6, 2>(a, table.data, true, sums_of, finish, body, totals);
+  sum_finish_apply<T, 3, 2, 6, 2>(a, table, true, sums_of, finish, body, totals);
 }
 
 template <class T> void adain_double_backward_of(const AdaINDoubleBackward& a) {
@@ -124,15 +126,16 @@ template <class T> void adain_double_backward_of(const AdaINDoubleBackward& a) {
   using vec = vec_t<T>;
   const Activated<T> values(a);
   const Slices slices(a);
-  const double M = slices.unit_size();
-  const Scratch<Acc> table(12 * slices.count);
-#pragma omp parallel for schedule(static) if (slices.count > 512)
-  for (int64_t slice = 0; slice < slices.count; ++slice) {
-    const int64_t channel = slice % a.C;
-    values.fill(&table[slice], slices.count, channel);
-    store_column(&table[2 * slices.count + slice], slices.count,
-                 {a.mean[slice], element<Acc>(a.gg_bias, channel, 0), element<Acc>(a.gg_noise_weight, channel, 0)});
-  }
+  const double each = 1 / slices.unit_size();
+  const Table<Acc> table(12, slices.count);
+  const Elements<Acc> gg_biases(a.gg_bias, a.C, 0), gg_noise_weights(a.gg_noise_weight, a.C, 0);
+  for (int64_t sample = 0; sample < a.N; ++sample)
+    for_units(slices, sample, 0, a.C, [&](int64_t slice, int64_t channel, auto, int64_t) __attribute__((always_inline)) {
+      values.fill(table, 0, slice, channel);
+      table.store(2, slice, {a.mean[slice], gg_biases[channel], gg_noise_weights[channel]});
+    });
+  const Elements<Acc> scales(a.scale, slices.count, 1), gg_scales(a.gg_scale, slices.count, 0);
+  const Elements<Acc> gg_shifts(a.gg_shift, slices.count, 0);
   const T *grad_out = static_cast<const T*>(a.grad_out), *ggx = static_cast<const T*>(a.ggx);
   T *g_grad_out = static_cast<T*>(a.g_grad_out), *g_x = static_cast<T*>(a.g_x);
   auto tangent = [&](const vec* p, vec before, int64_t offset, int n, auto where) __attribute__((always_inline)) {
@@ -151,23 +154,22 @@ template <class T> void adain_double_backward_of(const AdaINDoubleBackward& a) {
     sums[3] += u * t;
     sums[4] += u * g;
   };
-  auto finish = [&](int64_t slice, const Sums& sums) {
+  auto finish = [&](int64_t slice, int64_t, auto, const Sums& sums) __attribute__((always_inline)) {
     const double r = inverse_deviation(a, slice), rest = mean_remainder<Acc>(a, slice);
-    const double scale = element<Acc>(a.scale, slice, 1), ggs = element<Acc>(a.gg_scale, slice, 0);
+    const double scale = scales[slice], ggs = gg_scales[slice];
     const double g = sums(0, 0), gy = (sums(0, 1) - rest * g) * r;
     Means mean;
-    mean.h = scale * g / M;
-    mean.hx = scale * gy / M;
-    mean.v = sums(0, 2) / M;
-    mean.vx = (sums(0, 3) - rest * sums(0, 2)) * r / M;
-    mean.vh = scale * sums(0, 4) / M;
-    mean.m = ggs * g / M;
-    mean.mx = ggs * gy / M;
-    const double a2 = r * (ggs - scale * r * mean.vx), a3 = element<Acc>(a.gg_shift, slice, 0) - scale * r * mean.v;
+    mean.h = scale * g * each;
+    mean.hx = scale * gy * each;
+    mean.v = sums(0, 2) * each;
+    mean.vx = (sums(0, 3) - rest * sums(0, 2)) * r * each;
+    mean.vh = scale * sums(0, 4) * each;
+    mean.m = ggs * g * each;
+    mean.mx = ggs * gy * each;
+    const double a2 = r * (ggs - scale * r * mean.vx), a3 = gg_shifts[slice] - scale * r * mean.v;
     const double c3 = -r * r * (mean.zx(r) + r * mean.K());
     static_cast<Acc*>(a.g_scale)[slice] = static_cast<Acc>(r * (sums(0, 4) - mean.v * g - mean.vx * gy));
-    store_column(&table[5 * slices.count + slice], slices.count,
-                 {scale * r, a2, a3 - a2 * rest, -r * r * mean.hx, r * (ggs - scale * r * mean.vx), c3,
+    table.store(5, slice, {scale * r, a2, a3 - a2 * rest, -r * r * mean.hx, r * (ggs - scale * r * mean.vx), c3,
                   -r * mean.z(r) - c3 * rest});
   };
   auto body = [&](vec* sums, const Channel<T, 12>& channel, int64_t offset, int n, auto where) __attribute__((always_inline)) {
@@ -180,29 +182,29 @@ template <class T> void adain_double_backward_of(const AdaINDoubleBackward& a) {
     add_channel<T>(a, sums, grad, n, where);
   };
   void* const totals[] = {a.g_bias, a.g_noise_weight};
-  sum_finish_apply<T, 5, 5, 12, 2>(a, table.data, true, sums_of, finish, body, totals);
+  sum_finish_apply<T, 5, 5, 12, 2>(a, table, true, sums_of, finish, body, totals);
 }
 
 template <class T> void plane_statistics_of(const NormAct& a) {
-  const Scratch<acc_t<T>> table(0);
-  moments_finish_apply<T, 0>(a, table.data, Stored<T>{static_cast<const T*>(a.x)}, Nothing(), Nothing());
+  const Table<acc_t<T>> table(0, 0);
+  moments_finish_apply<T, 0>(a, table, Stored<T>{static_cast<const T*>(a.x)}, Nothing(), Nothing());
 }
 
 template <class T> void plane_statistics_backward_of(const PlaneStatisticsBackward& a) {
   using Acc = acc_t<T>;
   const Slices slices(a);
-  const Scratch<Acc> table(3 * slices.count);
+  const Table<Acc> table(3, slices.count);
+  const Elements<Acc> slopes(a.slope, slices.count, 0), offsets(a.offset, slices.count, 0);
   for (int64_t slice = 0; slice < slices.count; ++slice) {
-    const double slope = element<Acc>(a.slope, slice, 0);
-    store_column(&table[slice], slices.count,
-                 {a.mean[slice], slope, element<Acc>(a.offset, slice, 0) - slope * mean_remainder<Acc>(a, slice)});
+    const double slope = slopes[slice];
+    table.store(0, slice, {a.mean[slice], slope, offsets[slice] - slope * mean_remainder<Acc>(a, slice)});
   }
   const T* x = static_cast<const T*>(a.x);
   T* grad_x = static_cast<T*>(a.grad_x);
   auto body = [&](vec_t<T>*, const Channel<T, 3>& channel, int64_t offset, int n, auto) __attribute__((always_inline)) {
     store(grad_x + offset, (load(x + offset, n) - channel.p[0]) * channel.p[1] + channel.p[2], n);
   };
-  sum_finish_apply<T, 3, 1, 3>(a, table.data, false, Nothing(), Nothing(), body);
+  sum_finish_apply<T, 3, 1, 3>(a, table, false, Nothing(), Nothing(), body);
 }
 
 void adain_forward(const AdaINForward& a) { FASTGAN_BY_DTYPE(adain_forward_of, (a), a.dtype) }

@@ -135,7 +135,7 @@ void pass(const BiasAct& a, const void* const (&vectors)[P], void* totals, F f) 
   const int64_t C = a.C;
   const Scratch<Acc> table(P * C);
   for (int i = 0; i < P; ++i)
-    for (int64_t c = 0; c < C; ++c) table[i * C + c] = static_cast<Acc>(element<Acc>(vectors[i], c, 0));
+    for (int64_t c = 0; c < C; ++c) table[i * C + c] = vectors[i] ? static_cast<const Acc*>(vectors[i])[c] : 0;
   auto body = [&](vec_t<T>* sums, const Channel<T, P>& channel, int64_t offset, int n, auto)
       __attribute__((always_inline)) { f(sums, channel, offset, n); };
   NormAct shape = {};
@@ -152,7 +152,7 @@ void pass(const BiasAct& a, const void* const (&vectors)[P], void* totals, F f) 
     const Scratch<double> partial(rows.blocks * C);
 #pragma omp parallel for schedule(static) if (rows.threads())
     for (int64_t b = 0; b < rows.blocks; ++b)
-      rows.walk<T, P, 1>(table.data, C, 0, b, body, [&](int, int64_t c, const doubles<Acc>& sums, int n) {
+      rows.walk<T, P, 1>(table.data, C, 0, b, body, [&](int, int64_t c, const Doubles<Acc>& sums, int n) {
         __builtin_memcpy(&partial[b * C + c], &sums, n * sizeof(double));
       });
     merge(partial, rows.blocks, C, 1);
@@ -162,7 +162,7 @@ void pass(const BiasAct& a, const void* const (&vectors)[P], void* totals, F f) 
 #pragma omp parallel for schedule(static) if (planes.threads())
     for (int64_t i = 0; i < C * planes.blocks; ++i) {
       const int64_t c = i / planes.blocks;
-      planes.walk<T, P, 1>(table.data + c, C, c, i % planes.blocks, body, [&](int, double sum) { partial[i] = sum; });
+      planes.walk<T, P, 1>(table.data + c, C, 0, c, i % planes.blocks, body, [&](int, double sum) { partial[i] = sum; });
     }
     merge(partial, planes.blocks, 1, planes.blocks);
   }

@@ -113,7 +113,7 @@ FASTGAN_INLINE void store_sums(vec_t<T> (&sums)[N][O], const T* bias, T* out) {
   using Acc = acc_t<T>;
   for (int i = 0; i < N; ++i)
     for (int o = 0; o < O; ++o) {
-      const double total = sum<Acc>(__builtin_convertvector(sums[i][o], doubles<Acc>));
+      const double total = sum<Acc>(sums[i][o]);
       out[i * O + o] = static_cast<T>(total + (bias ? bias[o] : 0));
     }
 }

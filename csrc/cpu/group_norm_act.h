@@ -31,15 +31,15 @@ FASTGAN_INLINE Normalised<T> normalised(const NormAct& a, const Channel<T, P>& c
   if (a.residual) at.pre += load(static_cast<const T*>(a.residual) + offset, n);
   return at;
 }
-template <class Acc> void fill_scale(const NormAct& a, Acc* table, int64_t sample) {
+template <class Acc> void fill_scale(const NormAct& a, const Table<Acc>& table, int64_t sample) {
   const double r = inverse_deviation(a, sample);
-  store_column(table + sample, a.N, {a.mean[sample], r, -r * mean_remainder<Acc>(a, sample)});
+  table.store(0, sample, {a.mean[sample], r, -r * mean_remainder<Acc>(a, sample)});
 }
 
 // body(sums, channel, offset, n) for every vector; what it adds to the K sums goes, for each element over all samples, to
 // the arrays `totals`, any of which may be null.
 template <class T, int P, int K, class Body>
-void apply_and_sum_samples(const NormAct& a, const acc_t<T>* table, Body body, void* const (&totals)[K]) {
+void apply_and_sum_samples(const NormAct& a, const Table<acc_t<T>>& table, Body body, void* const (&totals)[K]) {
   using Acc = acc_t<T>;
   // A block is a few samples of a page's worth of elements, for which the sums stay in the L1.
   constexpr int64_t width = 4096 / sizeof(Acc), height = run;
@@ -56,7 +56,7 @@ void apply_and_sum_samples(const NormAct& a, const acc_t<T>* table, Body body, v
       for (int64_t sample = row * height; sample < smaller((row + 1) * height, N); ++sample) {
         Channel<T, P> channel;
         channel.start = sample * S;
-        for (int i = 0; i < P; ++i) channel.p[i] = broadcast<Acc>(table[i * N + sample]);
+        for (int i = 0; i < P; ++i) channel.p[i] = broadcast<Acc>(*table.at(i, sample));
         for (int64_t i = first; i < last; i += W) {
           vec_t<T> here[K];
           for (int k = 0; k < K; ++k) here[k] = load(&sums[k][i - first]);
@@ -80,7 +80,7 @@ void apply_and_sum_samples(const NormAct& a, const acc_t<T>* table, Body body, v
 
 // `sum_finish_apply`, and the sums over the samples where one of `totals` is wanted.
 template <class T, int K, int P, int L, class ReduceBody, class Finish, class Body>
-void layer_sum_finish_apply(const NormAct& a, acc_t<T>* table, ReduceBody reduce_body, Finish finish, Body body,
+void layer_sum_finish_apply(const NormAct& a, const Table<acc_t<T>>& table, ReduceBody reduce_body, Finish finish, Body body,
                             void* const (&totals)[L]) {
   bool sums_samples = false;
   for (void* total : totals) sums_samples = sums_samples || total;
@@ -96,10 +96,10 @@ void layer_sum_finish_apply(const NormAct& a, acc_t<T>* table, ReduceBody reduce
 template <class T> void layer_forward(const NormActForward& a) {
   using Acc = acc_t<T>;
   const Activation<T> act(a);
-  const Scratch<Acc> table(3 * a.N);
+  const Table<Acc> table(3, a.N);
   T* y = static_cast<T*>(a.y);
   moments_finish_apply<T, 3>(
-      a, table.data, Stored<T>{static_cast<const T*>(a.x)}, [&](int64_t sample) { fill_scale(a, table.data, sample); },
+      a, table, Stored<T>{static_cast<const T*>(a.x)}, [&](int64_t sample, int64_t, auto) { fill_scale(a, table, sample); },
       [&](vec_t<T>*, const Channel<T, 3>& channel, int64_t offset, int n, auto) __attribute__((always_inline)) {
         store(y + offset, act.value(normalised<T, 3>(a, channel, offset, n).pre), n);
       });
@@ -110,8 +110,8 @@ template <class T> void layer_backward(const NormActBackward& a) {
   using vec = vec_t<T>;
   const Activation<T> act(a);
   const int64_t N = a.N;
-  const Scratch<Acc> table(5 * N);
-  for (int64_t sample = 0; sample < N; ++sample) fill_scale(a, table.data, sample);
+  const Table<Acc> table(5, a.N);
+  for (int64_t sample = 0; sample < N; ++sample) fill_scale(a, table, sample);
   const T* grad_y = static_cast<const T*>(a.grad_y);
   T *grad_x = static_cast<T*>(a.grad_x), *grad_residual = static_cast<T*>(a.grad_residual);
   auto sums_of = [&](vec* sums, const Channel<T, 3>& channel, int64_t offset, int n, auto) __attribute__((always_inline)) {
@@ -120,10 +120,10 @@ template <class T> void layer_backward(const NormActBackward& a) {
     sums[0] += h;
     sums[1] += h * at.t;
   };
-  auto finish = [&](int64_t sample, const Sums& sums) {
+  auto finish = [&](int64_t sample, int64_t, auto, const Sums& sums) {
     const double r = inverse_deviation(a, sample), rest = mean_remainder<Acc>(a, sample);
     const double h = sums(0, 0) / a.S, hx = (sums(0, 1) / a.S - rest * h) * r, k2 = -r * r * hx;
-    store_column(&table[3 * N + sample], N, {k2, -r * h - k2 * rest});
+    table.store(3, sample, {k2, -r * h - k2 * rest});
   };
   auto body = [&](vec* sums, const Channel<T, 5>& channel, int64_t offset, int n) __attribute__((always_inline)) {
     const auto& p = channel.p;
@@ -134,7 +134,7 @@ template <class T> void layer_backward(const NormActBackward& a) {
     if (grad_x) store(grad_x + offset, p[1] * (g * at.weight) + p[3] * at.t + p[4], n);
     if (grad_residual) store(grad_residual + offset, g, n);
   };
-  layer_sum_finish_apply<T, 2, 5>(a, table.data, sums_of, finish, body, {a.grad_weight, a.grad_bias});
+  layer_sum_finish_apply<T, 2, 5>(a, table, sums_of, finish, body, {a.grad_weight, a.grad_bias});
 }
 
 template <class T> void layer_double_backward(const NormActDoubleBackward& a) {
@@ -142,8 +142,8 @@ template <class T> void layer_double_backward(const NormActDoubleBackward& a) {
   using vec = vec_t<T>;
   const Activation<T> act(a);
   const int64_t N = a.N;
-  const Scratch<Acc> table(8 * N);
-  for (int64_t sample = 0; sample < N; ++sample) fill_scale(a, table.data, sample);
+  const Table<Acc> table(8, a.N);
+  for (int64_t sample = 0; sample < N; ++sample) fill_scale(a, table, sample);
   const T* grad_y = static_cast<const T*>(a.grad_y);
   const T *ggx = static_cast<const T*>(a.ggx), *ggr = static_cast<const T*>(a.ggr);
   T *g_grad_y = static_cast<T*>(a.g_grad_y), *g_x = static_cast<T*>(a.g_x);
@@ -164,7 +164,7 @@ template <class T> void layer_double_backward(const NormActDoubleBackward& a) {
     sums[5] += v * at.t;
     sums[6] += v * h;
   };
-  auto finish = [&](int64_t sample, const Sums& sums) {
+  auto finish = [&](int64_t sample, int64_t, auto, const Sums& sums) {
     const double r = inverse_deviation(a, sample), rest = mean_remainder<Acc>(a, sample);
     Means mean;
     mean.h = sums(0, 0) / a.S;
@@ -175,7 +175,7 @@ template <class T> void layer_double_backward(const NormActDoubleBackward& a) {
     mean.vx = (sums(0, 5) / a.S - rest * mean.v) * r;
     mean.vh = sums(0, 6) / a.S;
     const double c1 = -r * r * mean.hx, c2 = -r * r * mean.vx, c3 = -r * r * (mean.zx(r) + r * mean.K());
-    store_column(&table[3 * N + sample], N, {c1, c2, -r * mean.v - c2 * rest, c3, -r * mean.z(r) - c3 * rest});
+    table.store(3, sample, {c1, c2, -r * mean.v - c2 * rest, c3, -r * mean.z(r) - c3 * rest});
   };
   auto body = [&](vec* sums, const Channel<T, 8>& channel, int64_t offset, int n) __attribute__((always_inline)) {
     const auto& p = channel.p;
@@ -190,7 +190,7 @@ template <class T> void layer_double_backward(const NormActDoubleBackward& a) {
     store(g_grad_y + offset, act.gradient(at.pre, toward), n);
     store(g_x + offset, p[3] * v + (p[1] * gw + p[4] * at.weight) * g + p[6] * at.t + p[7], n);
   };
-  layer_sum_finish_apply<T, 7, 8>(a, table.data, sums_of, finish, body, {a.g_weight});
+  layer_sum_finish_apply<T, 7, 8>(a, table, sums_of, finish, body, {a.g_weight});
 }
 
 void group_norm_act_forward(const NormActForward& a) {

@@ -8,17 +8,18 @@
 template <class T> void forward(const NormActForward& a) {
   using Acc = acc_t<T>;
   const Activation<T> act(a);
-  const Slices slices(a);
-  const Scratch<Acc> table(4 * slices.count);
+  const Affine<Acc> affine(a);
+  const Slices& slices = affine.slices;
+  const Table<Acc> table(4, slices.count);
   const T* x = static_cast<const T*>(a.x);
   T* y = static_cast<T*>(a.y);
   auto value = [&](const Channel<T, 4>& channel, int64_t offset, int n) __attribute__((always_inline)) {
     return act.value(preactivation<T, 4>(a, channel, load(x + offset, n) - channel.p[0], offset, n), channel.p[3]);
   };
   if (!a.batch_stats) {
-    fill_affine(a, slices, table.data);
+    affine.fill(table);
     const bool streams = exceeds_caches<T>(2 * a.N * a.C * a.S);
-    return for_all<T, 4>(a, table.data, [&](const Channel<T, 4>& channel, int64_t offset, int n) __attribute__((always_inline)) {
+    return for_all<T, 4>(a, table, [&](const Channel<T, 4>& channel, int64_t offset, int n) __attribute__((always_inline)) {
       store_or_stream(y + offset, value(channel, offset, n), n, streams);
     });
   }
@@ -29,17 +30,21 @@ template <class T> void forward(const NormActForward& a) {
     slices.fetch_next_to_store(y + offset, where);
     store(y + offset, here, n);
   };
-  moments_finish_apply<T, 4>(a, table.data, Stored<T>{x}, [&](int64_t unit) { fill_affine(a, slices, table.data, unit); }, body);
+  auto finish = [&](int64_t unit, int64_t channel, auto group) __attribute__((always_inline)) {
+    affine.fill(table, unit, channel, group);
+  };
+  moments_finish_apply<T, 4>(a, table, Stored<T>{x}, finish, body);
 }
 
 template <class T, bool Prelu> void backward(const NormActBackward& a) {
   using Acc = acc_t<T>;
   using vec = vec_t<T>;
   const Activation<T> act(a);
-  const Slices slices(a);
-  const Scratch<Acc> table(7 * slices.count);
+  const Affine<Acc> affine(a);
+  const Slices& slices = affine.slices;
+  const Table<Acc> table(7, slices.count);
   const Scratch<double> grad_weights(slices.count), grad_biases(slices.count), grad_slopes(slices.count); // of each slice
-  fill_affine(a, slices, table.data);
+  affine.fill(table);
   const T *x = static_cast<const T*>(a.x), *grad_y = static_cast<const T*>(a.grad_y);
   T *grad_x = static_cast<T*>(a.grad_x), *grad_residual = static_cast<T*>(a.grad_residual);
   auto sums_of = [&](vec* sums, const Channel<T, 4>& channel, int64_t offset, int n, auto where) __attribute__((always_inline)) {
@@ -52,22 +57,22 @@ template <class T, bool Prelu> void backward(const NormActBackward& a) {
     sums[1] += g * t;
     if constexpr (Prelu) sums[2] += keep(act.below(pre), of_y * pre);
   };
-  auto finish = [&](int64_t unit, const Sums& sums) {
-    const double M = slices.unit_size(), r = inverse_deviation(a, unit), rest = mean_remainder<Acc>(a, unit);
-    const int64_t first = unit * slices.group, channel = first % slices.C;
+  const double each = 1 / slices.unit_size();
+  auto finish = [&](int64_t unit, int64_t channel, auto group, const Sums& sums) __attribute__((always_inline)) {
+    const double r = inverse_deviation(a, unit), rest = mean_remainder<Acc>(a, unit);
+    const int64_t first = unit * group;
     double h = 0, hx = 0; // means over the unit of weight·g and weight·g·x̂
-    for (int64_t i = 0; i < slices.group; ++i) {
-      const double g = sums(i, 0), gx = (sums(i, 1) - rest * g) * r, w = element<Acc>(a.weight, channel + i, 1);
+    for (int64_t i = 0; i < group; ++i) {
+      const double g = sums(i, 0), gx = (sums(i, 1) - rest * g) * r, w = affine.weight[channel + i] * each;
       grad_weights[first + i] = gx;
       grad_biases[first + i] = g;
       if (Prelu) grad_slopes[first + i] = sums(i, 2);
-      h += w * g / M;
-      hx += w * gx / M;
+      h += w * g;
+      hx += w * gx;
     }
     const double k2 = a.batch_stats ? -r * r * hx : 0, k3 = a.batch_stats ? -r * h - k2 * rest : 0;
-    for (int64_t i = 0; i < slices.group; ++i)
-      store_column(&table[4 * slices.count + first + i], slices.count,
-                   {element<Acc>(a.weight, channel + i, 1) * r, k2, k3});
+    for (int64_t i = 0; i < group; ++i)
+      table.store(4, first + i, {affine.weight[channel + i] * r, k2, k3});
   };
   auto body = [&](vec_t<T>*, const Channel<T, 7>& channel, int64_t offset, int n, auto where) __attribute__((always_inline)) {
     if (grad_x) slices.fetch_next_to_store(grad_x + offset, where);
@@ -78,20 +83,24 @@ template <class T, bool Prelu> void backward(const NormActBackward& a) {
     if (grad_residual) store(grad_residual + offset, g, n);
   };
   const bool reduces = a.grad_weight || a.grad_bias || a.grad_prelu_weight || (a.batch_stats && a.grad_x);
-  sum_finish_apply<T, 4, Prelu ? 3 : 2, 7>(a, table.data, reduces, sums_of, finish, body);
-  add_samples<Acc>(slices, grad_weights, a.grad_weight);
-  add_samples<Acc>(slices, grad_biases, a.grad_bias);
-  if (Prelu) add_samples<Acc>(slices, grad_slopes, a.grad_prelu_weight);
+  sum_finish_apply<T, 4, Prelu ? 3 : 2, 7>(a, table, reduces, sums_of, finish, body);
+  const auto add_samples = [&](const Scratch<double>& of_slices, void* grad) {
+    add_rows<Acc>(of_slices.data, slices.samples, slices.C, slices.C, grad);
+  };
+  add_samples(grad_weights, a.grad_weight);
+  add_samples(grad_biases, a.grad_bias);
+  if (Prelu) add_samples(grad_slopes, a.grad_prelu_weight);
 }
 
 template <class T> void double_backward(const NormActDoubleBackward& a) {
   using Acc = acc_t<T>;
   using vec = vec_t<T>;
   const Activation<T> act(a);
-  const Slices slices(a);
-  const Scratch<Acc> table(11 * slices.count);
+  const Affine<Acc> affine(a);
+  const Slices& slices = affine.slices;
+  const Table<Acc> table(11, slices.count);
   const Scratch<double> g_weights(slices.count); // of each slice
-  fill_affine(a, slices, table.data);
+  affine.fill(table);
   const T *x = static_cast<const T*>(a.x), *grad_y = static_cast<const T*>(a.grad_y);
   const T *ggx = static_cast<const T*>(a.ggx), *ggr = static_cast<const T*>(a.ggr);
   T *g_grad_y = static_cast<T*>(a.g_grad_y), *g_x = static_cast<T*>(a.g_x);
@@ -109,29 +118,30 @@ template <class T> void double_backward(const NormActDoubleBackward& a) {
     sums[3] += v * t;
     sums[4] += v * g;
   };
-  auto finish = [&](int64_t unit, const Sums& sums) {
-    const double M = slices.unit_size(), r = inverse_deviation(a, unit), rest = mean_remainder<Acc>(a, unit);
-    const int64_t first = unit * slices.group, channel = first % slices.C;
+  const Elements<Acc> ggws(a.ggw, a.C, 0), ggbs(a.ggb, a.C, 0);
+  const double each = a.batch_stats ? 1 / slices.unit_size() : 0; // given statistics do not move with x
+  auto finish = [&](int64_t unit, int64_t channel, auto group, const Sums& sums) __attribute__((always_inline)) {
+    const double r = inverse_deviation(a, unit), rest = mean_remainder<Acc>(a, unit);
+    const int64_t first = unit * group;
     Means mean;
-    for (int64_t i = 0; i < slices.group && a.batch_stats; ++i) {
-      const double w = element<Acc>(a.weight, channel + i, 1) / M, ggw = element<Acc>(a.ggw, channel + i, 0) / M;
+    for (int64_t i = 0; i < group; ++i) {
+      const double w = affine.weight[channel + i] * each, ggw = ggws[channel + i] * each;
       const double g = sums(i, 0), gx = (sums(i, 1) - rest * g) * r, v = sums(i, 2);
       mean.h += w * g;
       mean.hx += w * gx;
-      mean.v += v / M;
-      mean.vx += (sums(i, 3) - rest * v) * r / M;
+      mean.v += each * v;
+      mean.vx += each * ((sums(i, 3) - rest * v) * r);
       mean.vh += w * sums(i, 4);
       mean.m += ggw * g;
       mean.mx += ggw * gx;
     }
     const double c1 = -r * r * mean.hx, c3 = -r * r * (mean.zx(r) + r * mean.K()), c4 = -r * mean.z(r) - c3 * rest;
-    for (int64_t i = 0; i < slices.group; ++i) {
-      const double w = element<Acc>(a.weight, channel + i, 1), ggw = element<Acc>(a.ggw, channel + i, 0);
+    for (int64_t i = 0; i < group; ++i) {
+      const double w = affine.weight[channel + i], ggw = ggws[channel + i];
       const double g = sums(i, 0), gx = (sums(i, 1) - rest * g) * r;
-      const double a2 = ggw - w * r * mean.vx, a3 = element<Acc>(a.ggb, channel + i, 0) - w * r * mean.v;
+      const double a2 = ggw - w * r * mean.vx, a3 = ggbs[channel + i] - w * r * mean.v;
       g_weights[first + i] = r * (a.batch_stats ? sums(i, 4) - mean.v * g - mean.vx * gx : sums(i, 4));
-      store_column(&table[4 * slices.count + first + i], slices.count,
-                   {w * r, a2 * r, a3 - a2 * r * rest, c1, r * a2, c3, c4});
+      table.store(4, first + i, {w * r, a2 * r, a3 - a2 * r * rest, c1, r * a2, c3, c4});
     }
   };
   auto body = [&](vec_t<T>* sums, const Channel<T, 11>& channel, int64_t offset, int n, auto where) __attribute__((always_inline)) {
@@ -149,8 +159,8 @@ template <class T> void double_backward(const NormActDoubleBackward& a) {
     store(g_grad_y + offset, act.gradient(pre, toward, p[3]), n);
     store(g_x + offset, a.batch_stats ? p[7] * v + p[8] * g + p[9] * t + p[10] : p[8] * g, n);
   };
-  sum_finish_apply<T, 4, 5, 11, 1>(a, table.data, true, sums_of, finish, body, &a.g_prelu_weight);
-  add_samples<Acc>(slices, g_weights, a.g_weight);
+  sum_finish_apply<T, 4, 5, 11, 1>(a, table, true, sums_of, finish, body, &a.g_prelu_weight);
+  add_rows<Acc>(g_weights.data, slices.samples, slices.C, slices.C, a.g_weight);
 }
 
 void batch_norm_act_forward(const NormActForward& a) { FASTGAN_BY_DTYPE(forward, (a), a.dtype) }

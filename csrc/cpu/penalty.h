@@ -16,7 +16,7 @@ template <class T> void dot(const Samples& a, const void* x, const void* y, void
     const int64_t start = b % blocks * sample_block, length = smaller(sample_block, a.S - start);
     const T* px = static_cast<const T*>(x) + b / blocks * a.S + start;
     const T* py = static_cast<const T*>(y) + b / blocks * a.S + start;
-    doubles<Acc> total = {};
+    Doubles<Acc> total = {};
     for (int64_t first = 0; first < length; first += segment) {
       const int64_t last = smaller(first + segment, length);
       vec_t<T> parts[unroll] = {};
@@ -27,7 +27,7 @@ template <class T> void dot(const Samples& a, const void* x, const void* y, void
         const int n = static_cast<int>(smaller(W, last - i));
         parts[0] += load(px + i, n) * load(py + i, n);
       }
-      total += __builtin_convertvector((parts[0] + parts[1]) + (parts[2] + parts[3]), doubles<Acc>);
+      total += Doubles<Acc>::of((parts[0] + parts[1]) + (parts[2] + parts[3]));
     }
     partial[b] = sum<Acc>(total);
   }

@@ -171,7 +171,7 @@ void walk_pixels(const PixelShuffleAct& a, const ShuffleStrides& s, const Access
   for (int64_t b = 0; b < blocks * a.C; ++b) {
     const int64_t n = b / a.C / pieces, c = b % a.C, top = b / a.C % pieces * height;
     const vec_t<T> slope = broadcast<Acc>(slope_of<Acc>(a, c));
-    doubles<Acc> total = {};
+    Doubles<Acc> total = {};
     for (int64_t h = top; h < smaller(top + height, a.H); ++h)
       for (int64_t k = 0; k < squares; k += Access::All::count) {
         const int64_t x = n * s.x_n + c * s.x_c + k * s.x_k + h * s.x_h, x_step = s.x_w;
@@ -179,7 +179,7 @@ void walk_pixels(const PixelShuffleAct& a, const ShuffleStrides& s, const Access
         const Access here = access;
         const auto add = [&](int64_t w, int n, mask fresh) __attribute__((always_inline)) {
           const vec_t<T> part = f(here, ShufflePlace{x + w * x_step, y + w * y_step, n}, slope);
-          if (totals) total += __builtin_convertvector(keep(fresh, part), doubles<Acc>);
+          if (totals) total += Doubles<Acc>::of(keep(fresh, part));
         };
         const int64_t width = a.W;
         int64_t w = 0;
@@ -220,7 +220,8 @@ void walk_channels(const PixelShuffleAct& a, const ShuffleStrides& s, const Acce
             if (!totals) continue;
             const mask fresh = ~first_lanes<Acc>(static_cast<int>(c - first));
             double* to = &partial[b * a.C + first];
-            const doubles<Acc> total = read<doubles<Acc>>(to) + __builtin_convertvector(keep(fresh, part), doubles<Acc>);
+            Doubles<Acc> total = read<Doubles<Acc>>(to);
+            total += Doubles<Acc>::of(keep(fresh, part));
             __builtin_memcpy(to, &total, sizeof total);
           }
         }

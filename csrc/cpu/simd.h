@@ -240,15 +240,52 @@ template <class T> FASTGAN_INLINE void store_by_turns(T* p, const Pair<acc_t<T>>
   __builtin_memcpy(p, whole, 2 * n * sizeof(T));
 }
 
-// As many doubles as the vectors of Acc have lanes.
-template <class Acc> using doubles = typename VectorOf<double, FASTGAN_VECTOR_BYTES / sizeof(Acc) * sizeof(double)>::type;
-template <class Acc> FASTGAN_INLINE double sum(const doubles<Acc>& v) {
-  double parts[lanes<Acc>];
-  __builtin_memcpy(parts, &v, sizeof parts);
-  for (int half = lanes<Acc> / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
-  return parts[0];
+// A double for each lane of a vector of Acc. (GCC keeps a vector of so many bytes in memory where a loop goes on with it.)
+template <class Acc> struct Doubles {
+  static constexpr int L = lanes<double>, parts = lanes<Acc> / L;
+  f64v part[parts];
+
+  static inline __attribute__((always_inline)) Doubles of(typename Lanes<Acc>::vec v) {
+    const auto wide = __builtin_convertvector(v, typename VectorOf<double, parts * sizeof(f64v)>::type);
+    Doubles all;
+    __builtin_memcpy(&all, &wide, sizeof all);
+    return all;
+  }
+  double operator[](int64_t i) const { return part[i / L][i % L]; }
+  inline __attribute__((always_inline)) void operator+=(const Doubles& other) {
+    for (int i = 0; i < parts; ++i) part[i] += other.part[i];
+  }
+  inline __attribute__((always_inline)) void operator*=(const Doubles& other) {
+    for (int i = 0; i < parts; ++i) part[i] *= other.part[i];
+  }
+  inline __attribute__((always_inline)) void operator*=(double factor) {
+    for (int i = 0; i < parts; ++i) part[i] *= factor;
+  }
+};
+// The sum of the lanes of each of K. They are added up side by side: one alone would leave most lanes idle.
+template <class Acc, int K> FASTGAN_INLINE void sum_lanes(const Doubles<Acc> (&vectors)[K], double (&sums)[K]) {
+  constexpr int L = lanes<double>;
+  for (int first = 0; first < K; first += L) {
+    f64v totals[L] = {};
+    for (int i = 0; i < L && first + i < K; ++i) {
+      const Doubles<Acc>& vector = vectors[first + i];
+      totals[i] = vector.part[0];
+      for (int part = 1; part < vector.parts; ++part) totals[i] += vector.part[part];
+    }
+    for (int left = L / 2; left > 0; left /= 2)
+      for (int i = 0; i < left; ++i) {
+        const Pair<double> halves = deinterleave<double>({totals[2 * i], totals[2 * i + 1]});
+        totals[i] = halves.a + halves.b;
+      }
+    __builtin_memcpy(&sums[first], &totals[0], (K - first < L ? K - first : L) * sizeof(double));
+  }
 }
+template <class Acc> FASTGAN_INLINE double sum(const Doubles<Acc>& vector) {
+  double total[1];
+  sum_lanes<Acc, 1>({vector}, total);
+  return total[0];
+}
+template <class Acc> FASTGAN_INLINE double sum(typename Lanes<Acc>::vec vector) { return sum<Acc>(Doubles<Acc>::of(vector)); }
 
 FASTGAN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTGAN_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }

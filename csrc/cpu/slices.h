@@ -49,6 +49,19 @@ template <class T, int P> struct Channel {
   int64_t start; // of the slice in memory, where it lies in one piece
 };
 
+// Numbers of every slice, a row of each kind.
+template <class Acc> struct Table {
+  int64_t stride; // of an odd number of cache lines: rows a power of two apart would take each other's places in the caches
+  Scratch<Acc> numbers;
+
+  Table(int64_t rows, int64_t slices)
+      : stride((ceil_div(slices * sizeof(Acc), 64) | 1) * 64 / sizeof(Acc)), numbers(rows * stride) {}
+  Acc* at(int64_t row, int64_t slice = 0) const { return &numbers[row * stride + slice]; }
+  template <int N> inline __attribute__((always_inline)) void store(int64_t row, int64_t slice, const double (&values)[N]) const {
+    for (int i = 0; i < N; ++i) *at(row + i, slice) = static_cast<Acc>(values[i]);
+  }
+};
+
 // Which pixels, of all images one after the other, the lanes of a vector hold: consecutive ones, or channels of the same one.
 struct Pixels {
   int64_t first;
@@ -94,36 +107,36 @@ struct Planes : Slices {
     together = reduces ? larger(1, block_elements / larger(S, 1)) : 1;
     blocks = ceil_div(images, together) * pieces;
   }
-  // Where block b of a slice begins, and of which sample a slice is; a division takes as long as a small plane.
+  // Where block b of a slice begins; a division takes as long as a small plane.
   int64_t first_image(int64_t b) const { return (pieces == 1 ? b : b / pieces) * together; }
   int64_t first_pixel(int64_t b) const { return pieces == 1 ? 0 : b % pieces * piece; }
-  int64_t sample(int64_t slice) const { return samples == 1 ? 0 : slice / C; }
   int64_t size(int64_t b) const {
     const int64_t n = first_image(b), s = first_pixel(b);
     return (smaller(n + together, images) - n) * (smaller(s + piece, S) - s);
   }
 
-  // The mean of the first values of block b of a slice.
-  template <class T, class Value> acc_t<T> first_mean(const Value& value, int64_t slice, int64_t b) const {
+  // The mean of the first values of block b of channel c of a sample.
+  template <class T, class Value> acc_t<T> first_mean(const Value& value, int64_t sample, int64_t c, int64_t b) const {
     constexpr int W = lanes<acc_t<T>>;
     const int64_t s = first_pixel(b), n = smaller(smaller(s + piece, S) - s, unroll * W);
-    const int64_t image = first_image(b), offset = (image * C + slice) * S + s, pixel = (image + sample(slice)) * S + s;
+    const int64_t image = sample * images + first_image(b), offset = (image * C + c) * S + s, pixel = image * S + s;
     vec_t<T> total = {};
     for (int64_t i = 0; i < n; i += W)
       total += value(offset + i, static_cast<int>(smaller(W, n - i)), Pixels{pixel + i});
-    return static_cast<acc_t<T>>(sum<acc_t<T>>(__builtin_convertvector(total, doubles<acc_t<T>>)) / n);
+    return static_cast<acc_t<T>>(sum<acc_t<T>>(total) / n);
   }
 
-  // f(sums, channel, offset, n, pixels) for every vector of block b of a slice; then flush(k, sum).
+  // f(sums, channel, offset, n, pixels) for every vector of block b of channel c of a sample; then flush(k, sum).
   template <class T, int P, int K, class F, class Flush>
-  inline __attribute__((always_inline)) void walk(const acc_t<T>* table, int64_t stride, int64_t slice, int64_t b, F f,
-                                                  Flush flush) const {
+  inline __attribute__((always_inline)) void walk(const acc_t<T>* table, int64_t stride, int64_t sample, int64_t c, int64_t b,
+                                                  F f, Flush flush) const {
     constexpr int W = lanes<acc_t<T>>, tall = accumulators<T>;
     Channel<T, P> channel;
-    channel.start = slice * S;
+    channel.start = (sample * C + c) * S;
     for (int i = 0; i < P; ++i) channel.p[i] = broadcast<acc_t<T>>(table[i * stride]);
-    doubles<acc_t<T>> totals[K ? K : 1] = {};
-    const int64_t n0 = first_image(b), n1 = smaller(n0 + together, images), s = first_pixel(b), of_sample = sample(slice);
+    Doubles<acc_t<T>> totals[K ? K : 1] = {};
+    const int64_t first_of_sample = sample * images, n0 = first_of_sample + first_image(b);
+    const int64_t n1 = smaller(n0 + together, first_of_sample + images), s = first_pixel(b);
     const int64_t length = smaller(s + piece, S) - s, segment = run * tall * W;
     const int64_t sharing = n1 - n0 == 1 ? 1 : larger(1, run / (length / (tall * W) + tall)); // small planes that share accumulators
     for (int64_t image = n0; image < n1; image += sharing)
@@ -131,8 +144,7 @@ struct Planes : Slices {
         vec_t<T> sums[tall][K ? K : 1] = {};
         const int64_t last = smaller(first + segment, length);
         for (int64_t n = image; n < smaller(image + sharing, n1); ++n) {
-          // Where samples are apart n is 0; else the sample is.
-          const int64_t offset = (n * C + slice) * S + s, pixel = (n + of_sample) * S + s;
+          const int64_t offset = (n * C + c) * S + s, pixel = n * S + s;
           int64_t i = first;
           for (; i + tall * W <= last; i += tall * W)
             for (int u = 0; u < tall; ++u) f(sums[u], channel, offset + i + u * W, W, Pixels{pixel + i + u * W});
@@ -143,10 +155,14 @@ struct Planes : Slices {
         for (int k = 0; k < K; ++k) {
           vec_t<T> all = sums[0][k];
           for (int u = 1; u < tall; ++u) all += sums[u][k];
-          totals[k] += __builtin_convertvector(all, doubles<acc_t<T>>);
+          totals[k] += Doubles<acc_t<T>>::of(all);
         }
       }
-    for (int k = 0; k < K; ++k) flush(k, sum<acc_t<T>>(totals[k]));
+    if constexpr (K > 0) {
+      double sums[K];
+      sum_lanes<acc_t<T>, K>(totals, sums);
+      for (int k = 0; k < K; ++k) flush(k, sums[k]);
+    }
   }
 };
 
@@ -203,7 +219,7 @@ private:
     Channel<T, P> channel[Wide];
     for (int u = 0; u < Wide; ++u)
       for (int i = 0; i < P; ++i) channel[u].p[i] = load(table + i * stride + c + u * W, n);
-    doubles<acc_t<T>> totals[Wide][K ? K : 1] = {};
+    Doubles<acc_t<T>> totals[Wide][K ? K : 1] = {};
     const int64_t begin = sample * M + b * height, end = begin + size(b), whole = end - ceil_div(W - n, C);
     for (int64_t first = begin; first < end; first += run * tall) {
       vec_t<T> sums[tall][Wide][K ? K : 1] = {};
@@ -216,7 +232,7 @@ private:
         for (; r < last; ++r) f(sums[0][0], channel[0], r * C + c, n, OnePixel{r});
       for (int v = 0; v < tall; ++v)
         for (int u = 0; u < Wide; ++u)
-          for (int k = 0; k < K; ++k) totals[u][k] += __builtin_convertvector(sums[v][u][k], doubles<acc_t<T>>);
+          for (int k = 0; k < K; ++k) totals[u][k] += Doubles<acc_t<T>>::of(sums[v][u][k]);
     }
     for (int u = 0; u < Wide; ++u)
       for (int k = 0; k < K; ++k) flush(k, c + u * W, totals[u][k], n);
@@ -227,65 +243,87 @@ struct Nothing {
   template <class... A> void operator()(A...) const {}
 };
 
-constexpr int64_t channel_group = 64; // channels that Rows merges together, so that merging is vectorised
+// Slices whose sums are merged and whose coefficients are made together, in vectors: some of a sample, of whole units.
+struct Packs {
+  static constexpr int64_t most = 64;
+  int64_t size, of_sample; // slices of one, but of the last; how many there are
+  Packs(const Slices& slices, int64_t wanted) : size(larger(1, smaller(wanted, most) / slices.group) * slices.group) {
+    of_sample = ceil_div(slices.C, size);
+  }
+};
 
 // The three phases of every order.
-//   planes: reduce(slice, b), finish(unit), apply(slice, b)
-//   rows:   reduce(sample, b), finish(sample, first channel, count) of whole units, apply(sample, b)
+//   planes: reduce(sample, channel, b), finish(sample, first channel, count) of whole units, apply(sample, channel, b)
+//   rows:   reduce(sample, b), finish as for planes, apply(sample, b)
+// `summed`: the planes themselves, or in their place whole units, which lie in one piece.
 template <class Reduce, class Finish, class Apply>
-void run_planes(const Planes& planes, bool reduces, Reduce reduce, Finish finish, Apply apply) {
-  const int64_t blocks = planes.blocks, group = planes.group;
+void run_planes(const Planes& summed, const Planes& planes, bool reduces, Reduce reduce, Finish finish, Apply apply) {
+  const int64_t C = planes.C, joined = C / larger(summed.C, 1), blocks = planes.blocks;
+  // What fits in the L1 is read from further away once; a unit that fits in the L2, from memory.
+  constexpr int64_t near = 4096;
+  const int64_t shared = planes.count / (4 * omp_get_max_threads()), fits = near / larger(planes.images * planes.S, 1);
+  const Packs packs(planes, reduces ? smaller(shared, fits) : Packs::most);
+  auto finish_pack = [&](int64_t sample, int64_t i) { finish(sample, i * packs.size, smaller(packs.size, C - i * packs.size)); };
   if (!reduces) {
     // Of one slice after the other, small planes lie on a page each.
 #pragma omp parallel if (planes.threads())
     {
 #pragma omp for schedule(static)
-      for (int64_t unit = 0; unit < planes.units; ++unit) finish(unit);
+      for (int64_t i = 0; i < planes.samples * packs.of_sample; ++i) finish_pack(i / packs.of_sample, i % packs.of_sample);
       const Share own(planes.count * blocks);
-      int64_t slice = own.first % planes.count, b = own.first / planes.count;
+      int64_t sample = own.first % larger(planes.count, 1) / larger(C, 1), c = own.first % larger(C, 1);
+      int64_t b = own.first / larger(planes.count, 1);
       for (int64_t i = own.first; i < own.last; ++i) {
-        apply(slice, b);
-        if (++slice == planes.count) slice = 0, ++b;
+        apply(sample, c, b);
+        if (++c == C) c = 0, ++sample;
+        if (sample == planes.samples) sample = 0, ++b;
       }
     }
     return;
   }
   if (planes.many(planes.units)) {
-    // A unit whose planes fit in the L2 cache is read from memory once.
 #pragma omp parallel for schedule(static) if (planes.threads())
-    for (int64_t unit = 0; unit < planes.units; ++unit) {
-      const int64_t first = unit * group, last = first + group;
-      for (int64_t slice = first; slice < last; ++slice)
-        for (int64_t b = 0; b < blocks; ++b) reduce(slice, b);
-      finish(unit);
-      for (int64_t slice = first; slice < last; ++slice)
-        for (int64_t b = 0; b < blocks; ++b) apply(slice, b);
+    for (int64_t i = 0; i < planes.samples * packs.of_sample; ++i) {
+      const int64_t sample = i / packs.of_sample, first = i % packs.of_sample * packs.size;
+      const int64_t last = smaller(first + packs.size, C);
+      for (int64_t c = first / joined; c < last / joined; ++c)
+        for (int64_t b = 0; b < summed.blocks; ++b) reduce(sample, c, b);
+      finish(sample, first, last - first);
+      for (int64_t c = first; c < last; ++c)
+        for (int64_t b = 0; b < blocks; ++b) apply(sample, c, b);
     }
     return;
   }
 #pragma omp parallel if (planes.threads())
   {
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < planes.count * blocks; ++i) reduce(i / blocks, i % blocks);
-#pragma omp for schedule(static)
-    for (int64_t unit = 0; unit < planes.units; ++unit) finish(unit);
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < planes.count * blocks; ++i) apply(i / blocks, i % blocks);
+#pragma omp for collapse(3) schedule(static)
+    for (int64_t sample = 0; sample < planes.samples; ++sample)
+      for (int64_t c = 0; c < summed.C; ++c)
+        for (int64_t b = 0; b < summed.blocks; ++b) reduce(sample, c, b);
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t sample = 0; sample < planes.samples; ++sample)
+      for (int64_t i = 0; i < packs.of_sample; ++i) finish_pack(sample, i);
+#pragma omp for collapse(3) schedule(static)
+    for (int64_t sample = 0; sample < planes.samples; ++sample)
+      for (int64_t c = 0; c < C; ++c)
+        for (int64_t b = 0; b < blocks; ++b) apply(sample, c, b);
   }
 }
 
 // The second pass runs backwards: it begins with what the first has read last, which is still in the thread's L2.
 template <class Reduce, class Finish, class Apply>
 void run_rows(const Rows& rows, bool reduces, Reduce reduce, Finish finish, Apply apply) {
-  const int64_t blocks = rows.blocks, group = rows.group, step = larger(1, channel_group / group) * group;
-  const int64_t steps = ceil_div(rows.C, step);
-  auto finish_step = [&](int64_t sample, int64_t i) { finish(sample, i * step, smaller(step, rows.C - i * step)); };
+  const int64_t blocks = rows.blocks;
+  const Packs packs(rows, Packs::most);
+  auto finish_pack = [&](int64_t sample, int64_t i) {
+    finish(sample, i * packs.size, smaller(packs.size, rows.C - i * packs.size));
+  };
   if (rows.many(rows.samples)) {
 #pragma omp parallel for schedule(static) if (rows.threads())
     for (int64_t sample = 0; sample < rows.samples; ++sample) {
       if (reduces)
         for (int64_t b = 0; b < blocks; ++b) reduce(sample, b);
-      for (int64_t i = 0; i < steps; ++i) finish_step(sample, i);
+      for (int64_t i = 0; i < packs.of_sample; ++i) finish_pack(sample, i);
       for (int64_t b = blocks; b-- > 0;) apply(sample, b);
     }
     return;
@@ -296,15 +334,31 @@ void run_rows(const Rows& rows, bool reduces, Reduce reduce, Finish finish, Appl
     if (reduces)
       for (int64_t i = own.first; i < own.last; ++i) reduce(i / blocks, i % blocks);
 #pragma omp barrier
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < rows.samples * steps; ++i) finish_step(i / steps, i % steps);
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t sample = 0; sample < rows.samples; ++sample)
+      for (int64_t i = 0; i < packs.of_sample; ++i) finish_pack(sample, i);
     for (int64_t i = own.last; i-- > own.first;) apply(i / blocks, i % blocks);
+  }
+}
+
+struct One {
+  constexpr operator int64_t() const { return 1; }
+};
+// f(unit, channel, group, i) for the units of `count` slices of a sample: the unit's number, its first slice's channel, its
+// number of slices, which the compiler knows where it is one, so that it vectorises f, and of its first slice of `count`.
+template <class F> FASTGAN_INLINE void for_units(const Slices& slices, int64_t sample, int64_t first, int64_t count, F f) {
+  const int64_t slice = sample * slices.C + first;
+  if (slices.group == 1) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) f(slice + i, first + i, One{}, i);
+  } else {
+    for (int64_t i = 0; i < count; i += slices.group) f((slice + i) / slices.group, first + i, slices.group, i);
   }
 }
 
 // body(channel, offset, n) for every vector of a batch whose channels' numbers, P rows of them, are known. Planes are gone
 // through as they lie: one slice after the other, small ones would be on a page each. The body may stream.
-template <class T, int P, class Body> void for_all(const NormAct& a, const acc_t<T>* table, Body body) {
+template <class T, int P, class Body> void for_all(const NormAct& a, const Table<acc_t<T>>& table, Body body) {
   using Acc = acc_t<T>;
   constexpr int W = lanes<Acc>;
   if (a.rows) {
@@ -314,7 +368,7 @@ template <class T, int P, class Body> void for_all(const NormAct& a, const acc_t
 #pragma omp parallel if (rows.threads())
     {
 #pragma omp for schedule(static)
-      for (int64_t b = 0; b < rows.blocks; ++b) rows.walk<T, P, 0>(table, rows.count, 0, b, of_row, Nothing{});
+      for (int64_t b = 0; b < rows.blocks; ++b) rows.walk<T, P, 0>(table.at(0), table.stride, 0, b, of_row, Nothing{});
       finish_streams();
     }
     return;
@@ -325,7 +379,7 @@ template <class T, int P, class Body> void for_all(const NormAct& a, const acc_t
     const Share elements(a.N * a.C * a.S);
     int64_t at = elements.first, plane = at / larger(a.S, 1), c = plane % a.C;
     for (; at < elements.last; ++plane, c = c + 1 == a.C ? 0 : c + 1) {
-      for (int i = 0; i < P; ++i) channel.p[i] = broadcast<Acc>(table[i * a.C + c]);
+      for (int i = 0; i < P; ++i) channel.p[i] = broadcast<Acc>(*table.at(i, c));
       const int64_t end = smaller((plane + 1) * a.S, elements.last);
       for (; at + W <= end; at += W) body(channel, at, W);
       if (at < end) body(channel, at, static_cast<int>(end - at));
@@ -337,85 +391,87 @@ template <class T, int P, class Body> void for_all(const NormAct& a, const acc_t
 
 // The sums of a unit's slices: sums(i, k) is the k-th of its i-th slice.
 struct Sums {
-  const double* at; // null where nobody has added anything
-  int64_t slice_stride, sum_stride;
-  double operator()(int64_t i, int k) const { return at ? at[i * slice_stride + k * sum_stride] : 0; }
+  const double* at;
+  int64_t stride;
+  double operator()(int64_t i, int k) const { return at[k * stride + i]; }
 };
 
-// What the blocks of a channel's slices contribute to its parameter's gradient, added over the samples: the k-th of `each`
-// parts of every block.
-template <class Acc>
-void add_samples(const Slices& slices, const Scratch<double>& parts, void* grad, int64_t blocks = 1, int each = 1, int k = 0) {
+// Adds up `rows` rows of C numbers, which are `stride` apart, into the first of them and to what is at grad.
+template <class Acc> void add_rows(double* numbers, int64_t rows, int64_t stride, int64_t C, void* grad) {
   if (!grad) return;
-  for (int64_t c = 0; c < slices.C; ++c) {
-    double total = 0;
-    for (int64_t sample = 0; sample < slices.samples; ++sample)
-      for (int64_t b = 0; b < blocks; ++b) total += parts[((sample * slices.C + c) * blocks + b) * each + k];
-    static_cast<Acc*>(grad)[c] = static_cast<Acc>(total);
-  }
+  for (int64_t row = 1; row < rows; ++row)
+    for (int64_t c = 0; c < C; ++c) numbers[c] += numbers[row * stride + c];
+  for (int64_t c = 0; c < C; ++c) static_cast<Acc*>(grad)[c] = rows ? static_cast<Acc>(numbers[c]) : 0;
 }
 
-// Sums of K products per slice by `reduce_body`, then `finish(unit, sums)`, then `apply_body` with the coefficients that
-// finish left in `table`: P rows of all slices, of which the reduction reads the first R. What apply_body adds to A sums goes,
-// for each channel over all samples, to the arrays `totals`, any of which may be null.
+// Sums of K products per slice by `reduce_body`, then `finish(unit, channel, group, sums)`, with the arguments of
+// `for_units`, then `apply_body` with the coefficients that finish left in `table`: P rows of all slices, of which the
+// reduction reads the first R. What apply_body adds to A sums goes, for each channel over all samples, to the arrays `totals`,
+// any of which may be null.
 template <class T, int R, int K, int P, int A = 0, class ReduceBody, class Finish, class ApplyBody>
-void sum_finish_apply(const NormAct& a, acc_t<T>* table, bool reduces, ReduceBody reduce_body, Finish finish,
+void sum_finish_apply(const NormAct& a, const Table<acc_t<T>>& table, bool reduces, ReduceBody reduce_body, Finish finish,
                       ApplyBody apply_body, void* const* totals = nullptr) {
   using Acc = acc_t<T>;
+  const int64_t C = a.C;
+  const Slices slices(a);
+  const Scratch<double> zeros(reduces ? 0 : K * C); // the sums where nobody has added anything
+  for (int64_t i = 0; !reduces && i < K * C; ++i) zeros[i] = 0;
+  // Merges the other blocks' sums into the first's, whose rows begin for slice `first` at `sums`.
+  auto finish_slices = [&](int64_t sample, int64_t first, int64_t count, double* sums, int64_t blocks, int64_t stride) {
+    for (int64_t row = K; reduces && row < blocks * K; ++row)
+      for (int64_t i = 0; i < count; ++i) sums[row % K * stride + i] += sums[row * stride + i];
+    const Sums of_first = reduces ? Sums{sums, stride} : Sums{&zeros[first], C};
+    for_units(slices, sample, first, count,
+              [&](int64_t unit, int64_t channel, auto group, int64_t i) __attribute__((always_inline)) {
+                finish(unit, channel, group, Sums{of_first.at + i, of_first.stride});
+              });
+  };
   if (a.rows) {
     const Rows rows(a);
-    const int64_t C = a.C, block = K * C; // the sums of a block: (K, C)
-    const Scratch<double> partial(reduces ? rows.samples * rows.blocks * block : 0);
-    const Scratch<double> applied(rows.count * rows.blocks * A);
+    const int64_t blocks = rows.blocks;
+    const Table<double> partial(reduces ? rows.samples * blocks * K : 0, C); // K rows of block 0 of sample 0, of its block 1, …
+    const Table<double> applied(rows.samples * blocks * A, C);
     run_rows(
         rows, reduces,
         [&](int64_t sample, int64_t b) {
-          double* sums = &partial[(sample * rows.blocks + b) * block];
-          rows.walk<T, R, K>(table + sample * C, rows.count, sample, b, reduce_body,
-                             [&](int k, int64_t c, const doubles<Acc>& of_lane, int n) {
-                               __builtin_memcpy(&sums[k * C + c], &of_lane, n * sizeof(double));
+          const int64_t block = sample * blocks + b;
+          rows.walk<T, R, K>(table.at(0, sample * C), table.stride, sample, b, reduce_body,
+                             [&](int k, int64_t c, const Doubles<Acc>& of_lane, int n) {
+                               __builtin_memcpy(partial.at(block * K + k, c), &of_lane, n * sizeof(double));
                              });
         },
         [&](int64_t sample, int64_t first, int64_t count) {
-          double* sums = reduces ? &partial[sample * rows.blocks * block + first] : nullptr;
-          if (reduces)
-            for (int64_t b = 1; b < rows.blocks; ++b)
-              for (int k = 0; k < K; ++k)
-                for (int64_t i = 0; i < count; ++i) sums[k * C + i] += sums[b * block + k * C + i];
-          for (int64_t i = 0; i < count; i += rows.group)
-            finish((sample * C + first + i) / rows.group, Sums{reduces ? sums + i : nullptr, 1, C});
+          finish_slices(sample, first, count, partial.at(sample * blocks * K, first), blocks, partial.stride);
         },
         [&](int64_t sample, int64_t b) {
-          rows.walk<T, P, A>(table + sample * C, rows.count, sample, b, apply_body,
-                             [&](int k, int64_t c, const doubles<Acc>& of_lane, int n) {
-                               for (int i = 0; i < n; ++i)
-                                 applied[((sample * C + c + i) * rows.blocks + b) * A + k] = of_lane[i];
+          const int64_t block = sample * blocks + b;
+          rows.walk<T, P, A>(table.at(0, sample * C), table.stride, sample, b, apply_body,
+                             [&](int k, int64_t c, const Doubles<Acc>& of_lane, int n) {
+                               __builtin_memcpy(applied.at(block * A + k, c), &of_lane, n * sizeof(double));
                              });
         });
-    for (int k = 0; k < A; ++k) add_samples<Acc>(rows, applied, totals[k], rows.blocks, A, k);
+    for (int k = 0; k < A; ++k) add_rows<Acc>(applied.at(k), rows.samples * blocks, A * applied.stride, C, totals[k]);
   } else {
     const Planes planes(a, reduces);
-    const int64_t slice_sums = planes.blocks * K;
-    const Scratch<double> partial(reduces ? planes.count * slice_sums : 0);
-    const Scratch<double> applied(planes.count * planes.blocks * A);
+    const int64_t blocks = planes.blocks;
+    const Table<double> partial(reduces ? blocks * K : 0, planes.count); // K rows of block 0, of block 1, …
+    const Table<double> applied(planes.samples * blocks * A, C);
     run_planes(
-        planes, reduces,
-        [&](int64_t slice, int64_t b) {
-          planes.walk<T, R, K>(table + slice, planes.count, slice, b, reduce_body,
-                               [&](int k, double total) { partial[slice * slice_sums + b * K + k] = total; });
+        planes, planes, reduces,
+        [&](int64_t sample, int64_t c, int64_t b) {
+          const int64_t slice = sample * C + c;
+          planes.walk<T, R, K>(table.at(0, slice), table.stride, sample, c, b, reduce_body,
+                               [&](int k, double total) { *partial.at(b * K + k, slice) = total; });
         },
-        [&](int64_t unit) {
-          double* sums = reduces ? &partial[unit * planes.group * slice_sums] : nullptr;
-          if (reduces)
-            for (int64_t i = 0; i < planes.group; ++i)
-              for (int64_t j = K; j < slice_sums; ++j) sums[i * slice_sums + j % K] += sums[i * slice_sums + j];
-          finish(unit, Sums{sums, slice_sums, 1});
+        [&](int64_t sample, int64_t first, int64_t n) {
+          finish_slices(sample, first, n, partial.at(0, sample * C + first), blocks, partial.stride);
         },
-        [&](int64_t slice, int64_t b) {
-          planes.walk<T, P, A>(table + slice, planes.count, slice, b, apply_body,
-                               [&](int k, double total) { applied[(slice * planes.blocks + b) * A + k] = total; });
+        [&](int64_t sample, int64_t c, int64_t b) {
+          planes.walk<T, P, A>(table.at(0, sample * C + c), table.stride, sample, c, b, apply_body, [&](int k, double total) {
+            *applied.at((sample * blocks + b) * A + k, c) = total;
+          });
         });
-    for (int k = 0; k < A; ++k) add_samples<Acc>(planes, applied, totals[k], planes.blocks, A, k);
+    for (int k = 0; k < A; ++k) add_rows<Acc>(applied.at(k), planes.samples * blocks, A * applied.stride, C, totals[k]);
   }
 }
 
@@ -429,18 +485,19 @@ FASTGAN_INLINE bool tells_variance(double n, double distances, double squares) {
 template <class T> struct Stored {
   static constexpr int P = 0; // numbers of its slice's that it is computed with
   const T* x;
-  void fill(acc_t<T>*, int64_t, int64_t) const {}
+  void fill(const Table<acc_t<T>>&, int64_t, int64_t, int64_t) const {}
   template <class Where>
   inline __attribute__((always_inline)) vec_t<T> operator()(const vec_t<T>*, int64_t offset, int n, Where) const {
     return load(x + offset, n);
   }
 };
 
-// Mean and biased variance of the values of every unit into a.mean, a.var, then finish(unit) and apply_body. Each block has
-// a shift near its mean, taken from its first elements, and sums about it, merged in the manner of Chan, Golub and LeVeque
-// (1983): exact for data far from zero. Where these elements were not like the rest, a second pass takes the mean itself.
+// Mean and biased variance of the values of every unit into a.mean, a.var, then finish(unit, channel, group) as in
+// `for_units`, and apply_body. Each block has a shift near its mean, taken from its first elements, and sums about it, merged
+// in the manner of Chan, Golub and LeVeque (1983): exact for data far from zero. Where these elements were not like the rest,
+// a second pass takes the mean itself.
 template <class T, int P, class Values, class Finish, class ApplyBody>
-void moments_finish_apply(const NormAct& a, acc_t<T>* table, Values values, Finish finish, ApplyBody apply_body) {
+void moments_finish_apply(const NormAct& a, const Table<acc_t<T>>& table, Values values, Finish finish, ApplyBody apply_body) {
   using Acc = acc_t<T>;
   using vec = vec_t<T>;
   constexpr int R = 1 + Values::P; // what a block's first pass reads: the shift, and what the values are computed with
@@ -452,63 +509,54 @@ void moments_finish_apply(const NormAct& a, acc_t<T>* table, Values values, Fini
     sums[1] += t * t;
   };
   const Slices slices(a);
-  const Scratch<double> means(slices.count), variances(slices.count); // of the slices
-  // The moments of `count` slices from those of their blocks: for block b the shift at shift[b * step], and at
-  // about[2 * b * stride], `apart` from each other, the sums of the distances to it and of their squares.
-  auto merge = [&](const auto& layout, const Acc* shift, int64_t step, const double* about, int64_t stride, int64_t apart,
-                   int64_t first, int64_t count) {
-    const double M = static_cast<double>(slices.images) * a.S, each = 1 / M;
-    double mean[channel_group], square[channel_group];
-    for (int64_t i = 0; i < count; ++i) mean[i] = square[i] = 0;
+  // The moments of `count` slices from those of their blocks: for block b the shift at shift[b * step], at
+  // about[2 * b * stride] the sum of the distances to it, and a stride further that of their squares.
+  auto merge = [](const auto& layout, const Acc* shift, int64_t step, const double* about, int64_t stride, double* mean,
+                  double* var, int64_t count) {
+    const double M = static_cast<double>(layout.images) * layout.S, each = 1 / M;
+    for (int64_t i = 0; i < count; ++i) mean[i] = var[i] = 0;
     for (int64_t b = 0; b < layout.blocks; ++b) {
       const double share = layout.size(b) / M; // divided, so that a mean that is an element of x comes out as that
+#pragma omp simd
       for (int64_t i = 0; i < count; ++i) mean[i] += share * shift[b * step + i] + about[2 * b * stride + i] / M;
     }
     for (int64_t b = 0; b < layout.blocks; ++b) {
-      const double *distances = about + 2 * b * stride, *squares = distances + apart, share = layout.size(b) * each;
+      const double *distances = about + 2 * b * stride, *squares = distances + stride, share = layout.size(b) * each;
+#pragma omp simd
       for (int64_t i = 0; i < count; ++i) {
         const double away = shift[b * step + i] - mean[i];
-        square[i] += squares[i] * each + away * (2 * distances[i] * each + share * away);
+        var[i] += squares[i] * each + away * (2 * distances[i] * each + share * away);
       }
     }
-    for (int64_t i = 0; i < count; ++i) {
-      means[first + i] = mean[i];
-      variances[first + i] = square[i] < 0 ? 0 : square[i];
-    }
+    for (int64_t i = 0; i < count; ++i) var[i] = var[i] < 0 ? 0 : var[i];
   };
-  auto finish_unit = [&](int64_t unit) {
-    const double *of_mean = &means[unit * slices.group], *of_var = &variances[unit * slices.group];
-    double mean = 0, var = 0;
-    for (int64_t i = 0; i < slices.group; ++i) mean += of_mean[i] / slices.group;
-    for (int64_t i = 0; i < slices.group; ++i) {
-      const double away = of_mean[i] - mean;
-      var += (of_var[i] + away * away) / slices.group;
-    }
-    a.mean[unit] = mean;
-    a.var[unit] = var;
-    finish(unit);
+  auto finish_slices = [&](int64_t sample, int64_t first, int64_t count) {
+    for_units(slices, sample, first, count,
+              [&](int64_t unit, int64_t channel, auto group, int64_t) __attribute__((always_inline)) { finish(unit, channel, group); });
   };
   if (a.rows) {
     const Rows rows(a);
-    const Scratch<Acc> shift(rows.blocks * rows.count * R); // of a block: (R, C)
-    const Scratch<double> about(rows.blocks * 2 * rows.count);
+    const int64_t blocks = rows.blocks;
+    const Table<Acc> shift(rows.samples * blocks * R, C); // R rows of block 0 of sample 0, of its block 1, …
+    const Table<double> about(rows.samples * blocks * 2, C);
+    const Scratch<double> means(rows.count), variances(rows.count); // of the slices
     run_rows(
         rows, true,
         [&](int64_t sample, int64_t b) {
-          const int64_t at = (sample * rows.blocks + b) * C, size = rows.size(b);
-          double *distances = &about[2 * at], *squares = distances + C;
-          Acc *of_block = &shift[at * R], *numbers = of_block + C;
+          const int64_t block = sample * blocks + b, size = rows.size(b);
+          double *distances = about.at(2 * block), *squares = about.at(2 * block + 1);
+          Acc* of_block = shift.at(block * R);
           auto sum_about_shift = [&] {
-            rows.walk<T, R, 2>(of_block, C, sample, b, add_about,
-                               [&](int k, int64_t c, const doubles<Acc>& totals, int n) {
-                                 __builtin_memcpy(&distances[k * C + c], &totals, n * sizeof(double));
+            rows.walk<T, R, 2>(of_block, shift.stride, sample, b, add_about,
+                               [&](int k, int64_t c, const Doubles<Acc>& totals, int n) {
+                                 __builtin_memcpy(about.at(2 * block + k, c), &totals, n * sizeof(double));
                                });
           };
-          for (int64_t c = 0; c < C; ++c) values.fill(numbers + c, C, c);
+          for (int64_t c = 0; c < C; ++c) values.fill(shift, block * R + 1, c, c);
           rows.first_mean<T>(
               [&](int64_t c, int64_t offset, int n, auto where) __attribute__((always_inline)) {
                 vec p[R];
-                for (int i = 0; i < Values::P; ++i) p[i] = load(numbers + i * C + c, n);
+                for (int i = 0; i < Values::P; ++i) p[i] = load(shift.at(block * R + 1 + i, c), n);
                 return values(p, offset, n, where);
               },
               sample, b, of_block);
@@ -520,51 +568,64 @@ void moments_finish_apply(const NormAct& a, acc_t<T>* table, Values values, Fini
           sum_about_shift();
         },
         [&](int64_t sample, int64_t first, int64_t count) {
-          const int64_t at = sample * rows.blocks * C;
-          for (int64_t c = first; c < first + count; c += channel_group)
-            merge(rows, &shift[at * R + c], R * C, &about[2 * at + c], C, C, sample * C + c,
-                  smaller(channel_group, first + count - c));
-          for (int64_t c = first; c < first + count; c += rows.group) finish_unit((sample * C + c) / rows.group);
+          double *mean = &means[sample * C + first], *var = &variances[sample * C + first];
+          merge(rows, shift.at(sample * blocks * R, first), R * shift.stride, about.at(2 * sample * blocks, first),
+                about.stride, mean, var, count);
+          for_units(rows, sample, first, count,
+                    [&](int64_t unit, int64_t, auto group, int64_t i) __attribute__((always_inline)) {
+                      double from_first = 0, of_unit = 0;
+                      for (int64_t j = 1; j < group; ++j) from_first += mean[i + j] - mean[i];
+                      const double middle = mean[i] + from_first / group;
+                      for (int64_t j = 0; j < group; ++j)
+                        of_unit += var[i + j] + (mean[i + j] - middle) * (mean[i + j] - middle);
+                      a.mean[unit] = middle;
+                      a.var[unit] = of_unit / group;
+                    });
+          finish_slices(sample, first, count);
         },
         [&](int64_t sample, int64_t b) {
-          rows.walk<T, P, 0>(table + sample * C, rows.count, sample, b, apply_body, Nothing());
+          rows.walk<T, P, 0>(table.at(0, sample * C), table.stride, sample, b, apply_body, Nothing());
         });
   } else {
-    const Planes planes(a);
-    const int64_t blocks = planes.blocks;
-    const Scratch<Acc> shift(planes.count * blocks * R); // of a block: (R,)
-    const Scratch<double> about(planes.count * blocks * 2);
+    // A unit lies in one piece, and is added up as one plane where its slices' values are not computed in different ways.
+    NormAct in_one_piece = a;
+    if (Values::P == 0 && slices.group > 1) in_one_piece.C = a.groups, in_one_piece.S = a.S * slices.group;
+    const Planes planes(a), units(in_one_piece);
+    const int64_t blocks = units.blocks;
+    const Table<Acc> shift(blocks * R, units.count); // R rows of block 0, of block 1, …
+    const Table<double> about(blocks * 2, units.count);
     run_planes(
-        planes, true,
-        [&](int64_t slice, int64_t b) {
-          const int64_t at = slice * blocks + b;
-          const double *distances = &about[2 * at], *squares = distances + 1;
-          Acc* of_block = &shift[at * R];
+        units, planes, true,
+        [&](int64_t sample, int64_t c, int64_t b) {
+          const int64_t unit = sample * units.C + c, size = units.size(b);
+          double *distances = about.at(2 * b, unit), *squares = about.at(2 * b + 1, unit);
+          Acc* of_block = shift.at(b * R, unit);
           auto sum_about_shift = [&] {
-            planes.walk<T, R, 2>(of_block, 1, slice, b, add_about,
-                                 [&](int k, double total) { about[2 * at + k] = total; });
+            units.walk<T, R, 2>(of_block, shift.stride, sample, c, b, add_about,
+                                [&](int k, double total) { *about.at(2 * b + k, unit) = total; });
           };
-          values.fill(of_block + 1, 1, slice % C);
+          values.fill(shift, b * R + 1, unit, c);
           vec p[R];
-          for (int i = 0; i < Values::P; ++i) p[i] = broadcast<Acc>(of_block[1 + i]);
-          *of_block = planes.first_mean<T>(
+          for (int i = 0; i < Values::P; ++i) p[i] = broadcast<Acc>(*shift.at(b * R + 1 + i, unit));
+          *of_block = units.first_mean<T>(
               [&](int64_t offset, int n, auto where) __attribute__((always_inline)) {
                 const vec value = values(p, offset, n, where);
                 return n < lanes<Acc> ? keep(first_lanes<Acc>(n), value) : value;
               },
-              slice, b);
+              sample, c, b);
           sum_about_shift();
-          if (tells_variance(planes.size(b), *distances, *squares)) return;
-          *of_block = static_cast<Acc>(*of_block + *distances / planes.size(b));
+          if (tells_variance(size, *distances, *squares)) return;
+          *of_block = static_cast<Acc>(*of_block + *distances / size);
           sum_about_shift();
         },
-        [&](int64_t unit) {
-          for (int64_t slice = unit * planes.group; slice < (unit + 1) * planes.group; ++slice)
-            merge(planes, &shift[slice * blocks * R], R, &about[2 * slice * blocks], 1, 1, slice, 1);
-          finish_unit(unit);
+        [&](int64_t sample, int64_t first, int64_t n) {
+          const int64_t joined = C / units.C, unit = sample * units.C + first / joined;
+          merge(units, shift.at(0, unit), R * shift.stride, about.at(0, unit), about.stride,
+                a.mean + unit, a.var + unit, n / joined);
+          finish_slices(sample, first, n);
         },
-        [&](int64_t slice, int64_t b) {
-          planes.walk<T, P, 0>(table + slice, planes.count, slice, b, apply_body, Nothing());
+        [&](int64_t sample, int64_t c, int64_t b) {
+          planes.walk<T, P, 0>(table.at(0, sample * C + c), table.stride, sample, c, b, apply_body, Nothing());
         });
   }
 }
@@ -577,29 +638,42 @@ FASTGAN_INLINE double inverse_deviation(const NormAct& a, int64_t unit) {
 template <class Acc> double mean_remainder(const NormAct& a, int64_t unit) {
   return a.mean[unit] - static_cast<Acc>(a.mean[unit]);
 }
-// Element i of a vector that may be absent.
-template <class Acc> double element(const void* vector, int64_t i, double absent) {
-  return vector ? static_cast<const Acc*>(vector)[i] : absent;
-}
-template <class Acc, int N> FASTGAN_INLINE void store_column(Acc* table, int64_t stride, const double (&values)[N]) {
-  for (int i = 0; i < N; ++i) table[i * stride] = static_cast<Acc>(values[i]);
-}
+// The elements of a vector that may be absent, which then are all the same.
+template <class Acc> struct Elements {
+  const Scratch<Acc> made;
+  const Acc* data;
+  Elements(const void* vector, int64_t count, double absent)
+      : made(vector ? 0 : count), data(vector ? static_cast<const Acc*>(vector) : made.data) {
+    for (int64_t i = 0; !vector && i < count; ++i) made[i] = static_cast<Acc>(absent);
+  }
+  double operator[](int64_t i) const { return data[i]; }
+};
 
 // Rows 0 to 3 of every table: the rounded mean, scale, bias less what rounding the mean adds, and the activation's slope.
 // `pre` below is computed from them in one way only, so that forward and backward agree on its sign to the bit.
-template <class Acc> void fill_affine(const NormAct& a, const Slices& slices, Acc* table, int64_t unit) {
-  const double r = inverse_deviation(a, unit), rest = mean_remainder<Acc>(a, unit);
-  const int64_t first = unit * slices.group, channel = first % slices.C;
-  for (int64_t i = 0; i < slices.group; ++i) {
-    const double scale = element<Acc>(a.weight, channel + i, 1) * r, bias = element<Acc>(a.bias, channel + i, 0);
-    const double slope = element<Acc>(a.prelu_weight, channel + i, fixed_slope(a));
-    store_column(table + first + i, slices.count, {a.mean[unit], scale, bias - rest * scale, slope});
+template <class Acc> struct Affine {
+  const NormAct& a;
+  const Slices slices;
+  const Elements<Acc> weight, bias, slope; // of the channels
+
+  explicit Affine(const NormAct& a)
+      : a(a), slices(a), weight(a.weight, a.C, 1), bias(a.bias, a.C, 0), slope(a.prelu_weight, a.C, fixed_slope(a)) {}
+  template <class Group>
+  inline __attribute__((always_inline)) void fill(const Table<Acc>& table, int64_t unit, int64_t channel, Group group) const {
+    const double mean = a.mean[unit], r = inverse_deviation(a, unit), rest = mean_remainder<Acc>(a, unit);
+    for (int64_t i = 0; i < group; ++i) {
+      const double scale = weight[channel + i] * r;
+      table.store(0, unit * group + i, {mean, scale, bias[channel + i] - rest * scale, slope[channel + i]});
+    }
   }
-}
-template <class Acc> void fill_affine(const NormAct& a, const Slices& slices, Acc* table) {
-#pragma omp parallel for schedule(static) if (slices.count > 512)
-  for (int64_t unit = 0; unit < slices.units; ++unit) fill_affine(a, slices, table, unit);
-}
+  void fill(const Table<Acc>& table) const {
+#pragma omp parallel for schedule(static) if (slices.count > 4096)
+    for (int64_t sample = 0; sample < slices.samples; ++sample)
+      for_units(slices, sample, 0, slices.C, [&](int64_t unit, int64_t channel, auto group, int64_t) __attribute__((always_inline)) {
+        fill(table, unit, channel, group);
+      });
+  }
+};
 template <class T, int P>
 FASTGAN_INLINE vec_t<T> preactivation(const NormAct& a, const Channel<T, P>& channel, vec_t<T> t, int64_t offset, int n) {
   const vec_t<T> pre = t * channel.p[1] + channel.p[2];

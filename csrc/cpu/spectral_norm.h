@@ -103,9 +103,9 @@ struct SpectralPlan {
 
 // Σ p·q of n elements, which lie before `p_end` and `q_end`.
 template <class Acc, class P, class Q>
-FASTGAN_INLINE doubles<Acc> dot_product(const P* p, const P* p_end, const Q* q, const Q* q_end, int64_t n) {
+FASTGAN_INLINE Doubles<Acc> dot_product(const P* p, const P* p_end, const Q* q, const Q* q_end, int64_t n) {
   constexpr int W = lanes<Acc>, segment = run * unroll * W;
-  doubles<Acc> total = {};
+  Doubles<Acc> total = {};
   for (int64_t first = 0; first < n; first += segment) {
     const int64_t last = smaller(first + segment, n);
     typename Lanes<Acc>::vec parts[unroll] = {};
@@ -113,7 +113,7 @@ FASTGAN_INLINE doubles<Acc> dot_product(const P* p, const P* p_end, const Q* q, 
     for (; i + unroll * W <= last; i += unroll * W)
       for (int j = 0; j < unroll; ++j) parts[j] += load(p + i + j * W) * load(q + i + j * W);
     for (; i < last; i += W) parts[0] += load_within(p + i, last - i, p_end) * load_within(q + i, last - i, q_end);
-    total += __builtin_convertvector((parts[0] + parts[1]) + (parts[2] + parts[3]), doubles<Acc>);
+    total += Doubles<Acc>::of((parts[0] + parts[1]) + (parts[2] + parts[3]));
   }
   return total;
 }
@@ -142,14 +142,14 @@ template <class T> struct Strip {
 
   vec load_at(int64_t line, int64_t c) const { return load_within(lines + (line * C + c) * B + i, B - i, end); }
 
-  template <int R> void multiply(const Acc* columns, doubles<Acc>* products) const {
-    for (int r = 0; r < R; ++r) products[r] = doubles<Acc>{};
+  template <int R> void multiply(const Acc* columns, Doubles<Acc>* products) const {
+    for (int r = 0; r < R; ++r) products[r] = Doubles<Acc>{};
     for (int64_t first = 0; first < C; first += run) {
       const int64_t last = smaller(first + run, C);
       vec sums[R] = {};
       for (int64_t c = first; c < last; ++c)
         for (int r = 0; r < R; ++r) sums[r] += broadcast<Acc>(columns[c]) * load_at(r, c);
-      for (int r = 0; r < R; ++r) products[r] += __builtin_convertvector(sums[r], doubles<Acc>);
+      for (int r = 0; r < R; ++r) products[r] += Doubles<Acc>::of(sums[r]);
     }
   }
   template <int R> void add(const vec* rows, int64_t first, int64_t last, vec* sums) const {
@@ -208,7 +208,7 @@ template <class T> struct SpectralNorm {
       return;
     }
     for (int64_t i = 0; i < l.B; i += W) {
-      doubles<Acc> products[unroll];
+      Doubles<Acc> products[unroll];
       const auto multiply = [&](int64_t line, int count) {
         for (int r = 0; r < count; ++r)
           for (int64_t b = i; b < smaller(i + W, l.B); ++b) f((line + r) * l.B + b, products[r][b - i]);
@@ -255,21 +255,22 @@ template <class T> struct SpectralNorm {
         }
       }
       for (int64_t at = c; at < past; ++at)
-        to[at] += static_cast<Acc>(sum<Acc>(__builtin_convertvector(sums[at - c], doubles<Acc>)));
+        to[at] += static_cast<Acc>(sum<Acc>(sums[at - c]));
     }
   }
 
   // What the blocks have summed, times a factor; its Σ of squares.
   double merge(int64_t w, int64_t first, int64_t last, double factor) const {
     Acc* to = made(w, false);
-    doubles<Acc> total = {};
+    Doubles<Acc> total = {};
     for (int64_t i = first; i < last; i += W) {
       typename Lanes<Acc>::vec sum = {};
       for (int64_t b = plan.first_block[w]; b < plan.first_block[w + 1]; ++b) sum += load(sums.data + plan.blocks[b].sums + i);
       sum *= broadcast<Acc>(static_cast<Acc>(factor));
       store(to + i, sum, static_cast<int>(smaller(W, last - i)));
-      const doubles<Acc> wide = __builtin_convertvector(sum, doubles<Acc>); // zero beyond the last column
-      total += wide * wide;
+      Doubles<Acc> squares = Doubles<Acc>::of(sum); // zero beyond the last column
+      squares *= squares;
+      total += squares;
     }
     return sum<Acc>(total);
   }
@@ -460,9 +461,11 @@ template <class T> void double_backward(const SpectralDoubleBackward* weights, i
       const T *grad_end = grad + l.size(), *gg_end = gg + l.size();
       const auto grad_weight = dot_product<Acc>(grad + first, grad_end, weight + first, weight + l.size(), n);
       const auto gg_grad = dot_product<Acc>(gg + first, gg_end, grad + first, grad_end, n);
-      doubles<Acc> gg_outer = {};
+      Doubles<Acc> gg_outer = {};
       const auto add = [&](int64_t start, int64_t length, Acc scalar, const Acc* vector, const Acc* end) {
-        gg_outer += static_cast<double>(scalar) * dot_product<Acc>(gg + start, gg_end, vector, end, length);
+        Doubles<Acc> product = dot_product<Acc>(gg + start, gg_end, vector, end, length);
+        product *= scalar;
+        gg_outer += product;
       };
       for_pieces<Acc>(w, l, block.first, block.last, add);
       products[b] = {sum<Acc>(grad_weight), sum<Acc>(gg_grad), sum<Acc>(gg_outer)};
