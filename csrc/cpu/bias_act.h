@@ -162,7 +162,8 @@ void pass(const BiasAct& a, const void* const (&vectors)[P], void* totals, F f) 
 #pragma omp parallel for schedule(static) if (planes.threads())
     for (int64_t i = 0; i < C * planes.blocks; ++i) {
       const int64_t c = i / planes.blocks;
-      planes.walk<T, P, 1>(table.data + c, C, 0, c, i % planes.blocks, body, [&](int, double sum) { partial[i] = sum; });
+      planes.walk<T, P, 1>(table.data + c, C, 0, c, c + 1, i % planes.blocks, body,
+                           [&](int, int64_t, double sum) { partial[i] = sum; });
     }
     merge(partial, planes.blocks, 1, planes.blocks);
   }

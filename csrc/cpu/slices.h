@@ -126,42 +126,44 @@ struct Planes : Slices {
     return static_cast<acc_t<T>>(sum<acc_t<T>>(total) / n);
   }
 
-  // f(sums, channel, offset, n, pixels) for every vector of block b of channel c of a sample; then flush(k, sum).
+  // f(sums, channel, offset, n, pixels) for every vector of block b of channels [first, last) of a sample, whose numbers begin
+  // at `table`; after each channel flush(k, c, sum).
   template <class T, int P, int K, class F, class Flush>
-  inline __attribute__((always_inline)) void walk(const acc_t<T>* table, int64_t stride, int64_t sample, int64_t c, int64_t b,
-                                                  F f, Flush flush) const {
+  inline __attribute__((always_inline)) void walk(const acc_t<T>* table, int64_t stride, int64_t sample, int64_t first,
+                                                  int64_t last, int64_t b, F f, Flush flush) const {
     constexpr int W = lanes<acc_t<T>>, tall = accumulators<T>;
-    Channel<T, P> channel;
-    channel.start = (sample * C + c) * S;
-    for (int i = 0; i < P; ++i) channel.p[i] = broadcast<acc_t<T>>(table[i * stride]);
-    Doubles<acc_t<T>> totals[K ? K : 1] = {};
-    const int64_t first_of_sample = sample * images, n0 = first_of_sample + first_image(b);
-    const int64_t n1 = smaller(n0 + together, first_of_sample + images), s = first_pixel(b);
-    const int64_t length = smaller(s + piece, S) - s, segment = run * tall * W;
+    const int64_t n0 = sample * images + first_image(b), n1 = smaller(n0 + together, (sample + 1) * images);
+    const int64_t s = first_pixel(b), length = smaller(s + piece, S) - s, segment = run * tall * W;
     const int64_t sharing = n1 - n0 == 1 ? 1 : larger(1, run / (length / (tall * W) + tall)); // small planes that share accumulators
-    for (int64_t image = n0; image < n1; image += sharing)
-      for (int64_t first = 0; first < length; first += segment) {
-        vec_t<T> sums[tall][K ? K : 1] = {};
-        const int64_t last = smaller(first + segment, length);
-        for (int64_t n = image; n < smaller(image + sharing, n1); ++n) {
-          const int64_t offset = (n * C + c) * S + s, pixel = n * S + s;
-          int64_t i = first;
-          for (; i + tall * W <= last; i += tall * W)
-            for (int u = 0; u < tall; ++u) f(sums[u], channel, offset + i + u * W, W, Pixels{pixel + i + u * W});
-          if constexpr (tall > 1)
-            for (; i + W <= last; i += W) f(sums[0], channel, offset + i, W, Pixels{pixel + i});
-          if (i < last) f(sums[0], channel, offset + i, static_cast<int>(last - i), Pixels{pixel + i});
+    for (int64_t c = first; c < last; ++c, ++table) {
+      Channel<T, P> channel;
+      channel.start = (sample * C + c) * S;
+      for (int i = 0; i < P; ++i) channel.p[i] = broadcast<acc_t<T>>(table[i * stride]);
+      Doubles<acc_t<T>> totals[K ? K : 1] = {};
+      for (int64_t image = n0; image < n1; image += sharing)
+        for (int64_t begin = 0; begin < length; begin += segment) {
+          vec_t<T> sums[tall][K ? K : 1] = {};
+          const int64_t end = smaller(begin + segment, length);
+          for (int64_t n = image; n < smaller(image + sharing, n1); ++n) {
+            const int64_t offset = (n * C + c) * S + s, pixel = n * S + s;
+            int64_t i = begin;
+            for (; i + tall * W <= end; i += tall * W)
+              for (int u = 0; u < tall; ++u) f(sums[u], channel, offset + i + u * W, W, Pixels{pixel + i + u * W});
+            if constexpr (tall > 1)
+              for (; i + W <= end; i += W) f(sums[0], channel, offset + i, W, Pixels{pixel + i});
+            if (i < end) f(sums[0], channel, offset + i, static_cast<int>(end - i), Pixels{pixel + i});
+          }
+          for (int k = 0; k < K; ++k) {
+            vec_t<T> all = sums[0][k];
+            for (int u = 1; u < tall; ++u) all += sums[u][k];
+            totals[k] += Doubles<acc_t<T>>::of(all);
+          }
         }
-        for (int k = 0; k < K; ++k) {
-          vec_t<T> all = sums[0][k];
-          for (int u = 1; u < tall; ++u) all += sums[u][k];
-          totals[k] += Doubles<acc_t<T>>::of(all);
-        }
+      if constexpr (K > 0) {
+        double sums[K];
+        sum_lanes<acc_t<T>, K>(totals, sums);
+        for (int k = 0; k < K; ++k) flush(k, c, sums[k]);
       }
-    if constexpr (K > 0) {
-      double sums[K];
-      sum_lanes<acc_t<T>, K>(totals, sums);
-      for (int k = 0; k < K; ++k) flush(k, sums[k]);
     }
   }
 };
@@ -253,7 +255,7 @@ struct Packs {
 };
 
 // The three phases of every order.
-//   planes: reduce(sample, channel, b), finish(sample, first channel, count) of whole units, apply(sample, channel, b)
+//   planes: reduce(sample, first channel, last, b), finish(sample, first channel, count) of whole units, apply as reduce
 //   rows:   reduce(sample, b), finish as for planes, apply(sample, b)
 // `summed`: the planes themselves, or in their place whole units, which lie in one piece.
 template <class Reduce, class Finish, class Apply>
@@ -274,7 +276,7 @@ void run_planes(const Planes& summed, const Planes& planes, bool reduces, Reduce
       int64_t sample = own.first % larger(planes.count, 1) / larger(C, 1), c = own.first % larger(C, 1);
       int64_t b = own.first / larger(planes.count, 1);
       for (int64_t i = own.first; i < own.last; ++i) {
-        apply(sample, c, b);
+        apply(sample, c, c + 1, b);
         if (++c == C) c = 0, ++sample;
         if (sample == planes.samples) sample = 0, ++b;
       }
@@ -286,11 +288,9 @@ void run_planes(const Planes& summed, const Planes& planes, bool reduces, Reduce
     for (int64_t i = 0; i < planes.samples * packs.of_sample; ++i) {
       const int64_t sample = i / packs.of_sample, first = i % packs.of_sample * packs.size;
       const int64_t last = smaller(first + packs.size, C);
-      for (int64_t c = first / joined; c < last / joined; ++c)
-        for (int64_t b = 0; b < summed.blocks; ++b) reduce(sample, c, b);
+      for (int64_t b = 0; b < summed.blocks; ++b) reduce(sample, first / joined, last / joined, b);
       finish(sample, first, last - first);
-      for (int64_t c = first; c < last; ++c)
-        for (int64_t b = 0; b < blocks; ++b) apply(sample, c, b);
+      for (int64_t b = 0; b < blocks; ++b) apply(sample, first, last, b);
     }
     return;
   }
@@ -299,14 +299,14 @@ void run_planes(const Planes& summed, const Planes& planes, bool reduces, Reduce
 #pragma omp for collapse(3) schedule(static)
     for (int64_t sample = 0; sample < planes.samples; ++sample)
       for (int64_t c = 0; c < summed.C; ++c)
-        for (int64_t b = 0; b < summed.blocks; ++b) reduce(sample, c, b);
+        for (int64_t b = 0; b < summed.blocks; ++b) reduce(sample, c, c + 1, b);
 #pragma omp for collapse(2) schedule(static)
     for (int64_t sample = 0; sample < planes.samples; ++sample)
       for (int64_t i = 0; i < packs.of_sample; ++i) finish_pack(sample, i);
 #pragma omp for collapse(3) schedule(static)
     for (int64_t sample = 0; sample < planes.samples; ++sample)
       for (int64_t c = 0; c < C; ++c)
-        for (int64_t b = 0; b < blocks; ++b) apply(sample, c, b);
+        for (int64_t b = 0; b < blocks; ++b) apply(sample, c, c + 1, b);
   }
 }
 
@@ -458,18 +458,18 @@ void sum_finish_apply(const NormAct& a, const Table<acc_t<T>>& table, bool reduc
     const Table<double> applied(planes.samples * blocks * A, C);
     run_planes(
         planes, planes, reduces,
-        [&](int64_t sample, int64_t c, int64_t b) {
-          const int64_t slice = sample * C + c;
-          planes.walk<T, R, K>(table.at(0, slice), table.stride, sample, c, b, reduce_body,
-                               [&](int k, double total) { *partial.at(b * K + k, slice) = total; });
+        [&](int64_t sample, int64_t first, int64_t last, int64_t b) {
+          planes.walk<T, R, K>(
+              table.at(0, sample * C + first), table.stride, sample, first, last, b, reduce_body,
+              [&](int k, int64_t c, double total) { *partial.at(b * K + k, sample * C + c) = total; });
         },
         [&](int64_t sample, int64_t first, int64_t n) {
           finish_slices(sample, first, n, partial.at(0, sample * C + first), blocks, partial.stride);
         },
-        [&](int64_t sample, int64_t c, int64_t b) {
-          planes.walk<T, P, A>(table.at(0, sample * C + c), table.stride, sample, c, b, apply_body, [&](int k, double total) {
-            *applied.at((sample * blocks + b) * A + k, c) = total;
-          });
+        [&](int64_t sample, int64_t first, int64_t last, int64_t b) {
+          planes.walk<T, P, A>(
+              table.at(0, sample * C + first), table.stride, sample, first, last, b, apply_body,
+              [&](int k, int64_t c, double total) { *applied.at((sample * blocks + b) * A + k, c) = total; });
         });
     for (int k = 0; k < A; ++k) add_rows<Acc>(applied.at(k), planes.samples * blocks, A * applied.stride, C, totals[k]);
   }
@@ -596,27 +596,32 @@ void moments_finish_apply(const NormAct& a, const Table<acc_t<T>>& table, Values
     const Table<double> about(blocks * 2, units.count);
     run_planes(
         units, planes, true,
-        [&](int64_t sample, int64_t c, int64_t b) {
-          const int64_t unit = sample * units.C + c, size = units.size(b);
-          double *distances = about.at(2 * b, unit), *squares = about.at(2 * b + 1, unit);
-          Acc* of_block = shift.at(b * R, unit);
-          auto sum_about_shift = [&] {
-            units.walk<T, R, 2>(of_block, shift.stride, sample, c, b, add_about,
-                                [&](int k, double total) { *about.at(2 * b + k, unit) = total; });
+        [&](int64_t sample, int64_t first, int64_t last, int64_t b) {
+          const int64_t size = units.size(b), of_sample = sample * units.C;
+          auto sum_about_shift = [&](int64_t first, int64_t last) {
+            units.walk<T, R, 2>(
+                shift.at(b * R, of_sample + first), shift.stride, sample, first, last, b, add_about,
+                [&](int k, int64_t c, double total) { *about.at(2 * b + k, of_sample + c) = total; });
           };
-          values.fill(shift, b * R + 1, unit, c);
-          vec p[R];
-          for (int i = 0; i < Values::P; ++i) p[i] = broadcast<Acc>(*shift.at(b * R + 1 + i, unit));
-          *of_block = units.first_mean<T>(
-              [&](int64_t offset, int n, auto where) __attribute__((always_inline)) {
-                const vec value = values(p, offset, n, where);
-                return n < lanes<Acc> ? keep(first_lanes<Acc>(n), value) : value;
-              },
-              sample, c, b);
-          sum_about_shift();
-          if (tells_variance(size, *distances, *squares)) return;
-          *of_block = static_cast<Acc>(*of_block + *distances / size);
-          sum_about_shift();
+          for (int64_t c = first; c < last; ++c) {
+            values.fill(shift, b * R + 1, of_sample + c, c);
+            vec p[R];
+            for (int i = 0; i < Values::P; ++i) p[i] = broadcast<Acc>(*shift.at(b * R + 1 + i, of_sample + c));
+            *shift.at(b * R, of_sample + c) = units.first_mean<T>(
+                [&](int64_t offset, int n, auto where) __attribute__((always_inline)) {
+                  const vec value = values(p, offset, n, where);
+                  return n < lanes<Acc> ? keep(first_lanes<Acc>(n), value) : value;
+                },
+                sample, c, b);
+          }
+          sum_about_shift(first, last);
+          for (int64_t c = first; c < last; ++c) {
+            const double distances = *about.at(2 * b, of_sample + c), squares = *about.at(2 * b + 1, of_sample + c);
+            if (tells_variance(size, distances, squares)) continue;
+            Acc* of_block = shift.at(b * R, of_sample + c);
+            *of_block = static_cast<Acc>(*of_block + distances / size);
+            sum_about_shift(c, c + 1);
+          }
         },
         [&](int64_t sample, int64_t first, int64_t n) {
           const int64_t joined = C / units.C, unit = sample * units.C + first / joined;
@@ -624,8 +629,8 @@ void moments_finish_apply(const NormAct& a, const Table<acc_t<T>>& table, Values
                 a.mean + unit, a.var + unit, n / joined);
           finish_slices(sample, first, n);
         },
-        [&](int64_t sample, int64_t c, int64_t b) {
-          planes.walk<T, P, 0>(table.at(0, sample * C + c), table.stride, sample, c, b, apply_body, Nothing());
+        [&](int64_t sample, int64_t first, int64_t last, int64_t b) {
+          planes.walk<T, P, 0>(table.at(0, sample * C + first), table.stride, sample, first, last, b, apply_body, Nothing());
         });
   }
 }
