@@ -60,10 +60,9 @@ template <class T> void adain_forward_of(const AdaINForward& a) {
   using Acc = acc_t<T>;
   const Activated<T> values(a);
   const Slices slices(a);
-  const Table<Acc> table(5, slices.count);
   T* out = static_cast<T*>(a.out);
   const Elements<Acc> scales(a.scale, slices.count, 1), shifts(a.shift, slices.count, 0);
-  auto finish = [&](int64_t slice, int64_t channel, auto) __attribute__((always_inline)) {
+  auto finish = [&](const Table<Acc>& table, int64_t slice, int64_t channel, auto) __attribute__((always_inline)) {
     const double scale = scales[slice] * inverse_deviation(a, slice);
     values.fill(table, 0, slice, channel);
     table.store(2, slice, {a.mean[slice], scale, shifts[slice] - mean_remainder<Acc>(a, slice) * scale});
@@ -74,7 +73,7 @@ template <class T> void adain_forward_of(const AdaINForward& a) {
     slices.fetch_next_to_store(out + offset, where);
     store(out + offset, (values(p, offset, n, where) - p[2]) * p[3] + p[4], n);
   };
-  moments_finish_apply<T, 5>(a, table, values, finish, body);
+  moments_finish_apply<T, 5>(a, values, finish, body);
 }
 
 template <class T> void adain_backward_of(const AdaINBackward& a) {
@@ -83,12 +82,10 @@ template <class T> void adain_backward_of(const AdaINBackward& a) {
   const Activated<T> values(a);
   const Slices slices(a);
   const double each = 1 / slices.unit_size();
-  const Table<Acc> table(6, slices.count);
-  for (int64_t sample = 0; sample < a.N; ++sample)
-    for_units(slices, sample, 0, a.C, [&](int64_t slice, int64_t channel, auto, int64_t) __attribute__((always_inline)) {
-      values.fill(table, 0, slice, channel);
-      table.store(2, slice, {a.mean[slice]});
-    });
+  auto prepare = [&](const Table<Acc>& table, int64_t slice, int64_t channel, auto) __attribute__((always_inline)) {
+    values.fill(table, 0, slice, channel);
+    table.store(2, slice, {a.mean[slice]});
+  };
   const Elements<Acc> scales(a.scale, slices.count, 1);
   const T* grad_out = static_cast<const T*>(a.grad_out);
   T* grad_x = static_cast<T*>(a.grad_x);
@@ -99,7 +96,8 @@ template <class T> void adain_backward_of(const AdaINBackward& a) {
     sums[0] += g;
     sums[1] += g * t;
   };
-  auto finish = [&](int64_t slice, int64_t, auto, const Sums& sums) __attribute__((always_inline)) {
+  auto finish = [&](const Table<Acc>& table, int64_t slice, int64_t, auto, const Sums& sums)
+                    __attribute__((always_inline)) {
     const double r = inverse_deviation(a, slice), rest = mean_remainder<Acc>(a, slice), g = sums(0, 0);
     const double gy = (sums(0, 1) - rest * g) * r, scale = scales[slice], k2 = -scale * r * r * gy * each;
     if (a.grad_scale) static_cast<Acc*>(a.grad_scale)[slice] = static_cast<Acc>(gy);
@@ -118,7 +116,7 @@ template <class T> void adain_backward_of(const AdaINBackward& a) {
     add_channel<T>(a, sums, grad, n, where);
   };
   void* const totals[] = {a.grad_bias, a.grad_noise_weight};
-  sum_finish_apply<T, 3, 2, 6, 2>(a, table, true, sums_of, finish, body, totals);
+  sum_finish_apply<T, 3, 2, 6, 2>(a, prepare, sums_of, finish, body, totals);
 }
 
 template <class T> void adain_double_backward_of(const AdaINDoubleBackward& a) {
@@ -127,13 +125,11 @@ template <class T> void adain_double_backward_of(const AdaINDoubleBackward& a) {
   const Activated<T> values(a);
   const Slices slices(a);
   const double each = 1 / slices.unit_size();
-  const Table<Acc> table(12, slices.count);
   const Elements<Acc> gg_biases(a.gg_bias, a.C, 0), gg_noise_weights(a.gg_noise_weight, a.C, 0);
-  for (int64_t sample = 0; sample < a.N; ++sample)
-    for_units(slices, sample, 0, a.C, [&](int64_t slice, int64_t channel, auto, int64_t) __attribute__((always_inline)) {
-      values.fill(table, 0, slice, channel);
-      table.store(2, slice, {a.mean[slice], gg_biases[channel], gg_noise_weights[channel]});
-    });
+  auto prepare = [&](const Table<Acc>& table, int64_t slice, int64_t channel, auto) __attribute__((always_inline)) {
+    values.fill(table, 0, slice, channel);
+    table.store(2, slice, {a.mean[slice], gg_biases[channel], gg_noise_weights[channel]});
+  };
   const Elements<Acc> scales(a.scale, slices.count, 1), gg_scales(a.gg_scale, slices.count, 0);
   const Elements<Acc> gg_shifts(a.gg_shift, slices.count, 0);
   const T *grad_out = static_cast<const T*>(a.grad_out), *ggx = static_cast<const T*>(a.ggx);
@@ -154,7 +150,8 @@ template <class T> void adain_double_backward_of(const AdaINDoubleBackward& a) {
     sums[3] += u * t;
     sums[4] += u * g;
   };
-  auto finish = [&](int64_t slice, int64_t, auto, const Sums& sums) __attribute__((always_inline)) {
+  auto finish = [&](const Table<Acc>& table, int64_t slice, int64_t, auto, const Sums& sums)
+                    __attribute__((always_inline)) {
     const double r = inverse_deviation(a, slice), rest = mean_remainder<Acc>(a, slice);
     const double scale = scales[slice], ggs = gg_scales[slice];
     const double g = sums(0, 0), gy = (sums(0, 1) - rest * g) * r;
@@ -182,12 +179,11 @@ template <class T> void adain_double_backward_of(const AdaINDoubleBackward& a) {
     add_channel<T>(a, sums, grad, n, where);
   };
   void* const totals[] = {a.g_bias, a.g_noise_weight};
-  sum_finish_apply<T, 5, 5, 12, 2>(a, table, true, sums_of, finish, body, totals);
+  sum_finish_apply<T, 5, 5, 12, 2>(a, prepare, sums_of, finish, body, totals);
 }
 
 template <class T> void plane_statistics_of(const NormAct& a) {
-  const Table<acc_t<T>> table(0, 0);
-  moments_finish_apply<T, 0>(a, table, Stored<T>{static_cast<const T*>(a.x)}, Nothing(), Nothing());
+  moments_finish_apply<T, 0>(a, Stored<T>{static_cast<const T*>(a.x)}, Nothing(), Nothing());
 }
 
 template <class T> void plane_statistics_backward_of(const PlaneStatisticsBackward& a) {
@@ -201,10 +197,9 @@ template <class T> void plane_statistics_backward_of(const PlaneStatisticsBackwa
   }
   const T* x = static_cast<const T*>(a.x);
   T* grad_x = static_cast<T*>(a.grad_x);
-  auto body = [&](vec_t<T>*, const Channel<T, 3>& channel, int64_t offset, int n, auto) __attribute__((always_inline)) {
+  for_all<T, 3>(a, table, [&](const Channel<T, 3>& channel, int64_t offset, int n) __attribute__((always_inline)) {
     store(grad_x + offset, (load(x + offset, n) - channel.p[0]) * channel.p[1] + channel.p[2], n);
-  };
-  sum_finish_apply<T, 3, 1, 3>(a, table, false, Nothing(), Nothing(), body);
+  });
 }
 
 void adain_forward(const AdaINForward& a) { FASTGAN_BY_DTYPE(adain_forward_of, (a), a.dtype) }

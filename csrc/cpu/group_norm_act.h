@@ -80,12 +80,16 @@ void apply_and_sum_samples(const NormAct& a, const Table<acc_t<T>>& table, Body 
 
 // `sum_finish_apply`, and the sums over the samples where one of `totals` is wanted.
 template <class T, int K, int P, int L, class ReduceBody, class Finish, class Body>
-void layer_sum_finish_apply(const NormAct& a, const Table<acc_t<T>>& table, ReduceBody reduce_body, Finish finish, Body body,
-                            void* const (&totals)[L]) {
+void layer_sum_finish_apply(const NormAct& a, ReduceBody reduce_body, Finish finish, Body body, void* const (&totals)[L]) {
   bool sums_samples = false;
   for (void* total : totals) sums_samples = sums_samples || total;
+  const Table<acc_t<T>> table(sums_samples ? P : 0, a.N);
   sum_finish_apply<T, 3, K, P>(
-      a, table, true, reduce_body, finish,
+      a, [&](const Table<acc_t<T>>& own, int64_t sample, int64_t, auto) { fill_scale(a, own, sample); }, reduce_body,
+      [&](const Table<acc_t<T>>& own, int64_t sample, int64_t, auto, const Sums& sums) {
+        finish(own, sample, sums);
+        for (int i = 0; i < P && sums_samples; ++i) *table.at(i, sample) = *own.at(i, sample);
+      },
       [&](vec_t<T>*, const Channel<T, P>& channel, int64_t offset, int n, auto) __attribute__((always_inline)) {
         vec_t<T> unused[L] = {};
         if (!sums_samples) body(unused, channel, offset, n);
@@ -96,10 +100,10 @@ void layer_sum_finish_apply(const NormAct& a, const Table<acc_t<T>>& table, Redu
 template <class T> void layer_forward(const NormActForward& a) {
   using Acc = acc_t<T>;
   const Activation<T> act(a);
-  const Table<Acc> table(3, a.N);
   T* y = static_cast<T*>(a.y);
   moments_finish_apply<T, 3>(
-      a, table, Stored<T>{static_cast<const T*>(a.x)}, [&](int64_t sample, int64_t, auto) { fill_scale(a, table, sample); },
+      a, Stored<T>{static_cast<const T*>(a.x)},
+      [&](const Table<Acc>& table, int64_t sample, int64_t, auto) { fill_scale(a, table, sample); },
       [&](vec_t<T>*, const Channel<T, 3>& channel, int64_t offset, int n, auto) __attribute__((always_inline)) {
         store(y + offset, act.value(normalised<T, 3>(a, channel, offset, n).pre), n);
       });
@@ -109,9 +113,6 @@ template <class T> void layer_backward(const NormActBackward& a) {
   using Acc = acc_t<T>;
   using vec = vec_t<T>;
   const Activation<T> act(a);
-  const int64_t N = a.N;
-  const Table<Acc> table(5, a.N);
-  for (int64_t sample = 0; sample < N; ++sample) fill_scale(a, table, sample);
   const T* grad_y = static_cast<const T*>(a.grad_y);
   T *grad_x = static_cast<T*>(a.grad_x), *grad_residual = static_cast<T*>(a.grad_residual);
   auto sums_of = [&](vec* sums, const Channel<T, 3>& channel, int64_t offset, int n, auto) __attribute__((always_inline)) {
@@ -120,7 +121,7 @@ template <class T> void layer_backward(const NormActBackward& a) {
     sums[0] += h;
     sums[1] += h * at.t;
   };
-  auto finish = [&](int64_t sample, int64_t, auto, const Sums& sums) {
+  auto finish = [&](const Table<Acc>& table, int64_t sample, const Sums& sums) {
     const double r = inverse_deviation(a, sample), rest = mean_remainder<Acc>(a, sample);
     const double h = sums(0, 0) / a.S, hx = (sums(0, 1) / a.S - rest * h) * r, k2 = -r * r * hx;
     table.store(3, sample, {k2, -r * h - k2 * rest});
@@ -134,16 +135,13 @@ template <class T> void layer_backward(const NormActBackward& a) {
     if (grad_x) store(grad_x + offset, p[1] * (g * at.weight) + p[3] * at.t + p[4], n);
     if (grad_residual) store(grad_residual + offset, g, n);
   };
-  layer_sum_finish_apply<T, 2, 5>(a, table, sums_of, finish, body, {a.grad_weight, a.grad_bias});
+  layer_sum_finish_apply<T, 2, 5>(a, sums_of, finish, body, {a.grad_weight, a.grad_bias});
 }
 
 template <class T> void layer_double_backward(const NormActDoubleBackward& a) {
   using Acc = acc_t<T>;
   using vec = vec_t<T>;
   const Activation<T> act(a);
-  const int64_t N = a.N;
-  const Table<Acc> table(8, a.N);
-  for (int64_t sample = 0; sample < N; ++sample) fill_scale(a, table, sample);
   const T* grad_y = static_cast<const T*>(a.grad_y);
   const T *ggx = static_cast<const T*>(a.ggx), *ggr = static_cast<const T*>(a.ggr);
   T *g_grad_y = static_cast<T*>(a.g_grad_y), *g_x = static_cast<T*>(a.g_x);
@@ -164,7 +162,7 @@ template <class T> void layer_double_backward(const NormActDoubleBackward& a) {
     sums[5] += v * at.t;
     sums[6] += v * h;
   };
-  auto finish = [&](int64_t sample, int64_t, auto, const Sums& sums) {
+  auto finish = [&](const Table<Acc>& table, int64_t sample, const Sums& sums) {
     const double r = inverse_deviation(a, sample), rest = mean_remainder<Acc>(a, sample);
     Means mean;
     mean.h = sums(0, 0) / a.S;
@@ -190,7 +188,7 @@ template <class T> void layer_double_backward(const NormActDoubleBackward& a) {
     store(g_grad_y + offset, act.gradient(at.pre, toward), n);
     store(g_x + offset, p[3] * v + (p[1] * gw + p[4] * at.weight) * g + p[6] * at.t + p[7], n);
   };
-  layer_sum_finish_apply<T, 7, 8>(a, table, sums_of, finish, body, {a.g_weight});
+  layer_sum_finish_apply<T, 7, 8>(a, sums_of, finish, body, {a.g_weight});
 }
 
 void group_norm_act_forward(const NormActForward& a) {

@@ -10,13 +10,13 @@ template <class T> void forward(const NormActForward& a) {
   const Activation<T> act(a);
   const Affine<Acc> affine(a);
   const Slices& slices = affine.slices;
-  const Table<Acc> table(4, slices.count);
   const T* x = static_cast<const T*>(a.x);
   T* y = static_cast<T*>(a.y);
   auto value = [&](const Channel<T, 4>& channel, int64_t offset, int n) __attribute__((always_inline)) {
     return act.value(preactivation<T, 4>(a, channel, load(x + offset, n) - channel.p[0], offset, n), channel.p[3]);
   };
   if (!a.batch_stats) {
+    const Table<Acc> table(4, slices.count);
     affine.fill(table);
     const bool streams = exceeds_caches<T>(2 * a.N * a.C * a.S);
     return for_all<T, 4>(a, table, [&](const Channel<T, 4>& channel, int64_t offset, int n) __attribute__((always_inline)) {
@@ -30,10 +30,7 @@ template <class T> void forward(const NormActForward& a) {
     slices.fetch_next_to_store(y + offset, where);
     store(y + offset, here, n);
   };
-  auto finish = [&](int64_t unit, int64_t channel, auto group) __attribute__((always_inline)) {
-    affine.fill(table, unit, channel, group);
-  };
-  moments_finish_apply<T, 4>(a, table, Stored<T>{x}, finish, body);
+  moments_finish_apply<T, 4>(a, Stored<T>{x}, affine, body);
 }
 
 template <class T, bool Prelu> void backward(const NormActBackward& a) {
@@ -42,9 +39,7 @@ template <class T, bool Prelu> void backward(const NormActBackward& a) {
   const Activation<T> act(a);
   const Affine<Acc> affine(a);
   const Slices& slices = affine.slices;
-  const Table<Acc> table(7, slices.count);
   const Scratch<double> grad_weights(slices.count), grad_biases(slices.count), grad_slopes(slices.count); // of each slice
-  affine.fill(table);
   const T *x = static_cast<const T*>(a.x), *grad_y = static_cast<const T*>(a.grad_y);
   T *grad_x = static_cast<T*>(a.grad_x), *grad_residual = static_cast<T*>(a.grad_residual);
   auto sums_of = [&](vec* sums, const Channel<T, 4>& channel, int64_t offset, int n, auto where) __attribute__((always_inline)) {
@@ -58,7 +53,8 @@ template <class T, bool Prelu> void backward(const NormActBackward& a) {
     if constexpr (Prelu) sums[2] += keep(act.below(pre), of_y * pre);
   };
   const double each = 1 / slices.unit_size();
-  auto finish = [&](int64_t unit, int64_t channel, auto group, const Sums& sums) __attribute__((always_inline)) {
+  auto finish = [&](const Table<Acc>& table, int64_t unit, int64_t channel, auto group, const Sums& sums)
+                    __attribute__((always_inline)) {
     const double r = inverse_deviation(a, unit), rest = mean_remainder<Acc>(a, unit);
     const int64_t first = unit * group;
     double h = 0, hx = 0; // means over the unit of weight·g and weight·g·x̂
@@ -82,8 +78,15 @@ template <class T, bool Prelu> void backward(const NormActBackward& a) {
     if (grad_x) store(grad_x + offset, a.batch_stats ? channel.p[4] * g + channel.p[5] * t + channel.p[6] : channel.p[4] * g, n);
     if (grad_residual) store(grad_residual + offset, g, n);
   };
-  const bool reduces = a.grad_weight || a.grad_bias || a.grad_prelu_weight || (a.batch_stats && a.grad_x);
-  sum_finish_apply<T, 4, Prelu ? 3 : 2, 7>(a, table, reduces, sums_of, finish, body);
+  if (!(a.grad_weight || a.grad_bias || a.grad_prelu_weight || a.batch_stats)) {
+    const Table<Acc> table(7, slices.count);
+    affine.fill(table);
+    for (int64_t c = 0; c < a.C; ++c) table.store(4, c, {affine.weight[c] * inverse_deviation(a, c), 0, 0});
+    return for_all<T, 7>(a, table, [&](const Channel<T, 7>& channel, int64_t offset, int n) __attribute__((always_inline)) {
+      body(nullptr, channel, offset, n, OnePixel{});
+    });
+  }
+  sum_finish_apply<T, 4, Prelu ? 3 : 2, 7>(a, affine, sums_of, finish, body);
   const auto add_samples = [&](const Scratch<double>& of_slices, void* grad) {
     add_rows<Acc>(of_slices.data, slices.samples, slices.C, slices.C, grad);
   };
@@ -98,9 +101,7 @@ template <class T> void double_backward(const NormActDoubleBackward& a) {
   const Activation<T> act(a);
   const Affine<Acc> affine(a);
   const Slices& slices = affine.slices;
-  const Table<Acc> table(11, slices.count);
   const Scratch<double> g_weights(slices.count); // of each slice
-  affine.fill(table);
   const T *x = static_cast<const T*>(a.x), *grad_y = static_cast<const T*>(a.grad_y);
   const T *ggx = static_cast<const T*>(a.ggx), *ggr = static_cast<const T*>(a.ggr);
   T *g_grad_y = static_cast<T*>(a.g_grad_y), *g_x = static_cast<T*>(a.g_x);
@@ -120,7 +121,8 @@ template <class T> void double_backward(const NormActDoubleBackward& a) {
   };
   const Elements<Acc> ggws(a.ggw, a.C, 0), ggbs(a.ggb, a.C, 0);
   const double each = a.batch_stats ? 1 / slices.unit_size() : 0; // given statistics do not move with x
-  auto finish = [&](int64_t unit, int64_t channel, auto group, const Sums& sums) __attribute__((always_inline)) {
+  auto finish = [&](const Table<Acc>& table, int64_t unit, int64_t channel, auto group, const Sums& sums)
+                    __attribute__((always_inline)) {
     const double r = inverse_deviation(a, unit), rest = mean_remainder<Acc>(a, unit);
     const int64_t first = unit * group;
     Means mean;
@@ -159,7 +161,7 @@ template <class T> void double_backward(const NormActDoubleBackward& a) {
     store(g_grad_y + offset, act.gradient(pre, toward, p[3]), n);
     store(g_x + offset, a.batch_stats ? p[7] * v + p[8] * g + p[9] * t + p[10] : p[8] * g, n);
   };
-  sum_finish_apply<T, 4, 5, 11, 1>(a, table, true, sums_of, finish, body, &a.g_prelu_weight);
+  sum_finish_apply<T, 4, 5, 11, 1>(a, affine, sums_of, finish, body, &a.g_prelu_weight);
   add_rows<Acc>(g_weights.data, slices.samples, slices.C, slices.C, a.g_weight);
 }
 

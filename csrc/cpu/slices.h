@@ -49,14 +49,15 @@ template <class T, int P> struct Channel {
   int64_t start; // of the slice in memory, where it lies in one piece
 };
 
-// Numbers of every slice, a row of each kind.
+// Numbers of the slices from `first` on, a row of each kind.
 template <class Acc> struct Table {
   int64_t stride; // of an odd number of cache lines: rows a power of two apart would take each other's places in the caches
+  int64_t first = 0;
   Scratch<Acc> numbers;
 
   Table(int64_t rows, int64_t slices)
       : stride((ceil_div(slices * sizeof(Acc), 64) | 1) * 64 / sizeof(Acc)), numbers(rows * stride) {}
-  Acc* at(int64_t row, int64_t slice = 0) const { return &numbers[row * stride + slice]; }
+  Acc* at(int64_t row, int64_t slice) const { return &numbers[row * stride + slice - first]; }
   template <int N> inline __attribute__((always_inline)) void store(int64_t row, int64_t slice, const double (&values)[N]) const {
     for (int i = 0; i < N; ++i) *at(row + i, slice) = static_cast<Acc>(values[i]);
   }
@@ -100,11 +101,10 @@ struct Planes : Slices {
   static constexpr int64_t block_elements = 8192;
   int64_t piece, pieces, together, blocks; // blocks: of a slice
 
-  // Without sums a block is of one image, so that `run_planes` can go through memory in its order.
-  explicit Planes(const NormAct& a, bool reduces = true) : Slices(a) {
+  explicit Planes(const NormAct& a) : Slices(a) {
     piece = smaller(S, block_elements);
     pieces = ceil_div(S, larger(piece, 1));
-    together = reduces ? larger(1, block_elements / larger(S, 1)) : 1;
+    together = larger(1, block_elements / larger(S, 1));
     blocks = ceil_div(images, together) * pieces;
   }
   // Where block b of a slice begins; a division takes as long as a small plane.
@@ -242,7 +242,7 @@ private:
 };
 
 struct Nothing {
-  template <class... A> void operator()(A...) const {}
+  template <class... A> void operator()(const A&...) const {}
 };
 
 // Slices whose sums are merged and whose coefficients are made together, in vectors: some of a sample, of whole units.
@@ -252,112 +252,113 @@ struct Packs {
   Packs(const Slices& slices, int64_t wanted) : size(larger(1, smaller(wanted, most) / slices.group) * slices.group) {
     of_sample = ceil_div(slices.C, size);
   }
+  int64_t first(int64_t i) const { return i * size; }
+  int64_t last(int64_t i, int64_t C) const { return smaller(first(i) + size, C); }
 };
 
-// The three phases of every order.
-//   planes: reduce(sample, first channel, last, b), finish(sample, first channel, count) of whole units, apply as reduce
-//   rows:   reduce(sample, b), finish as for planes, apply(sample, b)
-// `summed`: the planes themselves, or in their place whole units, which lie in one piece.
-template <class Reduce, class Finish, class Apply>
-void run_planes(const Planes& summed, const Planes& planes, bool reduces, Reduce reduce, Finish finish, Apply apply) {
-  const int64_t C = planes.C, joined = C / larger(summed.C, 1), blocks = planes.blocks;
+// The phases of every order, on Tables(blocks, slices, joined) of the slices from tables.begin(slice) on:
+//   planes: prepare(tables, sample, first channel, last) and finish likewise, of whole units,
+//           reduce(tables, sample, first channel, last, b) and apply likewise
+//   rows:   prepare and finish as for planes, reduce(tables, sample, b) and apply likewise
+// `summed` are the planes themselves, or in their place units, which lie in one piece: each is `joined` planes.
+template <class Tables, class Prepare, class Reduce, class Finish, class Apply>
+void run_planes(const Planes& summed, const Planes& planes, Prepare prepare, Reduce reduce, Finish finish, Apply apply) {
+  const int64_t C = planes.C, joined = C / larger(summed.C, 1);
   // What fits in the L1 is read from further away once; a unit that fits in the L2, from memory.
   constexpr int64_t near = 4096;
   const int64_t shared = planes.count / (4 * omp_get_max_threads()), fits = near / larger(planes.images * planes.S, 1);
-  const Packs packs(planes, reduces ? smaller(shared, fits) : Packs::most);
-  auto finish_pack = [&](int64_t sample, int64_t i) { finish(sample, i * packs.size, smaller(packs.size, C - i * packs.size)); };
-  if (!reduces) {
-    // Of one slice after the other, small planes lie on a page each.
+  const Packs packs(planes, smaller(shared, fits));
+  if (planes.many(planes.units)) {
 #pragma omp parallel if (planes.threads())
     {
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < planes.samples * packs.of_sample; ++i) finish_pack(i / packs.of_sample, i % packs.of_sample);
-      const Share own(planes.count * blocks);
-      int64_t sample = own.first % larger(planes.count, 1) / larger(C, 1), c = own.first % larger(C, 1);
-      int64_t b = own.first / larger(planes.count, 1);
-      for (int64_t i = own.first; i < own.last; ++i) {
-        apply(sample, c, c + 1, b);
-        if (++c == C) c = 0, ++sample;
-        if (sample == planes.samples) sample = 0, ++b;
-      }
+      Tables tables(summed.blocks, packs.size, joined);
+#pragma omp for collapse(2) schedule(static)
+      for (int64_t sample = 0; sample < planes.samples; ++sample)
+        for (int64_t i = 0; i < packs.of_sample; ++i) {
+          const int64_t first = packs.first(i), last = packs.last(i, C);
+          tables.begin(sample * C + first);
+          prepare(tables, sample, first, last);
+          for (int64_t b = 0; b < summed.blocks; ++b) reduce(tables, sample, first / joined, last / joined, b);
+          finish(tables, sample, first, last);
+          for (int64_t b = 0; b < planes.blocks; ++b) apply(tables, sample, first, last, b);
+        }
     }
     return;
   }
-  if (planes.many(planes.units)) {
-#pragma omp parallel for schedule(static) if (planes.threads())
-    for (int64_t i = 0; i < planes.samples * packs.of_sample; ++i) {
-      const int64_t sample = i / packs.of_sample, first = i % packs.of_sample * packs.size;
-      const int64_t last = smaller(first + packs.size, C);
-      for (int64_t b = 0; b < summed.blocks; ++b) reduce(sample, first / joined, last / joined, b);
-      finish(sample, first, last - first);
-      for (int64_t b = 0; b < blocks; ++b) apply(sample, first, last, b);
-    }
-    return;
-  }
+  const Tables tables(summed.blocks, planes.count, joined);
 #pragma omp parallel if (planes.threads())
   {
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t sample = 0; sample < planes.samples; ++sample)
+      for (int64_t i = 0; i < packs.of_sample; ++i) prepare(tables, sample, packs.first(i), packs.last(i, C));
 #pragma omp for collapse(3) schedule(static)
     for (int64_t sample = 0; sample < planes.samples; ++sample)
       for (int64_t c = 0; c < summed.C; ++c)
-        for (int64_t b = 0; b < summed.blocks; ++b) reduce(sample, c, c + 1, b);
+        for (int64_t b = 0; b < summed.blocks; ++b) reduce(tables, sample, c, c + 1, b);
 #pragma omp for collapse(2) schedule(static)
     for (int64_t sample = 0; sample < planes.samples; ++sample)
-      for (int64_t i = 0; i < packs.of_sample; ++i) finish_pack(sample, i);
+      for (int64_t i = 0; i < packs.of_sample; ++i) finish(tables, sample, packs.first(i), packs.last(i, C));
 #pragma omp for collapse(3) schedule(static)
     for (int64_t sample = 0; sample < planes.samples; ++sample)
       for (int64_t c = 0; c < C; ++c)
-        for (int64_t b = 0; b < blocks; ++b) apply(sample, c, c + 1, b);
+        for (int64_t b = 0; b < planes.blocks; ++b) apply(tables, sample, c, c + 1, b);
   }
 }
 
 // The second pass runs backwards: it begins with what the first has read last, which is still in the thread's L2.
-template <class Reduce, class Finish, class Apply>
-void run_rows(const Rows& rows, bool reduces, Reduce reduce, Finish finish, Apply apply) {
-  const int64_t blocks = rows.blocks;
+template <class Tables, class Prepare, class Reduce, class Finish, class Apply>
+void run_rows(const Rows& rows, Prepare prepare, Reduce reduce, Finish finish, Apply apply) {
+  const int64_t C = rows.C, blocks = rows.blocks;
   const Packs packs(rows, Packs::most);
-  auto finish_pack = [&](int64_t sample, int64_t i) {
-    finish(sample, i * packs.size, smaller(packs.size, rows.C - i * packs.size));
-  };
   if (rows.many(rows.samples)) {
-#pragma omp parallel for schedule(static) if (rows.threads())
-    for (int64_t sample = 0; sample < rows.samples; ++sample) {
-      if (reduces)
-        for (int64_t b = 0; b < blocks; ++b) reduce(sample, b);
-      for (int64_t i = 0; i < packs.of_sample; ++i) finish_pack(sample, i);
-      for (int64_t b = blocks; b-- > 0;) apply(sample, b);
+#pragma omp parallel if (rows.threads())
+    {
+      Tables tables(blocks, C, 1);
+#pragma omp for schedule(static)
+      for (int64_t sample = 0; sample < rows.samples; ++sample) {
+        tables.begin(sample * C);
+        for (int64_t i = 0; i < packs.of_sample; ++i) prepare(tables, sample, packs.first(i), packs.last(i, C));
+        for (int64_t b = 0; b < blocks; ++b) reduce(tables, sample, b);
+        for (int64_t i = 0; i < packs.of_sample; ++i) finish(tables, sample, packs.first(i), packs.last(i, C));
+        for (int64_t b = blocks; b-- > 0;) apply(tables, sample, b);
+      }
     }
     return;
   }
+  const Tables tables(blocks, rows.count, 1);
 #pragma omp parallel if (rows.threads())
   {
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t sample = 0; sample < rows.samples; ++sample)
+      for (int64_t i = 0; i < packs.of_sample; ++i) prepare(tables, sample, packs.first(i), packs.last(i, C));
     const Share own(rows.samples * blocks);
-    if (reduces)
-      for (int64_t i = own.first; i < own.last; ++i) reduce(i / blocks, i % blocks);
+    for (int64_t i = own.first; i < own.last; ++i) reduce(tables, i / blocks, i % blocks);
 #pragma omp barrier
 #pragma omp for collapse(2) schedule(static)
     for (int64_t sample = 0; sample < rows.samples; ++sample)
-      for (int64_t i = 0; i < packs.of_sample; ++i) finish_pack(sample, i);
-    for (int64_t i = own.last; i-- > own.first;) apply(i / blocks, i % blocks);
+      for (int64_t i = 0; i < packs.of_sample; ++i) finish(tables, sample, packs.first(i), packs.last(i, C));
+    for (int64_t i = own.last; i-- > own.first;) apply(tables, i / blocks, i % blocks);
   }
 }
 
 struct One {
   constexpr operator int64_t() const { return 1; }
 };
-// f(unit, channel, group, i) for the units of `count` slices of a sample: the unit's number, its first slice's channel, its
-// number of slices, which the compiler knows where it is one, so that it vectorises f, and of its first slice of `count`.
-template <class F> FASTGAN_INLINE void for_units(const Slices& slices, int64_t sample, int64_t first, int64_t count, F f) {
-  const int64_t slice = sample * slices.C + first;
+// f(unit, channel, group, i) for the units of channels [first, last) of a sample: the unit's number, its first slice's
+// channel, its number of slices, which the compiler knows where it is one, so that it vectorises f, and how many slices of
+// the range come before.
+template <class F> FASTGAN_INLINE void for_units(const Slices& slices, int64_t sample, int64_t first, int64_t last, F f) {
+  const int64_t of_sample = sample * slices.C;
   if (slices.group == 1) {
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) f(slice + i, first + i, One{}, i);
+    for (int64_t c = first; c < last; ++c) f(of_sample + c, c, One{}, c - first);
   } else {
-    for (int64_t i = 0; i < count; i += slices.group) f((slice + i) / slices.group, first + i, slices.group, i);
+    for (int64_t c = first; c < last; c += slices.group) f((of_sample + c) / slices.group, c, slices.group, c - first);
   }
 }
 
-// body(channel, offset, n) for every vector of a batch whose channels' numbers, P rows of them, are known. Planes are gone
-// through as they lie: one slice after the other, small ones would be on a page each. The body may stream.
+// body(channel, offset, n) for every vector, where the slices' numbers, P rows of them, are known. Planes are gone through as
+// they lie: one channel after the other, small ones would be on a page each. The body may stream.
 template <class T, int P, class Body> void for_all(const NormAct& a, const Table<acc_t<T>>& table, Body body) {
   using Acc = acc_t<T>;
   constexpr int W = lanes<Acc>;
@@ -367,19 +368,22 @@ template <class T, int P, class Body> void for_all(const NormAct& a, const Table
                             __attribute__((always_inline)) { body(channel, offset, n); };
 #pragma omp parallel if (rows.threads())
     {
-#pragma omp for schedule(static)
-      for (int64_t b = 0; b < rows.blocks; ++b) rows.walk<T, P, 0>(table.at(0), table.stride, 0, b, of_row, Nothing{});
+#pragma omp for collapse(2) schedule(static)
+      for (int64_t sample = 0; sample < rows.samples; ++sample)
+        for (int64_t b = 0; b < rows.blocks; ++b)
+          rows.walk<T, P, 0>(table.at(0, sample * a.C), table.stride, sample, b, of_row, Nothing{});
       finish_streams();
     }
     return;
   }
-#pragma omp parallel if (a.N * a.C * a.S > parallel_threshold)
+  const Slices slices(a);
+#pragma omp parallel if (slices.threads())
   {
     Channel<T, P> channel;
     const Share elements(a.N * a.C * a.S);
-    int64_t at = elements.first, plane = at / larger(a.S, 1), c = plane % a.C;
-    for (; at < elements.last; ++plane, c = c + 1 == a.C ? 0 : c + 1) {
-      for (int i = 0; i < P; ++i) channel.p[i] = broadcast<Acc>(*table.at(i, c));
+    int64_t at = elements.first, plane = at / larger(a.S, 1), slice = plane % larger(slices.count, 1);
+    for (; at < elements.last; ++plane, slice = slice + 1 == slices.count ? 0 : slice + 1) {
+      for (int i = 0; i < P; ++i) channel.p[i] = broadcast<Acc>(*table.at(i, slice));
       const int64_t end = smaller((plane + 1) * a.S, elements.last);
       for (; at + W <= end; at += W) body(channel, at, W);
       if (at < end) body(channel, at, static_cast<int>(end - at));
@@ -395,6 +399,12 @@ struct Sums {
   int64_t stride;
   double operator()(int64_t i, int k) const { return at[k * stride + i]; }
 };
+template <class T, int P, int K> struct SumTables {
+  Table<acc_t<T>> coefficients;
+  Table<double> sums; // K rows of block 0, of block 1, …
+  SumTables(int64_t blocks, int64_t slices, int64_t) : coefficients(P, slices), sums(blocks * K, slices) {}
+  void begin(int64_t slice) { coefficients.first = sums.first = slice; }
+};
 
 // Adds up `rows` rows of C numbers, which are `stride` apart, into the first of them and to what is at grad.
 template <class Acc> void add_rows(double* numbers, int64_t rows, int64_t stride, int64_t C, void* grad) {
@@ -404,74 +414,80 @@ template <class Acc> void add_rows(double* numbers, int64_t rows, int64_t stride
   for (int64_t c = 0; c < C; ++c) static_cast<Acc*>(grad)[c] = rows ? static_cast<Acc>(numbers[c]) : 0;
 }
 
-// Sums of K products per slice by `reduce_body`, then `finish(unit, channel, group, sums)`, with the arguments of
-// `for_units`, then `apply_body` with the coefficients that finish left in `table`: P rows of all slices, of which the
-// reduction reads the first R. What apply_body adds to A sums goes, for each channel over all samples, to the arrays `totals`,
-// any of which may be null.
-template <class T, int R, int K, int P, int A = 0, class ReduceBody, class Finish, class ApplyBody>
-void sum_finish_apply(const NormAct& a, const Table<acc_t<T>>& table, bool reduces, ReduceBody reduce_body, Finish finish,
-                      ApplyBody apply_body, void* const* totals = nullptr) {
+// In a table of P rows `prepare(table, unit, channel, group)`, with the arguments of `for_units`, fills the first R; with them
+// `reduce_body` adds up K products per slice, from which `finish(table, unit, channel, group, sums)` makes the other rows, and
+// with all of them goes `apply_body`. What that adds to A sums goes, for each channel over all samples, to the arrays
+// `totals`, any of which may be null.
+template <class T, int R, int K, int P, int A = 0, class Prepare, class ReduceBody, class Finish, class ApplyBody>
+void sum_finish_apply(const NormAct& a, const Prepare& prepare, ReduceBody reduce_body, Finish finish, ApplyBody apply_body,
+                      void* const* totals = nullptr) {
   using Acc = acc_t<T>;
+  using Tables = SumTables<T, P, K>;
   const int64_t C = a.C;
   const Slices slices(a);
-  const Scratch<double> zeros(reduces ? 0 : K * C); // the sums where nobody has added anything
-  for (int64_t i = 0; !reduces && i < K * C; ++i) zeros[i] = 0;
-  // Merges the other blocks' sums into the first's, whose rows begin for slice `first` at `sums`.
-  auto finish_slices = [&](int64_t sample, int64_t first, int64_t count, double* sums, int64_t blocks, int64_t stride) {
-    for (int64_t row = K; reduces && row < blocks * K; ++row)
-      for (int64_t i = 0; i < count; ++i) sums[row % K * stride + i] += sums[row * stride + i];
-    const Sums of_first = reduces ? Sums{sums, stride} : Sums{&zeros[first], C};
-    for_units(slices, sample, first, count,
-              [&](int64_t unit, int64_t channel, auto group, int64_t i) __attribute__((always_inline)) {
-                finish(unit, channel, group, Sums{of_first.at + i, of_first.stride});
-              });
+  auto prepare_slices = [&](const Tables& tables, int64_t sample, int64_t first, int64_t last) {
+    for_units(slices, sample, first, last, [&](int64_t unit, int64_t channel, auto group, int64_t) __attribute__((always_inline)) {
+      prepare(tables.coefficients, unit, channel, group);
+    });
+  };
+  auto finish_slices = [&](const Tables& tables, int64_t blocks, int64_t sample, int64_t first, int64_t last) {
+    const Sums of_first{tables.sums.at(0, sample * C + first), tables.sums.stride};
+    for (int64_t row = K; row < blocks * K; ++row) {
+      double *to = tables.sums.at(row % K, sample * C + first), *from = tables.sums.at(row, sample * C + first);
+      for (int64_t i = 0; i < last - first; ++i) to[i] += from[i];
+    }
+    for_units(slices, sample, first, last, [&](int64_t unit, int64_t channel, auto group, int64_t i) __attribute__((always_inline)) {
+      finish(tables.coefficients, unit, channel, group, Sums{of_first.at + i, of_first.stride});
+    });
   };
   if (a.rows) {
     const Rows rows(a);
     const int64_t blocks = rows.blocks;
-    const Table<double> partial(reduces ? rows.samples * blocks * K : 0, C); // K rows of block 0 of sample 0, of its block 1, …
     const Table<double> applied(rows.samples * blocks * A, C);
-    run_rows(
-        rows, reduces,
-        [&](int64_t sample, int64_t b) {
-          const int64_t block = sample * blocks + b;
+    run_rows<Tables>(
+        rows, prepare_slices,
+        [&](const Tables& tables, int64_t sample, int64_t b) {
+          const auto& [table, sums] = tables;
           rows.walk<T, R, K>(table.at(0, sample * C), table.stride, sample, b, reduce_body,
                              [&](int k, int64_t c, const Doubles<Acc>& of_lane, int n) {
-                               __builtin_memcpy(partial.at(block * K + k, c), &of_lane, n * sizeof(double));
+                               __builtin_memcpy(sums.at(b * K + k, sample * C + c), &of_lane, n * sizeof(double));
                              });
         },
-        [&](int64_t sample, int64_t first, int64_t count) {
-          finish_slices(sample, first, count, partial.at(sample * blocks * K, first), blocks, partial.stride);
+        [&](const Tables& tables, int64_t sample, int64_t first, int64_t last) {
+          finish_slices(tables, blocks, sample, first, last);
         },
-        [&](int64_t sample, int64_t b) {
-          const int64_t block = sample * blocks + b;
+        [&](const Tables& tables, int64_t sample, int64_t b) {
+          const Table<Acc>& table = tables.coefficients;
           rows.walk<T, P, A>(table.at(0, sample * C), table.stride, sample, b, apply_body,
                              [&](int k, int64_t c, const Doubles<Acc>& of_lane, int n) {
-                               __builtin_memcpy(applied.at(block * A + k, c), &of_lane, n * sizeof(double));
+                               __builtin_memcpy(applied.at((sample * blocks + b) * A + k, c), &of_lane, n * sizeof(double));
                              });
         });
-    for (int k = 0; k < A; ++k) add_rows<Acc>(applied.at(k), rows.samples * blocks, A * applied.stride, C, totals[k]);
+    for (int k = 0; k < A; ++k)
+      add_rows<Acc>(applied.at(k, 0), rows.samples * blocks, A * applied.stride, C, totals[k]);
   } else {
-    const Planes planes(a, reduces);
+    const Planes planes(a);
     const int64_t blocks = planes.blocks;
-    const Table<double> partial(reduces ? blocks * K : 0, planes.count); // K rows of block 0, of block 1, …
     const Table<double> applied(planes.samples * blocks * A, C);
-    run_planes(
-        planes, planes, reduces,
-        [&](int64_t sample, int64_t first, int64_t last, int64_t b) {
+    run_planes<Tables>(
+        planes, planes, prepare_slices,
+        [&](const Tables& tables, int64_t sample, int64_t first, int64_t last, int64_t b) {
+          const auto& [table, sums] = tables;
           planes.walk<T, R, K>(
               table.at(0, sample * C + first), table.stride, sample, first, last, b, reduce_body,
-              [&](int k, int64_t c, double total) { *partial.at(b * K + k, sample * C + c) = total; });
+              [&](int k, int64_t c, double total) { *sums.at(b * K + k, sample * C + c) = total; });
         },
-        [&](int64_t sample, int64_t first, int64_t n) {
-          finish_slices(sample, first, n, partial.at(0, sample * C + first), blocks, partial.stride);
+        [&](const Tables& tables, int64_t sample, int64_t first, int64_t last) {
+          finish_slices(tables, blocks, sample, first, last);
         },
-        [&](int64_t sample, int64_t first, int64_t last, int64_t b) {
+        [&](const Tables& tables, int64_t sample, int64_t first, int64_t last, int64_t b) {
+          const Table<Acc>& table = tables.coefficients;
           planes.walk<T, P, A>(
               table.at(0, sample * C + first), table.stride, sample, first, last, b, apply_body,
               [&](int k, int64_t c, double total) { *applied.at((sample * blocks + b) * A + k, c) = total; });
         });
-    for (int k = 0; k < A; ++k) add_rows<Acc>(applied.at(k), planes.samples * blocks, A * applied.stride, C, totals[k]);
+    for (int k = 0; k < A; ++k)
+      add_rows<Acc>(applied.at(k, 0), planes.samples * blocks, A * applied.stride, C, totals[k]);
   }
 }
 
@@ -492,15 +508,29 @@ template <class T> struct Stored {
   }
 };
 
-// Mean and biased variance of the values of every unit into a.mean, a.var, then finish(unit, channel, group) as in
-// `for_units`, and apply_body. Each block has a shift near its mean, taken from its first elements, and sums about it, merged
-// in the manner of Chan, Golub and LeVeque (1983): exact for data far from zero. Where these elements were not like the rest,
-// a second pass takes the mean itself.
+template <class T, int P, int R> struct MomentTables {
+  int64_t joined;
+  Table<acc_t<T>> coefficients, shift; // of shift R rows of block 0, of block 1, …
+  Table<double> about, of_slices;
+  MomentTables(int64_t blocks, int64_t slices, int64_t joined)
+      : joined(joined), coefficients(P, slices), shift(blocks * R, slices / joined), about(blocks * 2, slices / joined),
+        of_slices(2, slices) {}
+  void begin(int64_t slice) {
+    coefficients.first = of_slices.first = slice;
+    shift.first = about.first = slice / joined;
+  }
+};
+
+// Mean and biased variance of the values of every unit into a.mean, a.var; then finish(table, unit, channel, group), with the
+// arguments of `for_units`, makes P rows of coefficients, and with them goes apply_body. Each block has a shift near its mean,
+// taken from its first elements, and sums about it, merged in the manner of Chan, Golub and LeVeque (1983): exact for data far
+// from zero. Where these elements were not like the rest, a second pass takes the mean itself.
 template <class T, int P, class Values, class Finish, class ApplyBody>
-void moments_finish_apply(const NormAct& a, const Table<acc_t<T>>& table, Values values, Finish finish, ApplyBody apply_body) {
+void moments_finish_apply(const NormAct& a, const Values& values, const Finish& finish, ApplyBody apply_body) {
   using Acc = acc_t<T>;
   using vec = vec_t<T>;
   constexpr int R = 1 + Values::P; // what a block's first pass reads: the shift, and what the values are computed with
+  using Tables = MomentTables<T, P, R>;
   const int64_t C = a.C;
   auto add_about = [&](vec* sums, const Channel<T, R>& channel, int64_t offset, int n, auto where) __attribute__((always_inline)) {
     vec t = values(channel.p + 1, offset, n, where) - channel.p[0];
@@ -509,54 +539,54 @@ void moments_finish_apply(const NormAct& a, const Table<acc_t<T>>& table, Values
     sums[1] += t * t;
   };
   const Slices slices(a);
-  // The moments of `count` slices from those of their blocks: for block b the shift at shift[b * step], at
-  // about[2 * b * stride] the sum of the distances to it, and a stride further that of their squares.
-  auto merge = [](const auto& layout, const Acc* shift, int64_t step, const double* about, int64_t stride, double* mean,
-                  double* var, int64_t count) {
+  // The moments of `count` slices of a layout from those of its blocks.
+  auto merge = [](const auto& layout, const Tables& tables, int64_t slice, double* mean, double* var, int64_t count) {
     const double M = static_cast<double>(layout.images) * layout.S, each = 1 / M;
     for (int64_t i = 0; i < count; ++i) mean[i] = var[i] = 0;
     for (int64_t b = 0; b < layout.blocks; ++b) {
-      const double share = layout.size(b) / M; // divided, so that a mean that is an element of x comes out as that
+      const Acc* shift = tables.shift.at(b * R, slice);
+      const double *distances = tables.about.at(2 * b, slice), share = layout.size(b) / M;
+      // Divided, so that a mean that is an element of x comes out as that.
 #pragma omp simd
-      for (int64_t i = 0; i < count; ++i) mean[i] += share * shift[b * step + i] + about[2 * b * stride + i] / M;
+      for (int64_t i = 0; i < count; ++i) mean[i] += share * shift[i] + distances[i] / M;
     }
     for (int64_t b = 0; b < layout.blocks; ++b) {
-      const double *distances = about + 2 * b * stride, *squares = distances + stride, share = layout.size(b) * each;
+      const Acc* shift = tables.shift.at(b * R, slice);
+      const double *distances = tables.about.at(2 * b, slice), *squares = tables.about.at(2 * b + 1, slice);
+      const double share = layout.size(b) * each;
 #pragma omp simd
       for (int64_t i = 0; i < count; ++i) {
-        const double away = shift[b * step + i] - mean[i];
+        const double away = shift[i] - mean[i];
         var[i] += squares[i] * each + away * (2 * distances[i] * each + share * away);
       }
     }
     for (int64_t i = 0; i < count; ++i) var[i] = var[i] < 0 ? 0 : var[i];
   };
-  auto finish_slices = [&](int64_t sample, int64_t first, int64_t count) {
-    for_units(slices, sample, first, count,
-              [&](int64_t unit, int64_t channel, auto group, int64_t) __attribute__((always_inline)) { finish(unit, channel, group); });
+  auto finish_slices = [&](const Tables& tables, int64_t sample, int64_t first, int64_t last) {
+    for_units(slices, sample, first, last, [&](int64_t unit, int64_t channel, auto group, int64_t) __attribute__((always_inline)) {
+      finish(tables.coefficients, unit, channel, group);
+    });
   };
   if (a.rows) {
     const Rows rows(a);
-    const int64_t blocks = rows.blocks;
-    const Table<Acc> shift(rows.samples * blocks * R, C); // R rows of block 0 of sample 0, of its block 1, …
-    const Table<double> about(rows.samples * blocks * 2, C);
-    const Scratch<double> means(rows.count), variances(rows.count); // of the slices
-    run_rows(
-        rows, true,
-        [&](int64_t sample, int64_t b) {
-          const int64_t block = sample * blocks + b, size = rows.size(b);
-          double *distances = about.at(2 * block), *squares = about.at(2 * block + 1);
-          Acc* of_block = shift.at(block * R);
+    run_rows<Tables>(
+        rows, Nothing(),
+        [&](const Tables& tables, int64_t sample, int64_t b) {
+          const Table<Acc>& shift = tables.shift;
+          const int64_t slice = sample * C, size = rows.size(b);
+          double *distances = tables.about.at(2 * b, slice), *squares = tables.about.at(2 * b + 1, slice);
+          Acc* of_block = shift.at(b * R, slice);
           auto sum_about_shift = [&] {
             rows.walk<T, R, 2>(of_block, shift.stride, sample, b, add_about,
                                [&](int k, int64_t c, const Doubles<Acc>& totals, int n) {
-                                 __builtin_memcpy(about.at(2 * block + k, c), &totals, n * sizeof(double));
+                                 __builtin_memcpy(tables.about.at(2 * b + k, slice + c), &totals, n * sizeof(double));
                                });
           };
-          for (int64_t c = 0; c < C; ++c) values.fill(shift, block * R + 1, c, c);
+          for (int64_t c = 0; c < C; ++c) values.fill(shift, b * R + 1, slice + c, c);
           rows.first_mean<T>(
               [&](int64_t c, int64_t offset, int n, auto where) __attribute__((always_inline)) {
                 vec p[R];
-                for (int i = 0; i < Values::P; ++i) p[i] = load(shift.at(block * R + 1 + i, c), n);
+                for (int i = 0; i < Values::P; ++i) p[i] = load(shift.at(b * R + 1 + i, slice + c), n);
                 return values(p, offset, n, where);
               },
               sample, b, of_block);
@@ -567,23 +597,26 @@ void moments_finish_apply(const NormAct& a, const Table<acc_t<T>>& table, Values
           for (int64_t c = 0; c < C; ++c) of_block[c] = static_cast<Acc>(of_block[c] + distances[c] / size);
           sum_about_shift();
         },
-        [&](int64_t sample, int64_t first, int64_t count) {
-          double *mean = &means[sample * C + first], *var = &variances[sample * C + first];
-          merge(rows, shift.at(sample * blocks * R, first), R * shift.stride, about.at(2 * sample * blocks, first),
-                about.stride, mean, var, count);
-          for_units(rows, sample, first, count,
-                    [&](int64_t unit, int64_t, auto group, int64_t i) __attribute__((always_inline)) {
-                      double from_first = 0, of_unit = 0;
-                      for (int64_t j = 1; j < group; ++j) from_first += mean[i + j] - mean[i];
-                      const double middle = mean[i] + from_first / group;
-                      for (int64_t j = 0; j < group; ++j)
-                        of_unit += var[i + j] + (mean[i + j] - middle) * (mean[i + j] - middle);
-                      a.mean[unit] = middle;
-                      a.var[unit] = of_unit / group;
-                    });
-          finish_slices(sample, first, count);
+        [&](const Tables& tables, int64_t sample, int64_t first, int64_t last) {
+          const int64_t slice = sample * C + first;
+          if (rows.group == 1) {
+            merge(rows, tables, slice, a.mean + slice, a.var + slice, last - first);
+          } else {
+            double *mean = tables.of_slices.at(0, slice), *var = tables.of_slices.at(1, slice);
+            merge(rows, tables, slice, mean, var, last - first);
+            for_units(rows, sample, first, last, [&](int64_t unit, int64_t, int64_t group, int64_t i) {
+              double from_first = 0, of_unit = 0;
+              for (int64_t j = i + 1; j < i + group; ++j) from_first += mean[j] - mean[i];
+              const double middle = mean[i] + from_first / group;
+              for (int64_t j = i; j < i + group; ++j) of_unit += var[j] + (mean[j] - middle) * (mean[j] - middle);
+              a.mean[unit] = middle;
+              a.var[unit] = of_unit / group;
+            });
+          }
+          finish_slices(tables, sample, first, last);
         },
-        [&](int64_t sample, int64_t b) {
+        [&](const Tables& tables, int64_t sample, int64_t b) {
+          const Table<Acc>& table = tables.coefficients;
           rows.walk<T, P, 0>(table.at(0, sample * C), table.stride, sample, b, apply_body, Nothing());
         });
   } else {
@@ -591,17 +624,15 @@ void moments_finish_apply(const NormAct& a, const Table<acc_t<T>>& table, Values
     NormAct in_one_piece = a;
     if (Values::P == 0 && slices.group > 1) in_one_piece.C = a.groups, in_one_piece.S = a.S * slices.group;
     const Planes planes(a), units(in_one_piece);
-    const int64_t blocks = units.blocks;
-    const Table<Acc> shift(blocks * R, units.count); // R rows of block 0, of block 1, …
-    const Table<double> about(blocks * 2, units.count);
-    run_planes(
-        units, planes, true,
-        [&](int64_t sample, int64_t first, int64_t last, int64_t b) {
+    run_planes<Tables>(
+        units, planes, Nothing(),
+        [&](const Tables& tables, int64_t sample, int64_t first, int64_t last, int64_t b) {
+          const Table<Acc>& shift = tables.shift;
           const int64_t size = units.size(b), of_sample = sample * units.C;
           auto sum_about_shift = [&](int64_t first, int64_t last) {
             units.walk<T, R, 2>(
                 shift.at(b * R, of_sample + first), shift.stride, sample, first, last, b, add_about,
-                [&](int k, int64_t c, double total) { *about.at(2 * b + k, of_sample + c) = total; });
+                [&](int k, int64_t c, double total) { *tables.about.at(2 * b + k, of_sample + c) = total; });
           };
           for (int64_t c = first; c < last; ++c) {
             values.fill(shift, b * R + 1, of_sample + c, c);
@@ -616,20 +647,20 @@ void moments_finish_apply(const NormAct& a, const Table<acc_t<T>>& table, Values
           }
           sum_about_shift(first, last);
           for (int64_t c = first; c < last; ++c) {
-            const double distances = *about.at(2 * b, of_sample + c), squares = *about.at(2 * b + 1, of_sample + c);
-            if (tells_variance(size, distances, squares)) continue;
+            const double distances = *tables.about.at(2 * b, of_sample + c);
+            if (tells_variance(size, distances, *tables.about.at(2 * b + 1, of_sample + c))) continue;
             Acc* of_block = shift.at(b * R, of_sample + c);
             *of_block = static_cast<Acc>(*of_block + distances / size);
             sum_about_shift(c, c + 1);
           }
         },
-        [&](int64_t sample, int64_t first, int64_t n) {
-          const int64_t joined = C / units.C, unit = sample * units.C + first / joined;
-          merge(units, shift.at(0, unit), R * shift.stride, about.at(0, unit), about.stride,
-                a.mean + unit, a.var + unit, n / joined);
-          finish_slices(sample, first, n);
+        [&](const Tables& tables, int64_t sample, int64_t first, int64_t last) {
+          const int64_t unit = sample * units.C + first / tables.joined, count = (last - first) / tables.joined;
+          merge(units, tables, unit, a.mean + unit, a.var + unit, count);
+          finish_slices(tables, sample, first, last);
         },
-        [&](int64_t sample, int64_t first, int64_t last, int64_t b) {
+        [&](const Tables& tables, int64_t sample, int64_t first, int64_t last, int64_t b) {
+          const Table<Acc>& table = tables.coefficients;
           planes.walk<T, P, 0>(table.at(0, sample * C + first), table.stride, sample, first, last, b, apply_body, Nothing());
         });
   }
@@ -664,7 +695,8 @@ template <class Acc> struct Affine {
   explicit Affine(const NormAct& a)
       : a(a), slices(a), weight(a.weight, a.C, 1), bias(a.bias, a.C, 0), slope(a.prelu_weight, a.C, fixed_slope(a)) {}
   template <class Group>
-  inline __attribute__((always_inline)) void fill(const Table<Acc>& table, int64_t unit, int64_t channel, Group group) const {
+  inline __attribute__((always_inline)) void operator()(const Table<Acc>& table, int64_t unit, int64_t channel,
+                                                        Group group) const {
     const double mean = a.mean[unit], r = inverse_deviation(a, unit), rest = mean_remainder<Acc>(a, unit);
     for (int64_t i = 0; i < group; ++i) {
       const double scale = weight[channel + i] * r;
@@ -672,10 +704,9 @@ template <class Acc> struct Affine {
     }
   }
   void fill(const Table<Acc>& table) const {
-#pragma omp parallel for schedule(static) if (slices.count > 4096)
     for (int64_t sample = 0; sample < slices.samples; ++sample)
       for_units(slices, sample, 0, slices.C, [&](int64_t unit, int64_t channel, auto group, int64_t) __attribute__((always_inline)) {
-        fill(table, unit, channel, group);
+        (*this)(table, unit, channel, group);
       });
   }
 };
