@@ -46,7 +46,7 @@ void apply_and_sum_samples(const NormAct& a, const Table<acc_t<T>>& table, Body 
   constexpr int W = lanes<Acc>;
   const int64_t N = a.N, S = a.S, across = ceil_div(S, width), down = ceil_div(N, height);
   const bool threads = N * S > parallel_threshold;
-  const Scratch<double> partial(down * K * S);
+  const Scratch<double> partial(down == 1 ? 0 : down * K * S);
 #pragma omp parallel if (threads)
   {
 #pragma omp for schedule(static)
@@ -64,11 +64,13 @@ void apply_and_sum_samples(const NormAct& a, const Table<acc_t<T>>& table, Body 
           for (int k = 0; k < K; ++k) store(&sums[k][i - first], here[k]);
         }
       }
-      for (int k = 0; k < K; ++k)
-        for (int64_t i = first; i < last; ++i) partial[(row * K + k) * S + i] = sums[k][i - first];
+      for (int k = 0; k < K; ++k) {
+        if (down == 1 && totals[k]) __builtin_memcpy(static_cast<Acc*>(totals[k]) + first, sums[k], (last - first) * sizeof(Acc));
+        for (int64_t i = first; down > 1 && i < last; ++i) partial[(row * K + k) * S + i] = sums[k][i - first];
+      }
     }
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < across * K; ++i) {
+    for (int64_t i = 0; i < (down == 1 ? 0 : across * K); ++i) {
       const int64_t k = i / across, first = i % across * width, last = smaller(first + width, S);
       if (!totals[k]) continue;
       for (int64_t row = 1; row < down; ++row)
@@ -128,6 +130,10 @@ template <class T> void layer_backward(const NormActBackward& a) {
   };
   auto body = [&](vec* sums, const Channel<T, 5>& channel, int64_t offset, int n) __attribute__((always_inline)) {
     const auto& p = channel.p;
+    // Of the next sample: its part of these elements is on other pages.
+    __builtin_prefetch(static_cast<const T*>(a.x) + offset + a.S, 0, 2);
+    __builtin_prefetch(grad_y + offset + a.S, 0, 2);
+    if (grad_x) __builtin_prefetch(grad_x + offset + a.S, 1, 2);
     const auto at = normalised<T, 5>(a, channel, offset, n);
     const vec g = act.gradient(at.pre, load(grad_y + offset, n));
     sums[0] += g * at.xh;
