@@ -178,9 +178,8 @@ class NormCall:
     def _returned(self, grad: Tensor) -> Tensor:
         weight, bias = self.given
         if self.per_element:
-            grad = (
-                grad[0].contiguous().view(next((p.shape for p in (weight, bias) if p is not None), self.x.shape[1:2]))
-            )
+            shape = next((p.shape for p in (weight, bias) if p is not None), self.x.shape[1:2])
+            grad = dense(grad, channels_last=False).view(shape)
         return grad if weight is None else grad.to(weight.dtype)
 
 
