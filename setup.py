@@ -77,9 +77,12 @@ class BuildKernels(build_ext):
     def build_extensions(self) -> None:
         if self.compiler.compiler_type == "unix":
             for extension in self.extensions:
-                # -fno-trapping-math lets a ternary become a select; OpenMP binds to the runtime that torch has loaded.
+                # Python's own flags have -fwrapv, with which loops of signed indices are hard to optimise: a layer norm's
+                # backward takes 1.7 times as long. -fno-trapping-math lets a ternary become a select; OpenMP binds to the
+                # runtime that torch has loaded.
                 extension.extra_compile_args += [
                     "-O3",
+                    "-fno-wrapv",
                     "-fopenmp",
                     "-fno-math-errno",
                     "-fno-trapping-math",
