@@ -15,9 +15,11 @@ from torch.nn.utils import parametrizations
 
 from fastgan import backend, chains, little_work
 from fastgan.fuse import fuse, unfuse
-from fastgan.ops import _conv_cpu, _norm, norm_act
+from fastgan.ops import _conv_cpu, norm_act
 
-pixel_shuffle_act = importlib.import_module("fastgan.ops.pixel_shuffle_act")  # which is also a function's name
+# These are also functions' names.
+group_norm_act = importlib.import_module("fastgan.ops.group_norm_act")
+pixel_shuffle_act = importlib.import_module("fastgan.ops.pixel_shuffle_act")
 
 C = 4
 STEPS = 5
@@ -239,7 +241,7 @@ PRODUCTS = {
 ELEMENTS = {
     little_work: ("_FEW_ELEMENTS", "_FEW_ELEMENTS_NARROW"),
     chains: ("_FEW_PIXELS",),
-    _norm: ("_SMALL", "_SMALL_CHANNELS_LAST"),
+    group_norm_act: ("_SMALL", "_SMALL_CHANNELS_LAST"),
     pixel_shuffle_act: ("_SMALL", "_SMALL_CHANNELS_LAST"),
 }
 

@@ -55,16 +55,12 @@ def empty_sample_statistics(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]
     return mean, var
 
 
-# On the CPU stock torch is faster up to so many elements a thread: an operator in Python takes longer to call than a small
-# tensor to read. In channels_last stock is slow enough to be beaten sooner; a gradient penalty gains at any size.
-_SMALL, _SMALL_CHANNELS_LAST = 1 << 17, 1 << 15
-
-
-def stock_is_faster(x: Tensor) -> bool:
+def stock_is_faster(x: Tensor, small: int, small_channels_last: int) -> bool:
+    """Whether x has no more elements for each of the CPU's threads. An operator in Python takes longer to call than a small
+    tensor to read; in channels_last stock is slow enough to be beaten sooner; a gradient penalty gains at any size."""
     if x.device.type != "cpu" or torch.compiler.is_compiling() or not backend.is_automatic():
         return False
-    small = _SMALL_CHANNELS_LAST if is_channels_last(x) else _SMALL
-    return x.numel() <= small * torch.get_num_threads()
+    return x.numel() <= (small_channels_last if is_channels_last(x) else small) * torch.get_num_threads()
 
 
 def _as(vector: Tensor, dtype: torch.dtype) -> Tensor:

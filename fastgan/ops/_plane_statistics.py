@@ -124,8 +124,11 @@ register_kernel("plane_statistics_backward", "cpu", _cpp_backward)
 # ── The function ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+_SMALL = 1 << 18
+
+
 def plane_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(μ, √(σ² + eps)) of each plane of x (N, C, \\*), biased, float32 (float64 for float64), both (N, C)."""
-    if is_transformed() or backend.serving(x.device.type) != "cpp" or stock_is_faster(x):
+    if is_transformed() or backend.serving(x.device.type) != "cpp" or stock_is_faster(x, _SMALL, small_channels_last=0):
         return reference(x, eps)
     return operators.plane_statistics(x, eps)

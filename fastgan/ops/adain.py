@@ -273,6 +273,9 @@ register_kernels("adain_double_backward", "adain", "adain_double_backward", _cpp
 # ── The functions ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+_SMALL = 1 << 15  # elements; in channels_last stock is slow at any size
+
+
 def adain(
     x: Tensor,
     scale: Tensor,
@@ -310,7 +313,7 @@ def adain(
     _check(x, scale, shift, eps, noise, noise_weight, bias, act, negative_slope)
     differentiates_noise = noise is not None and noise.requires_grad and torch.is_grad_enabled()
     stock = x.numel() == 0 or differentiates_noise or is_transformed() or backend.serving(x.device.type) == "reference"
-    if stock or (not is_channels_last(x) and stock_is_faster(x)):  # in channels_last stock is slow at any size
+    if stock or stock_is_faster(x, _SMALL, small_channels_last=0):
         return reference(
             x, scale, shift, eps,
             noise=noise, noise_weight=noise_weight, bias=bias, act=act, negative_slope=negative_slope,

@@ -374,10 +374,13 @@ def normalise_planes(
     return y, mean.detach(), var.detach()
 
 
+_SMALL, _SMALL_CHANNELS_LAST = 1 << 18, 1 << 12
+
+
 def _is_stock_s(x: Tensor, lean: bool = False) -> bool:
     """Whether the definition computes x: no operator serves, or, unless `lean`, stock torch is faster."""
     no_operator = x.numel() == 0 or is_transformed() or backend.serving(x.device.type) == "reference"
-    return no_operator or (not lean and stock_is_faster(x))
+    return no_operator or (not lean and stock_is_faster(x, _SMALL, _SMALL_CHANNELS_LAST))
 
 
 def _check_input(x: Tensor) -> None:
