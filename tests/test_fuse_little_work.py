@@ -376,7 +376,7 @@ def norms(request, monkeypatch):
     for name in ("_SMALL", "_SMALL_NARROW"):
         small = {key: (request.param, request.param) for key in getattr(norm_act, name)}
         monkeypatch.setattr(norm_act, name, small)
-    for name in ("_SMALL", "_SMALL_CHANNELS_LAST"):
+    for name in ("_SMALL", "_SMALL_CHANNELS_LAST", "_SMALL_PER_ELEMENT"):
         monkeypatch.setattr(group_norm_act, name, request.param)
 
 

@@ -241,7 +241,7 @@ PRODUCTS = {
 ELEMENTS = {
     little_work: ("_FEW_ELEMENTS", "_FEW_ELEMENTS_NARROW"),
     chains: ("_FEW_PIXELS",),
-    group_norm_act: ("_SMALL", "_SMALL_CHANNELS_LAST"),
+    group_norm_act: ("_SMALL", "_SMALL_CHANNELS_LAST", "_SMALL_PER_ELEMENT"),
     pixel_shuffle_act: ("_SMALL", "_SMALL_CHANNELS_LAST"),
 }
 

@@ -349,7 +349,7 @@ def normalise(
     lean: bool = False,
 ) -> Tensor:
     """`group_norm_act` on checked arguments. With `lean` the operator serves be stock torch faster in the forward or not."""
-    if _is_stock_s(x, lean):
+    if _is_stock_s(x, _is_per_element(weight, bias), lean):
         return reference(x, num_groups, weight, bias, eps, act=act, negative_slope=negative_slope, residual=residual)
     y, _, _ = operators.group_norm_act(x, weight, bias, residual, num_groups, eps, act, negative_slope)
     return y
@@ -374,13 +374,15 @@ def normalise_planes(
     return y, mean.detach(), var.detach()
 
 
-_SMALL, _SMALL_CHANNELS_LAST = 1 << 18, 1 << 12
+# Of the last where the parameters have a value for each element: these are laid out anew at every call.
+_SMALL, _SMALL_CHANNELS_LAST, _SMALL_PER_ELEMENT = 1 << 18, 1 << 12, 1 << 15
 
 
-def _is_stock_s(x: Tensor, lean: bool = False) -> bool:
+def _is_stock_s(x: Tensor, per_element: bool = False, lean: bool = False) -> bool:
     """Whether the definition computes x: no operator serves, or, unless `lean`, stock torch is faster."""
     no_operator = x.numel() == 0 or is_transformed() or backend.serving(x.device.type) == "reference"
-    return no_operator or (not lean and stock_is_faster(x, _SMALL, _SMALL_CHANNELS_LAST))
+    small_channels_last = _SMALL_PER_ELEMENT if per_element else _SMALL_CHANNELS_LAST
+    return no_operator or (not lean and stock_is_faster(x, _SMALL, small_channels_last))
 
 
 def _check_input(x: Tensor) -> None:
