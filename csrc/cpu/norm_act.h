@@ -67,8 +67,7 @@ template <class T, bool Prelu> void backward(const NormActBackward& a) {
       hx += w * gx;
     }
     const double k2 = a.batch_stats ? -r * r * hx : 0, k3 = a.batch_stats ? -r * h - k2 * rest : 0;
-    for (int64_t i = 0; i < group; ++i)
-      table.store(4, first + i, {affine.weight[channel + i] * r, k2, k3});
+    for (int64_t i = 0; i < group; ++i) table.store(4, first + i, {affine.weight[channel + i] * r, k2, k3});
   };
   auto body = [&](vec_t<T>*, const Channel<T, 7>& channel, int64_t offset, int n, auto where) __attribute__((always_inline)) {
     if (grad_x) slices.fetch_next_to_store(grad_x + offset, where);
@@ -78,10 +77,10 @@ template <class T, bool Prelu> void backward(const NormActBackward& a) {
     if (grad_x) store(grad_x + offset, a.batch_stats ? channel.p[4] * g + channel.p[5] * t + channel.p[6] : channel.p[4] * g, n);
     if (grad_residual) store(grad_residual + offset, g, n);
   };
-  if (!(a.grad_weight || a.grad_bias || a.grad_prelu_weight || a.batch_stats)) {
+  if (!(a.grad_weight || a.grad_bias || a.grad_prelu_weight || (a.batch_stats && a.grad_x))) {
     const Table<Acc> table(7, slices.count);
     affine.fill(table);
-    for (int64_t c = 0; c < a.C; ++c) table.store(4, c, {affine.weight[c] * inverse_deviation(a, c), 0, 0});
+    for (int64_t c = 0; a.grad_x && c < a.C; ++c) table.store(4, c, {affine.weight[c] * inverse_deviation(a, c), 0, 0});
     return for_all<T, 7>(a, table, [&](const Channel<T, 7>& channel, int64_t offset, int n) __attribute__((always_inline)) {
       body(nullptr, channel, offset, n, OnePixel{});
     });
