@@ -16,7 +16,8 @@ from fastgan.ops.group_norm_act import _composed, reference
 ACTS = ("none", "relu", "leaky_relu")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
-# Ragged tails in channels and planes, one-element planes, planes cut into pieces, few and many samples; the group counts.
+# Ragged tails in channels and planes, one-element planes, planes cut into pieces, few and many samples, more planes than are
+# taken together; the group counts.
 SHAPES = (
     ((4, 6, 5, 7), 3),
     ((2, 20, 8, 8), 20),
@@ -25,6 +26,7 @@ SHAPES = (
     ((3, 140, 9, 9), 2),
     ((9, 3, 33, 31), 3),
     ((70, 24, 6, 5), 6),
+    ((9, 70, 3, 4), 70),
 )
 NORMS = ("channels", "elements")
 
