@@ -65,7 +65,7 @@ def _batch_norm(input, running_mean, running_var, weight=None, bias=None, traini
 
 def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
     try:
-        check_group_norm(input, num_groups, weight, bias, eps, "none")
+        num_groups = check_group_norm(input, num_groups, weight, bias, eps, "none")
     except (TypeError, ValueError):
         return NotImplemented
     return normalise_groups(input, num_groups, weight, bias, eps, "none", 0.0, lean=True)

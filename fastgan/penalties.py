@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgan.lean import lean_double_backward
-from fastgan.ops._tensors import DTYPES, accumulation_dtype, check_flag, check_is_tensor, check_number
+from fastgan.ops._tensors import accumulation_dtype, check_flag, check_input, check_is_tensor, check_number
 from fastgan.ops.penalty import sample_norms, sample_squares
 
 Critic = Callable[..., Any]
@@ -141,7 +141,7 @@ def path_length_penalty(
     _check_images("generator_output", generator_output)
     _check_images("latents", latents)
     _check_settings(latents.device, weight=weight, decay=decay, generator=generator)
-    check_is_tensor("mean", mean)
+    check_input(mean, "mean")
     if generator_output.dim() != 4:
         raise ValueError(f"generator_output must have shape (N, C, H, W), not {tuple(generator_output.shape)}")
     if latents.dim() not in (2, 3) or latents.shape[0] != generator_output.shape[0]:
@@ -240,11 +240,8 @@ def _check_settings(device: torch.device, **given: Any) -> None:
             check_number(name, value, "a number, or a tensor of one")
 
 
-def _check_images(name: str, images: object) -> None:
-    check_is_tensor(name, images)
-    assert isinstance(images, Tensor)
-    if images.dtype not in DTYPES:
-        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, not {images.dtype}")
+def _check_images(name: str, images: Tensor) -> None:
+    check_input(images, name)
     if images.dim() < 2:
         raise ValueError(f"{name} must have shape (N, *), not {tuple(images.shape)}")
 

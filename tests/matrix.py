@@ -6,6 +6,7 @@ each an environment is made, the wheel installed, and the tests run against it. 
 reason. Where pip finds no CPU build of torch it takes the one for CUDA: 3 GB to download, and 8 GB of disk for the time.
 """
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -35,6 +36,13 @@ def said(*command: object, **environment: str) -> str:
         lines = [line for line in (run.stdout + run.stderr).splitlines() if line.startswith("ERROR")]
         raise NotThere(lines[-1] if lines else (run.stderr or run.stdout).strip().splitlines()[-1])
     return run.stdout
+
+
+def interpreter(version: str) -> str | None:
+    """Its path, where it runs: pyenv's shims are on the PATH for versions that it does not give."""
+    with contextlib.suppress(FileNotFoundError, NotThere):
+        return said(f"python{version}", "-c", "import sys; print(sys.executable)").strip()
+    return None
 
 
 def environment(python: str, pins: list[str], folder: Path) -> Path:
@@ -82,9 +90,9 @@ def main(arguments: list[str]) -> None:
     arguments = [str(Path(word).resolve()) if Path(word.split("::")[0]).exists() else word for word in arguments]
     here = f"{sys.version_info.major}.{sys.version_info.minor}"
     for version in (here, *(python for python in PYTHONS if python != here)):
-        python = sys.executable if version == here else shutil.which(f"python{version}")
+        python = sys.executable if version == here else interpreter(version)
         if python is None:
-            print(f"Python {version}: not on the PATH")
+            print(f"Python {version}: none that runs on the PATH")
             continue
         with tempfile.TemporaryDirectory() as place:
             try:

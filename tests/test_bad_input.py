@@ -6,10 +6,11 @@ import math
 import os
 import re
 
+import numpy as np
 import pytest
 import torch
 from calls import ACT, CONSTANTS, DTYPES, EPS, fitting, tensor, values
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -69,6 +70,22 @@ def test_a_spectral_norm_of_what_is_no_list_is_refused(name, value):
     given = {"weights": [torch.ones(2, 3)], "u": [torch.ones(2)], "v": [torch.ones(3)], "dims": [0]}
     with pytest.raises(TypeError, match=f"^{name} must be a list"):
         ops.spectral_norm(**given | {name: value})
+
+
+@pytest.mark.parametrize(
+    ("call", "names"),
+    [
+        (lambda x, size: ops.upfirdn2d(x, None, up=size), "up, down and padding"),
+        (lambda x, size: ops.upfirdn2d(x, None, padding=size), "up, down and padding"),
+        (lambda x, size: ops.conv2d(x, torch.ones(6, 3, 3, 3), padding=size), "stride, padding and dilation"),
+        (lambda x, size: ops.conv_transpose2d(x, torch.ones(3, 6, 3, 3), stride=size), "stride, padding and dilation"),
+    ],
+    ids=["up", "padding", "padding of a convolution", "stride of a transposed one"],
+)
+@pytest.mark.parametrize("n", [0, 2])
+def test_an_output_that_no_memory_could_hold_is_refused(call, names, n):
+    with pytest.raises(ValueError, match=f"^{names} make an output of shape .*, more than any memory"):
+        call(torch.ones(n, 3, 5, 5), 2**30)
 
 
 # ── What may come instead ────────────────────────────────────────────────────────────────────────────────────────────
@@ -236,6 +253,25 @@ def test_a_call_does_what_its_definition_does_or_names_the_argument(name, data, 
             assert_agree(grad, expected_grads[key], f"gradient of {key}")
 
 
+@pytest.mark.parametrize("name", [name for name in CALLS if name in fitting()])
+@given(data=st.data())
+@settings(DRAWN, max_examples=10)
+def test_an_integer_of_numpy_s_counts_as_python_s(name, data, use_backend):
+    arguments = Arguments({key: data.draw(strategy) for key, strategy in CALLS[name].items()})
+
+    def of_numpy(value):
+        if isinstance(value, list | tuple):
+            return type(value)(map(of_numpy, value))
+        return np.int8(value) if type(value) is int else value
+
+    try:
+        expected, _ = outcome(name, arguments, "cpp", use_backend)
+    except ValueError:  # a PReLU without its weight, groups of another weight
+        reject()
+    found, _ = outcome(name, {key: of_numpy(value) for key, value in arguments.items()}, "cpp", use_backend)
+    assert torch.equal(found, expected)
+
+
 # ── Modules ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 SLOPES, PRELU = {"act", "negative_slope"}, {"act", "negative_slope", "num_parameters", "init"}
@@ -279,3 +315,20 @@ def test_a_module_does_what_its_definition_does_or_names_the_argument(name, data
         assert re.search(rf"\b({'|'.join(own)}|prelu_weight|f)\b", str(error)), error
         return
     assert_agree(y, result("reference"), "y")
+
+
+@pytest.mark.parametrize("value", [None, 3, [0.5]], ids=["nothing", "a number", "a list"])
+@pytest.mark.parametrize("name", [*MODULES, "AdaIN", "LayerEpilogue", "NoiseInjection", "StyledConv"])
+def test_a_module_says_that_its_input_is_no_tensor(name, value):
+    styled = {"AdaIN": (4, 3), "LayerEpilogue": (4, 8, 3), "StyledConv": (4, 4, 8, 3, 3, True)}
+    made = getattr(nn, name)(*styled.get(name) or MODULES.get(name, ((4,),))[0])
+    w = [torch.ones(2, 3)] if name in styled else []
+    with pytest.raises(TypeError, match=r"^x must be a tensor|argument 'input' .* must be Tensor"):
+        made(value, *w)
+
+
+@pytest.mark.parametrize("name", ["AdaIN", "LayerEpilogue"])
+def test_a_style_that_is_no_tensor_is_refused(name):
+    made = nn.AdaIN(4, 3) if name == "AdaIN" else nn.LayerEpilogue(4, 8, 3)
+    with pytest.raises(TypeError, match=r"^w must be a tensor, not NoneType"):
+        made(torch.ones(2, 4, 8, 8), None)

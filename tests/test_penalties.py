@@ -258,6 +258,11 @@ BAD = {
         "center is on meta, the images on cpu",
     ),
     "mean": (lambda: fastgan.path_length_penalty(x, x[:, 0, 0], torch.zeros(2)), ValueError, "mean must be one number"),
+    "a mean that cannot move": (
+        lambda: fastgan.path_length_penalty(x, x[:, 0, 0], torch.tensor(0)),
+        TypeError,
+        "mean must be float32, .* not torch.int64",
+    ),
 }
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from fastgan import ops
 from fastgan.nn.equalized import EqualConv2d, EqualLinear
 from fastgan.nn.upfirdn2d import Blur
-from fastgan.ops._tensors import accumulation_dtype
+from fastgan.ops._tensors import accumulation_dtype, check_is_tensor
 
 SLOPE = 0.2
 """Of the paper's leaky ReLU."""
@@ -39,6 +39,8 @@ class AdaIN(nn.Module):
 
     def _style(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         """Of w the operator's scale and shift. Under autocast they come narrow, where x may be wide."""
+        check_is_tensor("x", x)
+        check_is_tensor("w", w)
         w_dim = self.style.in_features
         if w.dim() != 2 or w.shape[0] not in (1, x.shape[0]) or w.shape[1] != w_dim:
             raise ValueError(f"w must have shape ({x.shape[0]}, {w_dim}), one for each of x, not {tuple(w.shape)}")
@@ -73,10 +75,11 @@ class LayerEpilogue(AdaIN):
         self.register_buffer("noise", torch.randn(1, 1, resolution, resolution))
 
     def forward(self, x: Tensor, w: Tensor, noise: Tensor | None = None) -> Tensor:
+        style = self._style(x, w)
         if noise is None:
             noise = draw_noise(x) if self.training else self.noise
         return ops.adain(
-            x, *self._style(x, w), self.eps,
+            x, *style, self.eps,
             noise=noise, noise_weight=self.noise_weight, bias=self.bias, act="leaky_relu", negative_slope=SLOPE,
         )  # fmt: skip
 
@@ -92,6 +95,7 @@ class NoiseInjection(nn.Module):
         self.noise_weight = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        check_is_tensor("x", x)
         if noise is None:
             noise = draw_noise(x)
         return (x + self.noise_weight.view(-1, *[1] * (x.dim() - 2)) * noise).to(x.dtype)
@@ -132,6 +136,7 @@ class StyledConv(nn.Module):
         self.epilogue = LayerEpilogue(out_channels, resolution, w_dim)
 
     def forward(self, x: Tensor, w: Tensor, noise: Tensor | None = None) -> Tensor:
+        check_is_tensor("x", x)
         if self.blur is not None:
             x = F.interpolate(x, scale_factor=2)
         x = self.conv(x)

@@ -57,7 +57,7 @@ class EqualConv2d(nn.Conv2d):
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, gain: float = GAIN, bias: bool = True):
         check_number("gain", gain)
-        check_count("kernel_size", kernel_size)
+        kernel_size = check_count("kernel_size", kernel_size)
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, for y to be as large as x, not {kernel_size}")
         super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias)

@@ -63,7 +63,7 @@ class WarmStartGradientReversal(nn.Module):
             check_number(name, value)
             if not math.isfinite(value):
                 raise ValueError(f"{name} must be finite, not {value}")
-        check_count("max_iters", max_iters)
+        max_iters = check_count("max_iters", max_iters)
         check_flag("auto_step", auto_step)
         self.alpha, self.lo, self.hi, self.max_iters, self.auto_step = alpha, lo, hi, max_iters, auto_step
         self.register_buffer("iter_num", torch.zeros((), dtype=torch.long))

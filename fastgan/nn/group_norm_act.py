@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fastgan import ops
 from fastgan.nn.norm_act import Activation
 from fastgan.ops._norm import activate, with_zero_gradient
+from fastgan.ops._tensors import check_is_tensor
 from fastgan.ops._types import FixedAct
 from fastgan.ops.group_norm_act import check_group_norm, normalise_planes
 from fastgan.ops.norm_act import move
@@ -106,6 +107,7 @@ class InstanceNormAct2d(nn.InstanceNorm2d):
         self.activation = Activation.named(act, negative_slope)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        check_is_tensor("x", x)
         self._check_input_dim(x)
         batched = x.dim() == 4
         images = x if batched else x[None]

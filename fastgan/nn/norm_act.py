@@ -10,7 +10,7 @@ from torch.nn.modules import module as torch_module
 from fastgan import ops
 from fastgan.ops._autograd import is_transformed
 from fastgan.ops._norm import check_act
-from fastgan.ops._tensors import accumulation_dtype, check_count, check_number
+from fastgan.ops._tensors import accumulation_dtype, check_count, check_is_tensor, check_number
 from fastgan.ops._types import Act, FixedAct
 
 BatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm
@@ -146,7 +146,7 @@ def new_prelu_weight(act: Act, count: int, init: float, like: Tensor | None) -> 
     """What a layer has for `prelu_weight`, on the device and in the dtype of `like`."""
     if act != "prelu":
         return None
-    check_count("num_parameters", count)
+    count = check_count("num_parameters", count)
     check_number("init", init)
     like = torch.empty(0) if like is None else like
     return nn.Parameter(torch.full((count,), init, device=like.device, dtype=like.dtype))
@@ -185,6 +185,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
         self.prelu_weight = new_prelu_weight(act, num_parameters, init, self.weight)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        check_is_tensor("x", x)
         self._check_input_dim(x)
         return batch_norm_act(x, self, self.activation._replace(prelu_weight=self.prelu_weight), residual)
 

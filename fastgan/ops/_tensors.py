@@ -1,6 +1,8 @@
 """What the operators share about tensors: memory layouts, accumulation types, addresses, and what autograd will use."""
 
 import math
+import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -116,18 +118,27 @@ def check_eps(eps: float) -> None:
         raise ValueError(f"eps must not be negative, not {eps}")
 
 
-def check_count(name: str, value: object, least: int = 1) -> None:
-    """Raise of what is no count of elements. More than 64 bits hold are none."""
-    if not isinstance(value, _COUNTS) or isinstance(value, bool):
+def check_count(name: str, value: Any, least: int = 1) -> int:
+    """`value` as Python's integer, for which numpy's may stand; raise of what is none from `least` to MOST."""
+    if not isinstance(value, INTEGERS) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, not {type(value).__name__}")
-    if not least <= value <= _MOST:
-        raise ValueError(f"{name} must be {least} or more{'' if value < least else f', up to {_MOST}'}, not {value}")
+    if not least <= value <= MOST:
+        raise ValueError(f"{name} must be {least} or more{'' if value < least else f', up to {MOST}'}, not {value}")
+    return value if isinstance(value, _COUNTS) else int(value)  # numpy's overflow
 
 
 # Sizes may be symbols in compiled code.
-_COUNTS = (int, torch.SymInt)
+_COUNTS: Any = (int, torch.SymInt)
 _NUMBERS = (*_COUNTS, float, torch.SymFloat)
-_MOST = 2**31 - 1
+INTEGERS: Any = (*_COUNTS, numbers.Integral)
+MOST = 2**31 - 1
+
+
+def check_addressable(names: str, shape: Sequence[int], dtype: torch.dtype) -> None:
+    """Raise of an output with more bytes than there are addresses. `names`: of the arguments that decide on its shape."""
+    elements = math.prod([size or 1 for size in shape])  # an empty batch has strides, too
+    if isinstance(elements, int) and elements * dtype.itemsize >= 2**63:  # symbols multiply to a symbol
+        raise ValueError(f"{names} make an output of shape {tuple(shape)}, more than any memory has addresses for")
 
 
 def check_input(x: Tensor, name: str = "x") -> None:

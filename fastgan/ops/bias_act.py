@@ -319,7 +319,7 @@ def bias_act(
         TypeError: x is not floating point, or b has a dtype that does not fit it.
         ValueError: shapes, devices or settings that do not fit. The message names the argument.
     """
-    _check(x, b, dim, act, alpha, gain, clamp)
+    dim = _check(x, b, dim, act, alpha, gain, clamp)
     alpha = activation_funcs[act].def_alpha if alpha is None else float(alpha)
     gain = activation_funcs[act].def_gain if gain is None else float(gain)
     if clamp is not None and clamp > torch.finfo(x.dtype).max:  # which no y reaches
@@ -356,7 +356,8 @@ def _stock_is_faster(x: Tensor) -> bool:
     return x.numel() <= _SMALL * torch.get_num_threads()
 
 
-def _check(x: Any, b: Any, dim: int, act: str, alpha: Any, gain: Any, clamp: Any) -> None:
+def _check(x: Any, b: Any, dim: int, act: str, alpha: Any, gain: Any, clamp: Any) -> int:
+    """Raise what `bias_act` says it raises; else dim as Python's integer."""
     check_input(x)
     if not isinstance(act, str) or act not in activation_funcs:
         raise ValueError(f"act must be one of {', '.join(activation_funcs)}, not {shown(act)}")
@@ -366,8 +367,9 @@ def _check(x: Any, b: Any, dim: int, act: str, alpha: Any, gain: Any, clamp: Any
     if clamp is not None and not clamp >= 0:
         raise ValueError(f"clamp must not be negative, not {clamp}")
     if b is None:
-        return
-    check_count("dim", dim, least=0)
+        return dim
+    dim = check_count("dim", dim, least=0)
     if not dim < x.dim():
         raise ValueError(f"dim must be an axis of x from 0 to {x.dim() - 1}, not {dim}")
     check_parameter("b", b, x, (x.shape[dim],), f"one for each index of axis {dim}")
+    return dim

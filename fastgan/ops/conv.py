@@ -17,7 +17,9 @@ from fastgan.ops import _conv_cpu, _conv_cuda
 from fastgan.ops._autograd import is_transformed, operators, register_gradient, register_without_gradient
 from fastgan.ops._kernels import register_kernel
 from fastgan.ops._tensors import (
+    INTEGERS,
     accumulation_dtype,
+    check_addressable,
     check_count,
     check_dtype,
     check_is_tensor,
@@ -356,6 +358,7 @@ def _check(x: _Facts, weight: _Facts, bias: _Facts | None, settings: tuple) -> t
         raise ValueError(
             f"x of shape {tuple(x.shape)} is too small for weight {tuple(weight.shape)}: no output is left"
         )
+    check_addressable("stride, padding and dilation", size, x.dtype)
     return settings, size
 
 
@@ -428,21 +431,19 @@ def _in_pairs(settings: tuple) -> tuple:
         raise ValueError(
             f"output_padding must be below stride {stride} or dilation {dilation}, not {tuple(output_padding)}"
         )
-    return stride, padding, dilation, transposed, output_padding, groups
+    return stride, padding, dilation, transposed, output_padding, check_count("groups", groups)
 
 
 def check_pair(name: str, value: Size2, least: int) -> tuple[int, int]:
-    if isinstance(value, (int, torch.SymInt)):
+    if isinstance(value, INTEGERS):
         pair = (value, value)
     else:
         pair = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else ()  # type: ignore[assignment]
         if len(pair) == 1:
             pair *= 2
-        if len(pair) != 2 or not all(isinstance(size, (int, torch.SymInt)) for size in pair):
+        if len(pair) != 2 or not all(isinstance(size, INTEGERS) for size in pair):
             raise TypeError(f"{name} must be one integer or two, not {shown(value)}")
-    check_count(name, pair[0], least)
-    check_count(name, pair[1], least)
-    return pair
+    return check_count(name, pair[0], least), check_count(name, pair[1], least)
 
 
 def check_weight(shape: torch.Size, groups: int) -> None:
@@ -451,7 +452,6 @@ def check_weight(shape: torch.Size, groups: int) -> None:
         raise ValueError(f"weight must have 4 dimensions, not shape {tuple(shape)}")
     if 0 in shape[2:]:
         raise ValueError(f"weight must have taps, not shape {tuple(shape)}")
-    check_count("groups", groups)
     if shape[0] % groups:
         raise ValueError(f"groups must divide weight's {shape[0]} channels, not be {groups}")
 

@@ -286,7 +286,7 @@ def group_norm_act(
         TypeError: x is not floating point, or another tensor has a dtype that does not fit it.
         ValueError: shapes, devices or settings that do not fit. The message names the argument.
     """
-    check_group_norm(x, num_groups, weight, bias, eps, act, residual)
+    num_groups = check_group_norm(x, num_groups, weight, bias, eps, act, residual)
     check_number("negative_slope", negative_slope)
     return normalise(x, num_groups, weight, bias, eps, act, negative_slope, residual)
 
@@ -399,17 +399,18 @@ def check_group_norm(
     eps: float,
     act: str,
     residual: Tensor | None = None,
-) -> None:
-    """Raise what `group_norm_act` says it raises."""
+) -> int:
+    """Raise what `group_norm_act` says it raises; else num_groups as Python's integer."""
     _check_input(x)
     check_settings(eps, act)
     channels = x.shape[1]
-    check_count("num_groups", num_groups)
+    num_groups = check_count("num_groups", num_groups)
     if channels % num_groups:
         raise ValueError(f"num_groups must divide the {channels} channels of x, not be {num_groups}")
     for name, parameter in (("weight", weight), ("bias", bias)):
         check_parameter(name, parameter, x, (channels,), "one for each channel")
     check_residual(residual, x)
+    return num_groups
 
 
 def check_layer_norm(
@@ -423,9 +424,8 @@ def check_layer_norm(
     """Raise what `layer_norm_act` says it raises; else x with one axis before normalized_shape."""
     check_input(x)
     check_settings(eps, act)
-    shape = tuple(normalized_shape) if isinstance(normalized_shape, Sequence) else (normalized_shape,)
-    for size in shape:
-        check_count("normalized_shape", size, least=0)
+    given = normalized_shape if isinstance(normalized_shape, Sequence) else [normalized_shape]
+    shape = tuple(check_count("normalized_shape", size, least=0) for size in given)
     if not shape or x.shape[-len(shape) :] != shape:
         raise ValueError(f"normalized_shape must be the last sizes of x, of shape {tuple(x.shape)}, not {shape}")
     for name, parameter in (("weight", weight), ("bias", bias)):

@@ -34,8 +34,8 @@ def minibatch_stddev(x: Tensor, group_size: int | None = 4, num_channels: int = 
         raise ValueError(f"x must have shape (N, C, *), not {tuple(x.shape)}")
     n, c = x.shape[:2]
     if group_size is not None:
-        check_count("group_size", group_size)
-    check_count("num_channels", num_channels)
+        group_size = check_count("group_size", group_size)
+    num_channels = check_count("num_channels", num_channels)
     if c % num_channels:
         raise ValueError(f"num_channels must divide the {c} channels of x, not {num_channels}")
     if x.numel() == 0:

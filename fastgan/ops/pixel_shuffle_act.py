@@ -263,6 +263,7 @@ def pixel_shuffle_act(
         ValueError: shapes, devices or settings that do not fit. The message names the argument.
     """
     check_input(x)
+    upscale_factor = check_count("upscale_factor", upscale_factor)
     if act == "prelu" and isinstance(prelu_weight, Tensor):
         x, prelu_weight = cast_for_autocast(x, prelu_weight)
     _check(x, upscale_factor, act, prelu_weight)
@@ -294,10 +295,9 @@ def _stock_is_faster(x: Tensor) -> bool:
     return x.numel() <= small * torch.get_num_threads()
 
 
-def _check(x: Tensor, upscale_factor: Any, act: str, prelu_weight: Any) -> None:
+def _check(x: Tensor, upscale_factor: int, act: str, prelu_weight: Any) -> None:
     if x.dim() not in (3, 4):
         raise ValueError(f"x must have shape (N, C·r², H, W) or (C·r², H, W), not {tuple(x.shape)}")
-    check_count("upscale_factor", upscale_factor)
     squares = upscale_factor**2
     if x.shape[-3] % squares:
         raise ValueError(f"x must have a multiple of {squares} channels, upscale_factor², not {x.shape[-3]}")

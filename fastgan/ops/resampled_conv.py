@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgan.ops._tensors import check_input
+from fastgan.ops._tensors import check_count, check_input
 from fastgan.ops.conv import Size2, check_pair, check_weight, conv2d, conv_transpose2d, in_stock_s_layout, is_autocast
 
 # ── Definitions ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -77,7 +77,7 @@ def conv2d_avg_pool2d(
     Its kernel is one larger, the mean of weight and of weight moved by a pixel along each axis: of 3×3 taps at every pixel
     16 at every fourth are left, 2.25 times fewer products, forward and backward. Else as `conv2d`, to every order.
     """
-    _check(weight, groups)
+    groups = _check(weight, groups)
     y = conv2d(x, down_weight(weight), bias, 2, padding, 1, groups, keep_layout=False)
     return in_stock_s_layout(y, x, weight) if keep_layout else y
 
@@ -99,7 +99,7 @@ def upsample_conv2d(
     Raises:
         ValueError: besides what `conv2d` raises, a padding as large as the kernel.
     """
-    _check(weight, groups)
+    groups = _check(weight, groups)
     height, width = up_padding(weight, check_pair("padding", padding, 0))
     if min(height, width) < 0:
         raise ValueError(f"padding must be below weight's {weight.shape[2]}×{weight.shape[3]} taps, not {padding}")
@@ -107,9 +107,11 @@ def upsample_conv2d(
     return in_stock_s_layout(y, x, weight) if keep_layout else y
 
 
-def _check(weight: Tensor, groups: int) -> None:
-    """Raise what `conv2d` would of what is no weight, before it is spread."""
+def _check(weight: Tensor, groups: int) -> int:
+    """Raise what `conv2d` would of what is no weight, before it is spread; else groups as Python's integer."""
     check_input(weight, "weight")
+    groups = check_count("groups", groups)
     check_weight(weight.shape, groups)
     if weight.numel() == 0:
         raise ValueError(f"weight must have elements, not shape {tuple(weight.shape)}")
+    return groups

@@ -14,6 +14,7 @@ from fastgan.ops._autograd import is_transformed, register_gradient
 from fastgan.ops._kernels import register_kernels
 from fastgan.ops._tensors import (
     DTYPES,
+    INTEGERS,
     accumulation_dtype,
     check_count,
     check_eps,
@@ -392,8 +393,9 @@ def spectral_norm(
             raise TypeError(f"{name} must be a list, with one for each weight, not {type(given).__name__}")
     weights, u, v = list(weights), list(u), list(v)
     dims = [0] * len(weights) if dims is None else list(dims)
-    _check(weights, u, v, dims, n_power_iterations, eps)
-    dims = [dim % weight.dim() for dim, weight in zip(dims, weights, strict=True)]
+    n_power_iterations = check_count("n_power_iterations", n_power_iterations, least=0)
+    _check(weights, u, v, dims, eps)
+    dims = [int(dim) % weight.dim() for dim, weight in zip(dims, weights, strict=True)]
     if not weights:
         return [], [], []
     stock = is_transformed() or backend.serving(weights[0].device.type) == "reference"
@@ -410,18 +412,17 @@ def normalise(
     return normalised, new_u, new_v
 
 
-def _check(weights: list, u: list, v: list, dims: list[int], n_power_iterations: int, eps: float) -> None:
+def _check(weights: list, u: list, v: list, dims: list[int], eps: float) -> None:
     for name, given in (("u", u), ("v", v), ("dims", dims)):
         if len(given) != len(weights):
             raise ValueError(f"{name} must have one for each of {len(weights)} weights, not {len(given)}")
-    check_count("n_power_iterations", n_power_iterations, least=0)
     check_eps(eps)
     for i, (weight, dim) in enumerate(zip(weights, dims, strict=True)):
         name = f"weights[{i}]"
         check_input(weight, name)
         if weight.dim() < 2:
             raise ValueError(f"{name} must have 2 axes or more, not shape {tuple(weight.shape)}")
-        if not isinstance(dim, int):
+        if not isinstance(dim, INTEGERS):
             raise TypeError(f"dims[{i}] must be an integer, not {type(dim).__name__}")
         if not -weight.dim() <= dim < weight.dim():
             raise ValueError(f"dims[{i}] must be an axis of a weight with {weight.dim()}, not {dim}")

@@ -11,7 +11,9 @@ from fastgan import backend
 from fastgan.ops._autograd import is_transformed, operators, register_gradient
 from fastgan.ops._tensors import (
     DTYPES,
+    MOST,
     accumulation_dtype,
+    check_addressable,
     check_count,
     check_flag,
     check_input,
@@ -187,6 +189,8 @@ def upfirdn2d(
         padded = size * factor + before + after
         if padded < taps:
             raise ValueError(f"f has {taps} taps along {axis}, where the padded x has {padded} pixels")
+    width, height = _output_size(x, f, up, down, padding)
+    check_addressable("up, down and padding", (*x.shape[:2], height, width), x.dtype)
     arguments = (x, f, up, down, padding, flip_filter, gain)
     if is_transformed():
         return reference(*arguments)
@@ -297,9 +301,7 @@ def _parse_factor(name: str, factor: int | Sequence[int]) -> list[int]:
     factors = list(factor) if isinstance(factor, Sequence) else [factor] * 2
     if len(factors) != 2:
         raise ValueError(f"{name} must be a positive integer, or two [x, y], not {shown(factor)}")
-    for part in factors:
-        check_count(name, part)
-    return factors
+    return [check_count(name, part) for part in factors]
 
 
 def _parse_padding(padding: int | Sequence[int]) -> list[int]:
@@ -311,9 +313,7 @@ def _parse_padding(padding: int | Sequence[int]) -> list[int]:
         raise ValueError(
             f"padding must be one integer, [x, y] or [x_before, x_after, y_before, y_after], not {shown(padding)}"
         )
-    for part in parts:
-        check_count("padding", abs(part) if isinstance(part, int) else part, least=0)
-    return parts
+    return [check_count("padding", part, least=-MOST) for part in parts]
 
 
 def _around(f: Tensor | None, padding: int | Sequence[int], own: Callable[..., tuple[int, int]], *factors) -> list[int]:
