@@ -1,5 +1,6 @@
 """The command line: `fastgan train | generate | bench | doctor`."""
 
+import io
 import signal
 import sys
 from pathlib import Path
@@ -30,6 +31,8 @@ class OneLineErrors(typer.core.TyperGroup):
 
     def main(self, *args: Any, **options: Any) -> Any:
         previous = signal.signal(signal.SIGTERM, _terminate)
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="surrogateescape")  # a path may be any bytes
         try:
             sys.exit(super().main(*args, **{**options, "standalone_mode": False}))
         except UsageError as error:

@@ -62,6 +62,13 @@ def test_a_run_prints_where_things_are_and_how_fast_it_was():
     assert sorted(os.listdir("runs/dcgan")) == ["checkpoint.pt", "curves.csv", "samples", "tensorboard"]
 
 
+def test_a_folder_may_be_named_in_bytes_that_are_no_text():
+    trained = dcgan(*TINY, "--steps", 1, "--no-fuse", "--out", "run\udcff")
+    assert trained.exit_code == 0 and b"run\xff/checkpoint.pt" in trained.stdout_bytes, trained.exception
+    generated = fastgan("generate", "run\udcff", "--num", 4)
+    assert generated.stdout_bytes.split() == [b"run\xff/generated/samples.png", b"run\xff/generated/interpolation.png"]
+
+
 def test_an_unfused_run_has_nothing_to_compare():
     result = dcgan(*TINY, "--steps", 1, "--no-fuse")
     assert result.exit_code == 0 and "against" not in result.stdout

@@ -14,7 +14,7 @@ from fastgan.training.data import ImageSet, to_floats
 from fastgan.training.dcgan import cross_entropy
 from fastgan.training.images import Grid
 from fastgan.training.processes import Processes
-from fastgan.training.system import Settings, System, adam, require, require_count, set_lr
+from fastgan.training.system import LARGEST_SIDE, Settings, System, adam, require, require_count, set_lr
 
 Architecture = Literal["resnet", "unet"]
 Loss = Literal["lsgan", "log"]
@@ -47,8 +47,8 @@ class CycleGANSettings(Settings):
     def check(self) -> None:
         super().check()
         generators, losses = get_args(Architecture), get_args(Loss)
-        fits = self.image_size >= 24 and self.image_size % 4 == 0
-        require(fits, "--image-size", self.image_size, "a multiple of 4, 24 or more")
+        fits = 24 <= self.image_size <= LARGEST_SIDE and self.image_size % 4 == 0
+        require(fits, "--image-size", self.image_size, f"a multiple of 4 from 24 to {LARGEST_SIDE}")
         require(self.generator in generators, "--generator", self.generator, " or ".join(generators))
         require(self.loss in losses, "--loss", self.loss, " or ".join(losses))
         require_count("--blocks", self.blocks)

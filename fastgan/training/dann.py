@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
 from fastgan.models.dann import Classifier, DomainHead
 from fastgan.nn import GradientReversal
@@ -167,7 +167,8 @@ def _evaluated(network: nn.Module, images: Tensor, part: nn.Module | None = None
 
 
 def principal_components(features: Tensor) -> Tensor:
-    """(N, width) features as (N, 2) coordinates along the two directions in which they differ most."""
+    """(N, width) features as (N, 2) coordinates along the two directions in which they differ most; of a width of one the
+    second are 0."""
     centred = features - features.mean(0)
     directions = torch.linalg.svd(centred, full_matrices=False).Vh[:2]
-    return centred @ directions.t()
+    return pad(centred @ directions.t(), (0, 2 - len(directions)))

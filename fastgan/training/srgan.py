@@ -17,7 +17,7 @@ from fastgan.training.dcgan import cross_entropy
 from fastgan.training.errors import InputError, one_line
 from fastgan.training.images import Grid, to_pixels
 from fastgan.training.processes import Processes
-from fastgan.training.system import Score, Settings, System, adam, require, require_count, set_lr
+from fastgan.training.system import LARGEST_SIDE, Score, Settings, System, adam, require, require_count, set_lr
 
 VGG_SCALE = 0.006
 """Of the squared difference of VGG19's features: it is then about as large as that of pixels (section 3.2)."""
@@ -58,8 +58,8 @@ class SRGANSettings(Settings):
 
     def check(self) -> None:
         super().check()
-        fits = self.image_size >= 32 and self.image_size % 16 == 0
-        require(fits, "--image-size", self.image_size, "a multiple of 16, 32 or more")
+        fits = 32 <= self.image_size <= LARGEST_SIDE and self.image_size % 16 == 0
+        require(fits, "--image-size", self.image_size, f"a multiple of 16 from 32 to {LARGEST_SIDE}")
         require(self.batch_size >= 2, "--batch-size", self.batch_size, "2 or more, as batch norm needs")
         require(self.scale in {2, 4, 8}, "--scale", self.scale, "2, 4 or 8")
         require_count("--features", self.features)

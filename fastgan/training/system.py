@@ -17,6 +17,9 @@ from fastgan.training.errors import InputError
 from fastgan.training.images import Grid
 from fastgan.training.processes import Processes
 
+LARGEST_SIDE = 1 << 14
+"""Pixels, of any system's images. Whether there is memory for the network's maps of them is another question."""
+
 
 @dataclass(frozen=True)
 class Settings:

@@ -286,7 +286,8 @@ def test_a_moved_domain_can_be_resumed_and_another_is_named(train, domains, tmp_
 BAD = {
     "image_size": [
         (20, "--image-size: 20 "),
-        (30, "--image-size: 30 does not fit; expected a multiple of 4, 24 or more"),
+        (30, "--image-size: 30 does not fit; expected a multiple of 4 from 24 to 16384"),
+        (2**31, "--image-size: 2147483648 "),
     ],
     "batch_size": [(0, "--batch-size: 0 "), (4, "--batch-size: 4 is more than the 3 images in --data-b")],
     "generator": [("vit", "--generator: vit does not fit; expected resnet or unet")],

@@ -206,6 +206,11 @@ def test_principal_components_are_the_directions_of_most_variance():
     torch.testing.assert_close(points.mean(0), torch.zeros(2), atol=1e-5, rtol=0)
 
 
+def test_of_a_single_feature_the_second_component_is_zero():
+    points = principal_components(torch.tensor([[1.0], [2.0], [6.0]]))
+    torch.testing.assert_close(points.abs(), torch.tensor([[2.0, 0], [1, 0], [3, 0]]))
+
+
 def test_the_plots_show_both_domains_and_all_classes_before_and_after(make_system):
     system, domains = make_system(), load_domains(16)
     draw = system.sample_grid([domains.source, domains.target])

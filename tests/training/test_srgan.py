@@ -472,7 +472,11 @@ def test_another_number_of_pictures_is_named(train, tmp_path, pictures):
 
 
 BAD = {
-    "image_size": [(40, "--image-size: 40 does not fit; expected a multiple of 16, 32 or more"), (16, "--image-size: 16 ")],
+    "image_size": [
+        (40, "--image-size: 40 does not fit; expected a multiple of 16 from 32 to 16384"),
+        (16, "--image-size: 16 "),
+        (2**31, "--image-size: 2147483648 "),
+    ],
     "batch_size": [(1, "--batch-size: 1 does not fit; expected 2 or more, as batch norm needs")],
     "scale": [(3, "--scale: 3 does not fit; expected 2, 4 or 8")],
     "features": [(0, "--features: 0 ")],
