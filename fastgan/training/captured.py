@@ -3,7 +3,8 @@
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Generic, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -79,7 +80,8 @@ class CapturedStep(Generic[Result]):
         return recording.replay(tensors)
 
 
-class _Recording(NamedTuple, Generic[Result]):
+@dataclass(frozen=True)
+class _Recording(Generic[Result]):
     """A step on tensors of its own."""
 
     launch: Callable[[], None]
