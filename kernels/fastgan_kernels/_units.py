@@ -138,11 +138,10 @@ def _add_kernel(partial, first, second, rows, columns, HEIGHT: tl.constexpr, WID
         total += tl.load(partial + at, (done + row < rows) & (c < columns), 0.0)
         done += HEIGHT
     total = tl.sum(total, 0, keep_dims=True)
-    if second is None:
+    if second is None or field == 0:
         tl.store(first + c, total, c < columns)
     else:
-        tl.store(first + c, total, (c < columns) & (field == 0))
-        tl.store(second + c, total, (c < columns) & (field == 1))
+        tl.store(second + c, total, c < columns)
 
 
 # ----------------------------------------------------------------------------------------------------------- statistics

@@ -197,10 +197,9 @@ def _backward_kernel(grad_out, x, noise_weight, bias, noise, mean, var, scale, s
         else:
             g_sum = load_sums(sums, 0, n, group, shape, units, ACC)
             gy_sum = load_sums(sums, 1, n, group, shape, units, ACC)
-        if grad_scale is not None:
-            first = g_ok & (i == 0)
-            tl.store(grad_scale + n * shape[0] + group, gy_sum, first)
-            tl.store(grad_shift + n * shape[0] + group, g_sum, first)
+        if grad_scale is not None and i == 0:
+            tl.store(grad_scale + n * shape[0] + group, gy_sum, g_ok)
+            tl.store(grad_shift + n * shape[0] + group, g_sum, g_ok)
         grad = activate(pre, s * r * (g - g_sum / size - yh * (gy_sum / size)), slope, ACT, ACC)
         if grad_x is not None:
             tl.store(grad_x + at, grad, ok)
@@ -255,7 +254,8 @@ def _double_backward_kernel(grad_out, x, noise_weight, bias, noise, mean, var, g
             ug_mean = load_sums(sums, 4, n, group, shape, units, ACC) / size
 
         curvature = r * (ug_mean - u_mean * g_mean - uy_mean * gy_mean)
-        tl.store(g_scale + n * shape[0] + group, size * curvature, g_ok & (i == 0))
+        if i == 0:
+            tl.store(g_scale + n * shape[0] + group, size * curvature, g_ok)
         tl.store(g_grad_out + at, s * r * (u - u_mean - yh * uy_mean) + ds * yh + dt, ok)
 
         of_g, of_u = ds - s * r * uy_mean, s * r * gy_mean
