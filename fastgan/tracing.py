@@ -210,7 +210,9 @@ def _code_of(tree: ast.Module) -> CodeType:
 def _content(code: CodeType) -> tuple:
     """What differs where the source is another function's. The instructions also tell of the module around it."""
     inner = [_content(part) for part in code.co_consts if isinstance(part, CodeType)]
-    return code.co_names, code.co_varnames, [c for c in code.co_consts if not isinstance(c, CodeType)], inner
+    # Up to Python 3.10 the qualified name of a function inside, which tells of the class around it, is a constant too.
+    own = [c for c in code.co_consts if not isinstance(c, CodeType) and not (isinstance(c, str) and "<locals>." in c)]
+    return code.co_names, code.co_varnames, own, inner
 
 
 def _compares_objects(node: ast.Compare) -> bool:
