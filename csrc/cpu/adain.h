@@ -166,8 +166,7 @@ template <class T> void adain_double_backward_of(const AdaINDoubleBackward& a) {
     const double a2 = r * (ggs - scale * r * mean.vx), a3 = gg_shifts[slice] - scale * r * mean.v;
     const double c3 = -r * r * (mean.zx(r) + r * mean.K());
     static_cast<Acc*>(a.g_scale)[slice] = static_cast<Acc>(r * (sums(0, 4) - mean.v * g - mean.vx * gy));
-    table.store(5, slice, {scale * r, a2, a3 - a2 * rest, -r * r * mean.hx, r * (ggs - scale * r * mean.vx), c3,
-                  -r * mean.z(r) - c3 * rest});
+    table.store(5, slice, {scale * r, a2, a3 - a2 * rest, -r * r * mean.hx, a2, c3, -r * mean.z(r) - c3 * rest});
   };
   auto body = [&](vec* sums, const Channel<T, 12>& channel, int64_t offset, int n, auto where) __attribute__((always_inline)) {
     const auto& p = channel.p;

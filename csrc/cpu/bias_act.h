@@ -140,13 +140,6 @@ void pass(const BiasAct& a, const void* const (&vectors)[P], void* totals, F f) 
       __attribute__((always_inline)) { f(sums, channel, offset, n); };
   NormAct shape = {};
   shape.N = a.N, shape.C = C, shape.S = a.S;
-  auto merge = [&](const Scratch<double>& partial, int64_t blocks, int64_t block_stride, int64_t channel_stride) {
-    for (int64_t c = 0; totals && c < C; ++c) {
-      double total = 0;
-      for (int64_t b = 0; b < blocks; ++b) total += partial[b * block_stride + c * channel_stride];
-      static_cast<Acc*>(totals)[c] = static_cast<Acc>(total);
-    }
-  };
   if (a.S == 1) {
     const Rows rows(shape);
     const Scratch<double> partial(rows.blocks * C);
@@ -155,17 +148,17 @@ void pass(const BiasAct& a, const void* const (&vectors)[P], void* totals, F f) 
       rows.walk<T, P, 1>(table.data, C, 0, b, body, [&](int, int64_t c, const Doubles<Acc>& sums, int n) {
         __builtin_memcpy(&partial[b * C + c], &sums, n * sizeof(double));
       });
-    merge(partial, rows.blocks, C, 1);
+    add_rows<Acc>(partial.data, rows.blocks, C, C, totals);
   } else {
     const Planes planes(shape);
     const Scratch<double> partial(planes.blocks * C);
 #pragma omp parallel for schedule(static) if (planes.threads())
     for (int64_t i = 0; i < C * planes.blocks; ++i) {
-      const int64_t c = i / planes.blocks;
-      planes.walk<T, P, 1>(table.data + c, C, 0, c, c + 1, i % planes.blocks, body,
-                           [&](int, int64_t, double sum) { partial[i] = sum; });
+      const int64_t c = i / planes.blocks, b = i % planes.blocks;
+      planes.walk<T, P, 1>(table.data + c, C, 0, c, c + 1, b, body,
+                           [&](int, int64_t, double sum) { partial[b * C + c] = sum; });
     }
-    merge(partial, planes.blocks, 1, planes.blocks);
+    add_rows<Acc>(partial.data, planes.blocks, C, C, totals);
   }
 }
 
