@@ -15,8 +15,15 @@ template <class T> FASTGAN_INLINE vec_t<T> noise_at(const AdaIN& a, OnePixel whe
   return broadcast<acc_t<T>>(static_cast<const acc_t<T>*>(a.noise)[where.index]);
 }
 
-// y at a place. Its two numbers, bias and noise_weight, are rows 0 and 1 of every table.
-template <class T> struct Activated {
+// v, and 0 in the lanes past n.
+template <class T> FASTGAN_INLINE vec_t<T> first_of(vec_t<T> v, int n) {
+  return n < lanes<acc_t<T>> ? keep(first_lanes<acc_t<T>>(n), v) : v;
+}
+
+// y at a place. Its two numbers, bias and noise_weight, are rows 0 and 1 of every table. `Plain`: without noise, bias and
+// activation, where y is x.
+template <class T, bool Plain> struct Activated {
+  using element = T;
   static constexpr int P = 2;
   const AdaIN& a;
   Activation<T> act;
@@ -29,12 +36,17 @@ template <class T> struct Activated {
   // Computed in one way only, so that forward and backward agree on its sign to the bit.
   template <class Where>
   inline __attribute__((always_inline)) vec_t<T> before(const vec_t<T>* p, int64_t offset, int n, Where where) const {
-    const vec_t<T> x = load(static_cast<const T*>(a.x) + offset, n) + p[0];
-    return a.noise ? x + p[1] * noise_at<T>(a, where, n) : x;
+    const vec_t<T> x = load(static_cast<const T*>(a.x) + offset, n);
+    if constexpr (Plain)
+      return x;
+    else
+      return a.noise ? x + p[0] + p[1] * noise_at<T>(a, where, n) : x + p[0];
   }
   // act(p) = act'(p)·p, which is slower. (GCC 12 fails on `act.value` beside `act.gradient` where there is only SSE2.)
   inline __attribute__((always_inline)) vec_t<T> after(vec_t<T> before) const {
-    if constexpr (FASTGAN_VECTOR_BYTES > 16)
+    if constexpr (Plain)
+      return before;
+    else if constexpr (FASTGAN_VECTOR_BYTES > 16)
       return act.value(before);
     else
       return act.gradient(before, before);
@@ -43,22 +55,27 @@ template <class T> struct Activated {
   inline __attribute__((always_inline)) vec_t<T> operator()(const vec_t<T>* p, int64_t offset, int n, Where where) const {
     return after(before(p, offset, n, where));
   }
+  inline __attribute__((always_inline)) vec_t<T> gradient(vec_t<T> before, vec_t<T> g) const {
+    if constexpr (Plain)
+      return g;
+    else
+      return act.gradient(before, g);
+  }
+  // Adds to the sums of a channel, as many as `sums_of_channel`, what is left of a gradient that has come to x.
+  static constexpr int sums_of_channel = Plain ? 0 : 2;
+  template <class Where>
+  inline __attribute__((always_inline)) void add(vec_t<T>* sums, vec_t<T> grad_x, int n, Where where) const {
+    if constexpr (!Plain) {
+      grad_x = first_of<T>(grad_x, n);
+      sums[0] += grad_x;
+      if (a.noise) sums[1] += grad_x * noise_at<T>(a, where, n);
+    }
+  }
 };
 
-// v, and 0 in the lanes past n.
-template <class T> FASTGAN_INLINE vec_t<T> first_of(vec_t<T> v, int n) {
-  return n < lanes<acc_t<T>> ? keep(first_lanes<acc_t<T>>(n), v) : v;
-}
-// Adds to the two sums of a channel what is left of a gradient that has come to x.
-template <class T, class Where> FASTGAN_INLINE void add_channel(const AdaIN& a, vec_t<T>* sums, vec_t<T> grad_x, int n, Where where) {
-  grad_x = first_of<T>(grad_x, n);
-  sums[0] += grad_x;
-  if (a.noise) sums[1] += grad_x * noise_at<T>(a, where, n);
-}
-
-template <class T> void adain_forward_of(const AdaINForward& a) {
+template <class Values> void adain_forward_of(const AdaINForward& a, const Values& values) {
+  using T = typename Values::element;
   using Acc = acc_t<T>;
-  const Activated<T> values(a);
   const Slices slices(a);
   T* out = static_cast<T*>(a.out);
   const Elements<Acc> scales(a.scale, slices.count, 1), shifts(a.shift, slices.count, 0);
@@ -76,10 +93,10 @@ template <class T> void adain_forward_of(const AdaINForward& a) {
   moments_finish_apply<T, 5>(a, values, finish, body);
 }
 
-template <class T> void adain_backward_of(const AdaINBackward& a) {
+template <class Values> void adain_backward_of(const AdaINBackward& a, const Values& values) {
+  using T = typename Values::element;
   using Acc = acc_t<T>;
   using vec = vec_t<T>;
-  const Activated<T> values(a);
   const Slices slices(a);
   const double each = 1 / slices.unit_size();
   auto prepare = [&](const Table<Acc>& table, int64_t slice, int64_t channel, auto) __attribute__((always_inline)) {
@@ -108,21 +125,21 @@ template <class T> void adain_backward_of(const AdaINBackward& a) {
     if (!grad_x) return;
     const auto& p = channel.p;
     const vec before = values.before(p, offset, n, where), t = values.after(before) - p[2];
-    const vec grad = values.act.gradient(before, p[3] * load(grad_out + offset, n) + p[4] * t + p[5]);
+    const vec grad = values.gradient(before, p[3] * load(grad_out + offset, n) + p[4] * t + p[5]);
     slices.fetch_next(static_cast<const T*>(a.x) + offset, where);
     slices.fetch_next(grad_out + offset, where);
     slices.fetch_next_to_store(grad_x + offset, where);
     store(grad_x + offset, grad, n);
-    add_channel<T>(a, sums, grad, n, where);
+    values.add(sums, grad, n, where);
   };
   void* const totals[] = {a.grad_bias, a.grad_noise_weight};
-  sum_finish_apply<T, 3, 2, 6, 2>(a, prepare, sums_of, finish, body, totals);
+  sum_finish_apply<T, 3, 2, 6, Values::sums_of_channel>(a, prepare, sums_of, finish, body, totals);
 }
 
-template <class T> void adain_double_backward_of(const AdaINDoubleBackward& a) {
+template <class Values> void adain_double_backward_of(const AdaINDoubleBackward& a, const Values& values) {
+  using T = typename Values::element;
   using Acc = acc_t<T>;
   using vec = vec_t<T>;
-  const Activated<T> values(a);
   const Slices slices(a);
   const double each = 1 / slices.unit_size();
   const Elements<Acc> gg_biases(a.gg_bias, a.C, 0), gg_noise_weights(a.gg_noise_weight, a.C, 0);
@@ -138,7 +155,7 @@ template <class T> void adain_double_backward_of(const AdaINDoubleBackward& a) {
     vec u = p[3];
     if (ggx) u += load(ggx + offset, n);
     if (a.noise && a.gg_noise_weight) u += p[4] * noise_at<T>(a, where, n);
-    return first_of<T>(values.act.gradient(before, u), n);
+    return first_of<T>(values.gradient(before, u), n);
   };
   auto sums_of = [&](vec* sums, const Channel<T, 5>& channel, int64_t offset, int n, auto where) __attribute__((always_inline)) {
     const auto& p = channel.p;
@@ -173,12 +190,12 @@ template <class T> void adain_double_backward_of(const AdaINDoubleBackward& a) {
     const vec before = values.before(p, offset, n, where), t = values.after(before) - p[2];
     const vec g = load(grad_out + offset, n), u = tangent(p, before, offset, n, where);
     store(g_grad_out + offset, p[5] * u + p[6] * t + p[7], n);
-    const vec grad = values.act.gradient(before, p[8] * u + p[9] * g + p[10] * t + p[11]);
+    const vec grad = values.gradient(before, p[8] * u + p[9] * g + p[10] * t + p[11]);
     store(g_x + offset, grad, n);
-    add_channel<T>(a, sums, grad, n, where);
+    values.add(sums, grad, n, where);
   };
   void* const totals[] = {a.g_bias, a.g_noise_weight};
-  sum_finish_apply<T, 5, 5, 12, 2>(a, prepare, sums_of, finish, body, totals);
+  sum_finish_apply<T, 5, 5, 12, Values::sums_of_channel>(a, prepare, sums_of, finish, body, totals);
 }
 
 template <class T> void plane_statistics_of(const NormAct& a) {
@@ -201,9 +218,25 @@ template <class T> void plane_statistics_backward_of(const PlaneStatisticsBackwa
   });
 }
 
-void adain_forward(const AdaINForward& a) { FASTGAN_BY_DTYPE(adain_forward_of, (a), a.dtype) }
-void adain_backward(const AdaINBackward& a) { FASTGAN_BY_DTYPE(adain_backward_of, (a), a.dtype) }
-void adain_double_backward(const AdaINDoubleBackward& a) { FASTGAN_BY_DTYPE(adain_double_backward_of, (a), a.dtype) }
+// order(values), of the types of which speed is asked with what is plain by itself.
+template <class T, class Order> void with_values_of(const AdaIN& a, const Order& order) {
+  if constexpr (accumulators<T> > 1)
+    if (!a.noise && !a.bias && a.act == Act::none) return order(Activated<T, true>(a));
+  order(Activated<T, false>(a));
+}
+template <class Order> void with_values(const AdaIN& a, const Order& order) {
+  FASTGAN_BY_DTYPE(with_values_of, (a, order), a.dtype)
+}
+
+void adain_forward(const AdaINForward& a) {
+  with_values(a, [&](const auto& values) { adain_forward_of(a, values); });
+}
+void adain_backward(const AdaINBackward& a) {
+  with_values(a, [&](const auto& values) { adain_backward_of(a, values); });
+}
+void adain_double_backward(const AdaINDoubleBackward& a) {
+  with_values(a, [&](const auto& values) { adain_double_backward_of(a, values); });
+}
 void plane_statistics(const NormAct& a) { FASTGAN_BY_DTYPE(plane_statistics_of, (a), a.dtype) }
 void plane_statistics_backward(const PlaneStatisticsBackward& a) {
   FASTGAN_BY_DTYPE(plane_statistics_backward_of, (a), a.dtype)
