@@ -289,6 +289,8 @@ def found(tmp_path_factory):
 def test_two_processes_compute_what_they_do_in_stock(kind, case, found):
     for outcomes in found:
         stock, fused, ran = outcomes[kind, case]
+        if isinstance(stock, str):
+            pytest.skip(f"stock cannot: {stock}")
         torch.testing.assert_close(fused, stock)
         fused_norms = sum("batch_norm_act" in name for name in ran)
         assert fused_norms == {"distributed": 2}.get(case, 1) * NORMS[kind]  # in each forward
