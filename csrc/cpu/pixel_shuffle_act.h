@@ -138,21 +138,6 @@ private:
   }
 };
 
-// totals (weights,) = the sums over the rows of partial (blocks, C), in order.
-template <class Acc>
-void merge_blocks(const PixelShuffleAct& a, const Scratch<double>& partial, int64_t blocks, void* totals) {
-  for (int64_t b = 1; b < blocks; ++b)
-    for (int64_t c = 0; c < a.C; ++c) partial[c] += partial[b * a.C + c];
-  Acc* to = static_cast<Acc*>(totals);
-  if (a.weights == a.C) {
-    for (int64_t c = 0; c < a.C; ++c) to[c] = static_cast<Acc>(partial[c]);
-    return;
-  }
-  double total = 0;
-  for (int64_t c = 0; c < a.C; ++c) total += partial[c];
-  *to = static_cast<Acc>(total);
-}
-
 template <class Acc> FASTGAN_INLINE Acc slope_of(const PixelShuffleAct& a, int64_t c) {
   if (a.weight) return static_cast<const Acc*>(a.weight)[a.weights == 1 ? 0 : c];
   return static_cast<Acc>(a.act == Act::leaky_relu ? a.negative_slope : 1);
@@ -191,7 +176,7 @@ void walk_pixels(const PixelShuffleAct& a, const ShuffleStrides& s, const Access
       }
     if (totals) partial[b] = sum<Acc>(total);
   }
-  if (totals) merge_blocks<Acc>(a, partial, blocks, totals);
+  if (totals) add_rows<Acc>(partial.data, blocks * a.C / a.weights, a.weights, a.weights, totals);
 }
 
 // Likewise along the channels, of which there are enough for a vector.
@@ -226,7 +211,7 @@ void walk_channels(const PixelShuffleAct& a, const ShuffleStrides& s, const Acce
           }
         }
   }
-  if (totals) merge_blocks<Acc>(a, partial, blocks, totals);
+  if (totals) add_rows<Acc>(partial.data, blocks * a.C / a.weights, a.weights, a.weights, totals);
 }
 
 template <class T, class F> void walk(const PixelShuffleAct& a, void* totals, F f) {

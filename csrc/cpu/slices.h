@@ -248,12 +248,19 @@ struct Nothing {
 // Slices whose sums are merged and whose coefficients are made together, in vectors: some of a sample, of whole units.
 struct Packs {
   static constexpr int64_t most = 64;
-  int64_t size, of_sample; // slices of one, but of the last; how many there are
-  Packs(const Slices& slices, int64_t wanted) : size(larger(1, smaller(wanted, most) / slices.group) * slices.group) {
-    of_sample = ceil_div(slices.C, size);
+  int64_t samples, C, size; // slices of one, but of the last of a sample
+  Packs(const Slices& slices, int64_t wanted)
+      : samples(slices.samples), C(slices.C), size(larger(1, smaller(wanted, most) / slices.group) * slices.group) {}
+  // f(sample, first channel, last) for the packs of a sample.
+  template <class F> void of(int64_t sample, const F& f) const {
+    for (int64_t first = 0; first < C; first += size) f(sample, first, smaller(first + size, C));
   }
-  int64_t first(int64_t i) const { return i * size; }
-  int64_t last(int64_t i, int64_t C) const { return smaller(first(i) + size, C); }
+  // The same for all packs, shared out among the threads of a parallel region.
+  template <class F> void share(const F& f) const {
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t sample = 0; sample < samples; ++sample)
+      for (int64_t first = 0; first < C; first += size) f(sample, first, smaller(first + size, C));
+  }
 };
 
 // The phases of every order, on Tables(blocks, slices, joined) of the slices from tables.begin(slice) on:
@@ -272,32 +279,25 @@ void run_planes(const Planes& summed, const Planes& planes, Prepare prepare, Red
 #pragma omp parallel if (planes.threads())
     {
       Tables tables(summed.blocks, packs.size, joined);
-#pragma omp for collapse(2) schedule(static)
-      for (int64_t sample = 0; sample < planes.samples; ++sample)
-        for (int64_t i = 0; i < packs.of_sample; ++i) {
-          const int64_t first = packs.first(i), last = packs.last(i, C);
-          tables.begin(sample * C + first);
-          prepare(tables, sample, first, last);
-          for (int64_t b = 0; b < summed.blocks; ++b) reduce(tables, sample, first / joined, last / joined, b);
-          finish(tables, sample, first, last);
-          for (int64_t b = 0; b < planes.blocks; ++b) apply(tables, sample, first, last, b);
-        }
+      packs.share([&](int64_t sample, int64_t first, int64_t last) {
+        tables.begin(sample * C + first);
+        prepare(tables, sample, first, last);
+        for (int64_t b = 0; b < summed.blocks; ++b) reduce(tables, sample, first / joined, last / joined, b);
+        finish(tables, sample, first, last);
+        for (int64_t b = 0; b < planes.blocks; ++b) apply(tables, sample, first, last, b);
+      });
     }
     return;
   }
   const Tables tables(summed.blocks, planes.count, joined);
 #pragma omp parallel if (planes.threads())
   {
-#pragma omp for collapse(2) schedule(static)
-    for (int64_t sample = 0; sample < planes.samples; ++sample)
-      for (int64_t i = 0; i < packs.of_sample; ++i) prepare(tables, sample, packs.first(i), packs.last(i, C));
+    packs.share([&](auto... pack) { prepare(tables, pack...); });
 #pragma omp for collapse(3) schedule(static)
     for (int64_t sample = 0; sample < planes.samples; ++sample)
       for (int64_t c = 0; c < summed.C; ++c)
         for (int64_t b = 0; b < summed.blocks; ++b) reduce(tables, sample, c, c + 1, b);
-#pragma omp for collapse(2) schedule(static)
-    for (int64_t sample = 0; sample < planes.samples; ++sample)
-      for (int64_t i = 0; i < packs.of_sample; ++i) finish(tables, sample, packs.first(i), packs.last(i, C));
+    packs.share([&](auto... pack) { finish(tables, pack...); });
 #pragma omp for collapse(3) schedule(static)
     for (int64_t sample = 0; sample < planes.samples; ++sample)
       for (int64_t c = 0; c < C; ++c)
@@ -317,9 +317,9 @@ void run_rows(const Rows& rows, Prepare prepare, Reduce reduce, Finish finish, A
 #pragma omp for schedule(static)
       for (int64_t sample = 0; sample < rows.samples; ++sample) {
         tables.begin(sample * C);
-        for (int64_t i = 0; i < packs.of_sample; ++i) prepare(tables, sample, packs.first(i), packs.last(i, C));
+        packs.of(sample, [&](auto... pack) { prepare(tables, pack...); });
         for (int64_t b = 0; b < blocks; ++b) reduce(tables, sample, b);
-        for (int64_t i = 0; i < packs.of_sample; ++i) finish(tables, sample, packs.first(i), packs.last(i, C));
+        packs.of(sample, [&](auto... pack) { finish(tables, pack...); });
         for (int64_t b = blocks; b-- > 0;) apply(tables, sample, b);
       }
     }
@@ -328,15 +328,11 @@ void run_rows(const Rows& rows, Prepare prepare, Reduce reduce, Finish finish, A
   const Tables tables(blocks, rows.count, 1);
 #pragma omp parallel if (rows.threads())
   {
-#pragma omp for collapse(2) schedule(static)
-    for (int64_t sample = 0; sample < rows.samples; ++sample)
-      for (int64_t i = 0; i < packs.of_sample; ++i) prepare(tables, sample, packs.first(i), packs.last(i, C));
+    packs.share([&](auto... pack) { prepare(tables, pack...); });
     const Share own(rows.samples * blocks);
     for (int64_t i = own.first; i < own.last; ++i) reduce(tables, i / blocks, i % blocks);
 #pragma omp barrier
-#pragma omp for collapse(2) schedule(static)
-    for (int64_t sample = 0; sample < rows.samples; ++sample)
-      for (int64_t i = 0; i < packs.of_sample; ++i) finish(tables, sample, packs.first(i), packs.last(i, C));
+    packs.share([&](auto... pack) { finish(tables, pack...); });
     for (int64_t i = own.last; i-- > own.first;) apply(tables, i / blocks, i % blocks);
   }
 }
