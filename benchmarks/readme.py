@@ -1,4 +1,4 @@
-"""`python -m benchmarks.readme`: the tables of README.md and the pages of plots, from the CSV files."""
+"""`python -m benchmarks.readme`: the tables and the bars of README.md, and the pages of plots, from the CSV files."""
 
 import re
 from collections.abc import Sequence
@@ -7,8 +7,9 @@ from typing import Annotated
 
 import torch
 import typer
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from benchmarks import RESULTS
+from benchmarks import DOCS, RESULTS
 from fastgan.bench import page, suite
 from fastgan.bench.results import TITLES, Row, lines, read, slower
 
@@ -23,11 +24,13 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 def main(
     readme: Annotated[Path, typer.Option(help="The file with the marked region.")] = README,
     folder: Annotated[Path, typer.Option(help="Where the CSV files are.")] = RESULTS,
+    bars: Annotated[Path, typer.Option(help="The file of the training steps' bars.")] = DOCS / "steps.svg",
     pages: Annotated[Path, typer.Option(help="Where the pages go.")] = Path("runs/benchmarks"),
 ) -> None:
-    """Rewrite README.md's tables, and draw the page of each device."""
-    devices = [read(path) for path in sorted(folder.glob("*.csv"))]
-    rewrite(readme, "\n\n".join(markdown(rows) for rows in devices if rows))
+    """Rewrite README.md's tables, and draw its bars and the page of each device."""
+    devices = [rows for path in sorted(folder.glob("*.csv")) if (rows := read(path))]
+    rewrite(readme, "\n\n".join(map(markdown, devices)))
+    bars.write_text(steps(devices), encoding="utf-8")
     pages.mkdir(parents=True, exist_ok=True)
     for path in sorted(folder.glob("*.csv")):
         rows = read(path)
@@ -53,6 +56,19 @@ def markdown(rows: Sequence[Row]) -> str:
         _summary(rows),
     ]
     return "\n\n".join(parts)
+
+
+def steps(devices: Sequence[Sequence[Row]]) -> str:
+    """The headline training steps of the device that was measured last, as an SVG."""
+    newest = max(devices, key=lambda rows: max(row.date for row in rows))
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.get_template("steps.svg.jinja").render(
+        device=newest[0].device,
+        rows=[row for row in newest if row.work == "training step" and row.headline and row.speedup],
+    )
 
 
 def table(titles: Sequence[str], body: Sequence[Sequence[str]]) -> str:

@@ -1,14 +1,17 @@
 """The harness: what it compares, what it writes, and what it refuses."""
 
 import itertools
+import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import typer
 from tiny_case import make_case, make_row, scaled_relu
 
-from benchmarks.readme import END, START, markdown, rewrite
+from benchmarks import DOCS, RESULTS, samples
+from benchmarks.readme import END, README, START, markdown, rewrite, steps
 from fastgan.bench import command, results, suite, timing
 from fastgan.bench.case import OURS
 from fastgan.bench.memory import peak_bytes, saved_bytes
@@ -217,6 +220,34 @@ def test_markdown_shows_headlines_and_owns_up_to_slower_rows():
     )
     widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
     assert widths == {len(results.TITLES) + 1}
+
+
+def test_the_readme_has_the_tables_and_bars_of_the_results():
+    devices = [results.read(path) for path in sorted(RESULTS.glob("*.csv"))]
+    assert (
+        "\n\n".join([f"{START}\n{markdown(devices[0])}", *map(markdown, devices[1:])]) + f"\n{END}"
+        in README.read_text()
+    )
+    assert (DOCS / "steps.svg").read_text() == steps(devices)
+
+
+def test_bars_are_as_long_as_a_step_takes():
+    slow, fast = make_row(fastgan=1e-3, NCHW=4e-3), make_row(fastgan=4e-3, NCHW=1e-3)
+    for row in (slow, fast):
+        row.work, row.headline = "training step", "yes"
+    slow.date, fast.date = "2026-01-01", "2026-01-02"
+    older, newer = (
+        re.findall(r'class="(stock|ours)" x="226" y="\d+" width="([\d.]+)"', steps([[row]])) for row in (slow, fast)
+    )
+    assert older == [("stock", "350.0"), ("ours", "87.5")] and newer == [("stock", "87.5"), ("ours", "350.0")]
+    assert steps([[slow], [fast]]) == steps([[fast]]), "of the device that was measured last"
+
+
+def test_samples_are_drawn_shade_by_shade():
+    drawn = samples.drawn(np.array([[0, 255, 255, 0], [255, 0, 0, 28]], np.uint8))
+    strokes = dict(re.findall(r'stroke="hsl\(0 0% (\d+)%\)" d="([^"]*)"', drawn))
+    assert len(strokes) == samples.GRAYS - 1
+    assert {shade: path for shade, path in strokes.items() if path} == {"100": "m1 0h2m-3 1h1", "11": "m3 1h1"}
 
 
 # ── The suite ────────────────────────────────────────────────────────────────────────────────────────────────────────
