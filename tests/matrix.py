@@ -63,8 +63,9 @@ def outcome(own: Path, wheel: Path, folder: Path, arguments: list[str]) -> str:
     shutil.copytree(ROOT / "benchmarks", folder / "benchmarks")
     tests = arguments or [str(ROOT / "tests")]
     options = [f"--rootdir={ROOT}", f"--config-file={ROOT / 'pyproject.toml'}", "-p", "no:cacheprovider"]
+    at_once = ["--numprocesses", "auto", "--dist", "loadfile", "--no-loadscope-reorder"]  # as `make test` does
     run = subprocess.run(
-        [own, "-m", "pytest", *options, *tests], cwd=folder, env={**os.environ, "OMP_WAIT_POLICY": "passive"},
+        [own, "-m", "pytest", *options, *at_once, *tests], cwd=folder, env={**os.environ, "OMP_WAIT_POLICY": "passive"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     lines = run.stdout.strip().splitlines() or run.stderr.strip().splitlines()
