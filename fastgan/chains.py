@@ -82,6 +82,15 @@ def _instance_norm_act(x: Tensor, norm: Any, act: nn.Module | None = None, resid
     return instance_norm_act(x, norm, Activation.of(act), residual)
 
 
+def _group_norm_act(x: Tensor, norm: Any, act: nn.Module | None = None, residual: Tensor | None = None) -> Tensor:
+    settings: Any = {**Activation.of(act).fixed, "residual": residual}
+    return ops.group_norm_act(x, norm.num_groups, norm.weight, norm.bias, norm.eps, **settings)
+
+
+def _layer_norm_act(x: Tensor, norm: Any, act: nn.Module | None = None) -> Tensor:
+    return ops.layer_norm_act(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps, **Activation.of(act).fixed)
+
+
 def _conv_pixel_shuffle_act(x: Tensor, conv: Any, shuffle: Any, act: nn.Module | None = None) -> Tensor:
     return _pixel_shuffle_act(conv2d(x, conv, keep_layout=False), shuffle, act)
 
@@ -95,8 +104,13 @@ def _reversed_linear(x: Tensor, reversal: Any, linear: Any) -> Tensor:
 
 
 CONV = (nn.Conv2d, nn.ConvTranspose2d)
-BATCH, INSTANCE = (nn.BatchNorm2d, nn.SyncBatchNorm), (nn.InstanceNorm2d,)
-NORM = BATCH + INSTANCE
+BATCH, INSTANCE, GROUP, LAYER = (
+    (nn.BatchNorm2d, nn.SyncBatchNorm),
+    (nn.InstanceNorm2d,),
+    (nn.GroupNorm,),
+    (nn.LayerNorm,),
+)
+NORM = BATCH + INSTANCE + GROUP + LAYER
 ACT = (nn.ReLU, nn.LeakyReLU)
 ACT_OR_PRELU = (*ACT, nn.PReLU)
 UP, FLAT, DOWN = (nn.Upsample, nn.UpsamplingNearest2d), (nn.Conv2d,), (nn.AvgPool2d,)
@@ -123,6 +137,10 @@ PATTERNS: tuple[tuple[tuple[tuple[type[nn.Module], ...], ...], Callable[..., Ten
     ((BATCH,), _batch_norm_act),
     ((INSTANCE, ACT), _instance_norm_act),
     ((INSTANCE,), _instance_norm_act),
+    ((GROUP, ACT), _group_norm_act),
+    ((GROUP,), _group_norm_act),
+    ((LAYER, ACT), _layer_norm_act),
+    ((LAYER,), _layer_norm_act),
     ((REVERSAL, LINEAR), _reversed_linear),
 )
 
@@ -203,6 +221,10 @@ def _fits(x: Any, layers: list[nn.Module]) -> bool:
             channels, params = layer.out_channels, layer.weight
             if params.dtype != x.dtype and not is_autocast(x):
                 return False
+        elif isinstance(layer, GROUP + LAYER):
+            params = layer.weight
+            if not _is_normed_by_sample(x, layer):
+                return False
         elif isinstance(layer, NORM):
             if layer.num_features not in (channels, None):  # None: of a function without parameters
                 return False
@@ -224,6 +246,17 @@ def _fits(x: Any, layers: list[nn.Module]) -> bool:
         if params is not None and params.device != x.device:
             return False
     return True
+
+
+def _is_normed_by_sample(x: Tensor, norm: Any) -> bool:
+    """Whether a group norm, or a layer norm of whole samples, does to x what its operator does. Autocast has stock compute
+    it in float32, but on the CPU; and in a group that is all of x it sees an error."""
+    if isinstance(norm, LAYER):
+        fits = norm.normalized_shape == x.shape[1:]
+    else:
+        fits = norm.num_channels == x.shape[1] and x.numel() > norm.num_groups
+    is_alike = norm.weight is None or norm.weight.dtype == x.dtype
+    return fits and is_alike and (x.device.type == "cpu" or not is_autocast(x))
 
 
 def _is_synchronised_on(device: torch.device) -> bool:
@@ -336,7 +369,7 @@ def run_chain(
         if run is not None and not isinstance(head, REVERSAL):
             if stock is None:
                 stock = torch.channels_last if suggests_channels_last(x) else torch.contiguous_format
-            stock = _layout_of_stock(layers[:length], stock)
+            stock = _layout_of_stock(layers[:length], stock, x.device)
             if added is not None and length == len(layers) and _can_add(x, stock, head, added):
                 x, is_added = run(x, head, added.act, residual=added.tensor), True
             elif run is _conv_batch_norm_act and _loads_by_kernels(x):
@@ -377,7 +410,7 @@ def run_chain(
     return x, stock, is_added
 
 
-def _layout_of_stock(layers: list[nn.Module], stock: torch.memory_format) -> torch.memory_format:
+def _layout_of_stock(layers: list[nn.Module], stock: torch.memory_format, device: torch.device) -> torch.memory_format:
     """The layout that stock's layers give to an image that they are given in the layout `stock`."""
     for layer in layers:
         if isinstance(layer, CONV):
@@ -385,7 +418,7 @@ def _layout_of_stock(layers: list[nn.Module], stock: torch.memory_format) -> tor
                 stock = torch.contiguous_format  # which torch's circular padding makes of any layout
             if suggests_channels_last(layer.weight):
                 stock = torch.channels_last
-        elif isinstance(layer, INSTANCE):
+        elif isinstance(layer, INSTANCE + LAYER) or (isinstance(layer, GROUP) and device.type != "cpu"):
             stock = torch.contiguous_format  # which stock torch makes of any layout
     return stock
 
@@ -400,9 +433,9 @@ def _starts_with_conv_batch_norm(layers: list[nn.Module], classes: Classes) -> b
 
 
 def _makes_anew(layer: nn.Module) -> bool:
-    """Whether stock's output is contiguous where that and channels_last are the same: not after a convolution or a shuffle,
-    nor what works in place on that."""
-    return isinstance(layer, (*NORM, *ACT_OR_PRELU)) and not getattr(layer, "inplace", False)
+    """Whether stock's output is contiguous where that and channels_last are the same: not after a convolution, a shuffle or
+    a group norm, nor what works in place on that."""
+    return isinstance(layer, (*BATCH, *INSTANCE, *LAYER, *ACT_OR_PRELU)) and not getattr(layer, "inplace", False)
 
 
 def _may_change_input(layers: list[nn.Module], x: Any) -> bool:
@@ -416,7 +449,7 @@ def _may_change_input(layers: list[nn.Module], x: Any) -> bool:
 def _adds(layer: nn.Module) -> bool:
     """Whether a norm makes a pass of its own over its input, in which it may as well add to it. In evaluation convolutions
     take batch norms in."""
-    return isinstance(layer, INSTANCE) or (isinstance(layer, BATCH) and layer.training)
+    return isinstance(layer, INSTANCE + GROUP) or (isinstance(layer, BATCH) and layer.training)
 
 
 def run_whole(layers: list[nn.Module], x: Any) -> Any:

@@ -285,12 +285,13 @@ def fuse(model: Model) -> Model:
     """Have fused operators compute what there are patterns for in `model`.
 
     In `nn.Sequential`: [Conv2d | ConvTranspose2d] → [BatchNorm2d | InstanceNorm2d] → [ReLU | LeakyReLU] and its parts,
-    except an activation alone; an Upsample that doubles before a Conv2d, and an AvgPool2d that halves after one, which
-    become part of the convolution; [GradientReversal | WarmStartGradientReversal] → Linear. In a forward written by
-    hand: the same of layers, of functions such as `F.conv2d` and `F.batch_norm`, or of both; act(x + chain(x)), of a
-    chain that ends in a norm; scale · instance_norm(act(x + noise_weight · noise + bias)) + shift. Anywhere: torch's
-    spectral norms, parametrisations or the older hook; those of the whole model are computed at once before its
-    forward, as `fastgan.spectral_norm_all` says.
+    except an activation alone; [GroupNorm | LayerNorm of whole samples] → [ReLU | LeakyReLU]; an Upsample that doubles
+    before a Conv2d, and an AvgPool2d that halves after one, which become part of the convolution; [GradientReversal |
+    WarmStartGradientReversal] → Linear. In a forward written by hand: the same of layers, of functions such as
+    `F.conv2d` and `F.batch_norm`, or of both; act(x + chain(x)), of a chain that ends in a norm; scale ·
+    instance_norm(act(x + noise_weight · noise + bias)) + shift. Anywhere: torch's spectral norms, parametrisations or
+    the older hook; those of the whole model are computed at once before its forward, as `fastgan.spectral_norm_all`
+    says.
 
     Returns `model` itself. Layers, parameters, buffers and state_dict stay what they are, and the model computes the
     same to rounding, in training and evaluation, to the second derivative. A layer that has hooks, is of a subclass or

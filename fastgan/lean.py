@@ -71,6 +71,10 @@ def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
     return normalise_groups(input, num_groups, weight, bias, eps, "none", 0.0, lean=True)
 
 
+def _torch_group_norm(input, num_groups, weight=None, bias=None, eps=1e-5, cudnn_enabled=True):
+    return _group_norm(input, num_groups, weight, bias, eps)
+
+
 def _instance_norm(
     input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5
 ):
@@ -140,6 +144,7 @@ _LEAN: dict[Any, Callable] = {
     F.conv_transpose2d: _conv_transpose2d,
     F.batch_norm: _batch_norm,
     F.group_norm: _group_norm,
+    torch.group_norm: _torch_group_norm,
     F.instance_norm: _instance_norm,
     F.layer_norm: _layer_norm,
     F.relu: _relu,

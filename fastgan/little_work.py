@@ -27,6 +27,7 @@ from fastgan.ops._conv_cpu import (
 from fastgan.ops._tensors import in_layout, is_channels_last, suggests_channels_last, with_contiguous_gradient
 from fastgan.ops._types import Act
 from fastgan.ops.conv import is_autocast
+from fastgan.ops.group_norm_act import is_small
 from fastgan.ops.norm_act import stock_is_faster
 
 # ── Layers ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -71,16 +72,19 @@ def call_of_little(x: Any, layers: Sequence[Any], owes: bool) -> LittleCall | No
     """Of the first of the layers, a convolution or a norm, if it had better be called. `owes`: whether x owes a layout."""
     layer = layers[0]
     is_conv = isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d))
-    if not (is_conv or isinstance(layer, (nn.BatchNorm2d, nn.SyncBatchNorm))):
+    if not (is_conv or isinstance(layer, (nn.BatchNorm2d, nn.SyncBatchNorm, *_OF_SAMPLES))):
         return None
     if torch.compiler.is_compiling() or not backend.is_automatic():
         return None
     if type(x) is not Tensor or x.dim() != 4 or x.device.type != "cpu":
         return None
     if not is_conv:  # an operator that leaves x to stock has looked at all its arguments
-        act: Act = "prelu" if isinstance(layers[1] if len(layers) > 1 else None, nn.PReLU) else "none"
-        if not stock_is_faster(x, layer.training, act):
+        if not _has_little_to_norm(x, layers):
             return None
+        if owes and isinstance(layer, _OF_SAMPLES):
+            return (
+                None  # torch 2.13 crashes in group norm's backward to the parameters alone, where x is in channels_last
+            )
         return LittleCall(_call) if owes else _AS_IT_STANDS
     dtype = torch.get_autocast_dtype("cpu") if is_autocast(x) else x.dtype
     if not vendor_takes(dtype):
@@ -106,6 +110,18 @@ def call_of_little(x: Any, layers: Sequence[Any], owes: bool) -> LittleCall | No
     if work.products < least * threads or is_channels_last(x) or _is_alone_in_planes(x, layers):
         return _AS_IT_STANDS
     return IN_ROWS if _weights(layers) <= _WEIGHT_PER_IMAGE * work.image else _AS_IT_STANDS
+
+
+_OF_SAMPLES = (nn.GroupNorm, nn.LayerNorm)  # norms, each by itself
+
+
+def _has_little_to_norm(x: Tensor, layers: Sequence[Any]) -> bool:
+    norm = layers[0]
+    if isinstance(norm, _OF_SAMPLES):
+        is_layer_norm = isinstance(norm, nn.LayerNorm)
+        return is_small(x, is_layer_norm and norm.weight is not None, as_it_lies=not is_layer_norm)
+    act: Act = "prelu" if isinstance(layers[1] if len(layers) > 1 else None, nn.PReLU) else "none"
+    return stock_is_faster(x, norm.training, act)
 
 
 def _limits(work: "_Work", forms: tuple[Form, ...], is_halved: bool) -> tuple[int, int]:

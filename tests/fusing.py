@@ -32,9 +32,10 @@ def twins(make, dtype=torch.float64):
     torch.manual_seed(0)
     stock = make().to(dtype)
     for module in stock.modules():
-        if isinstance(module, nn.BatchNorm2d) and module.affine:
-            nn.init.normal_(module.weight, 1.0, 0.2)
-            nn.init.normal_(module.bias, 0.0, 0.2)
+        if isinstance(module, (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)):
+            for parameter, mean in ((module.weight, 1.0), (module.bias, 0.0)):
+                if parameter is not None:
+                    nn.init.normal_(parameter, mean, 0.2)
     return stock, fuse(copy.deepcopy(stock))
 
 

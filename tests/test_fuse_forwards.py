@@ -1,6 +1,7 @@
 """`fuse` on instance norms, on resampled images, and on what a hand-written forward adds, scales and convolves."""
 
 import copy
+import re
 from functools import partial
 
 import pytest
@@ -56,6 +57,66 @@ INSTANCE_CHAINS = {
 def test_a_chain_with_an_instance_norm_computes_the_same(name, ran):
     make, expected = INSTANCE_CHAINS[name]
     agree(lambda: nn.Sequential(*make()), expected, ran)
+
+
+# ── Group and layer norms in chains ──────────────────────────────────────────────────────────────────────────────────
+
+SAMPLE_CHAINS = {
+    "a group norm after a convolution": (
+        lambda: [nn.Conv2d(C, 6, 3), nn.GroupNorm(2, 6), nn.ReLU(True)],
+        ["conv2d", "group_norm_act"],
+    ),
+    "a group norm first": (
+        lambda: [nn.GroupNorm(1, C, 0.8, affine=False), nn.LeakyReLU(0.2), nn.Conv2d(C, 6, 3), nn.BatchNorm2d(6)],
+        ["group_norm_act", "conv2d_batch_norm_act"],
+    ),
+    "a group norm and another activation": (
+        lambda: [nn.Conv2d(C, 6, 3), nn.GroupNorm(3, 6), nn.PReLU(6), nn.GroupNorm(6, 6), nn.SiLU()],
+        ["conv2d", "group_norm_act", "group_norm_act"],
+    ),
+    "a layer norm of the samples": (
+        lambda: [nn.Conv2d(C, 6, 3), nn.LayerNorm((6, 6, 7)), nn.LeakyReLU(0.2)],
+        ["conv2d", "layer_norm_act"],
+    ),
+    "a layer norm without parameters": (
+        lambda: [nn.Conv2d(C, 6, 3, 2), nn.LayerNorm((6, 3, 4), 0.1, elementwise_affine=False)],
+        ["conv2d", "layer_norm_act"],
+    ),
+    "a layer norm without a bias": (
+        lambda: [nn.LayerNorm((C, 8, 9), bias=False), nn.ReLU()],
+        ["layer_norm_act"],
+    ),
+    "a layer norm of the lines": (lambda: [nn.Conv2d(C, 6, 3), nn.LayerNorm(7), nn.ReLU()], ["conv2d"]),
+}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "channels_last"])
+@pytest.mark.parametrize("name", SAMPLE_CHAINS)
+def test_a_chain_with_a_norm_of_samples_computes_the_same(name, layout, ran):
+    make, expected = SAMPLE_CHAINS[name]
+    stock, fused = twins(lambda: nn.Sequential(*make()).to(memory_format=layout))
+    x = batch().contiguous(memory_format=layout)
+    assert_agree(stock, fused, x)
+    assert ran == expected * 4
+    with pytest.raises(RuntimeError) as of_stock:
+        stock(x[:, :3])
+    with pytest.raises(RuntimeError, match=re.escape(str(of_stock.value))):
+        fused(x[:, :3])
+
+
+def test_a_group_that_is_the_batch_is_stock_s_own_error():
+    stock, fused = twins(lambda: nn.Sequential(nn.GroupNorm(C, C), nn.ReLU()))
+    x = torch.randn(1, C, 1, 1, dtype=torch.float64)
+    for model in (stock, fused):
+        with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+            model(x)
+
+
+def test_a_group_norm_of_another_dtype_than_x_is_stock_s(ran):
+    stock, fused = twins(lambda: nn.Sequential(nn.GroupNorm(2, C), nn.ReLU()), torch.float32)
+    x = batch(torch.bfloat16)
+    torch.testing.assert_close(fused(x), stock(x), rtol=0, atol=0)
+    assert ran == []
 
 
 def test_an_instance_norm_gives_a_contiguous_output_as_in_stock():
@@ -225,6 +286,12 @@ class Planes(Residual):
         self.body[1], self.body[4] = nn.InstanceNorm2d(C), nn.InstanceNorm2d(C)
 
 
+class Groups(Residual):
+    def __init__(self):
+        super().__init__()
+        self.body[1], self.body[4] = nn.GroupNorm(1, C), nn.GroupNorm(2, C)
+
+
 ADDS = ["conv2d_batch_norm_act", "conv2d", "batch_norm_act"]  # the last with the residual
 ADDS_NOTHING = ["conv2d_batch_norm_act"] * 2
 
@@ -238,6 +305,7 @@ ADDS_NOTHING = ["conv2d_batch_norm_act"] * 2
         (AddsByName, ADDS),
         (AddsTheSumToTheInput, ADDS_NOTHING),  # somebody may see what is added to
         (Planes, ["conv2d", "instance_norm_act", "conv2d", "instance_norm_act"]),
+        (Groups, ["conv2d", "group_norm_act", "conv2d", "group_norm_act"]),
     ],
 )
 def test_a_residual_sum_is_added_by_the_last_norm(kind, expected, ran):

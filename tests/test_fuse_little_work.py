@@ -348,6 +348,7 @@ NETWORKS = {
 NORMS = {
     "batch": lambda channels: nn.BatchNorm2d(channels, momentum=None),
     "instance": lambda channels: nn.InstanceNorm2d(channels, affine=True),
+    "group": lambda channels: nn.GroupNorm(2 - channels % 2, channels),
 }
 
 
@@ -378,6 +379,7 @@ def norms(request, monkeypatch):
         monkeypatch.setattr(norm_act, name, small)
     for name in ("_SMALL", "_SMALL_CHANNELS_LAST", "_SMALL_PER_ELEMENT"):
         monkeypatch.setattr(group_norm_act, name, request.param)
+    monkeypatch.setattr(group_norm_act, "_SMALL_AS_IT_LIES", (request.param, request.param))
 
 
 @pytest.mark.usefixtures("convolutions", "norms", "one_thread")

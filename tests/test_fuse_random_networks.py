@@ -119,13 +119,18 @@ def instance_norm(draw, c):
     )
 
 
+def group_norm(draw, c):
+    groups = draw(st.sampled_from([groups for groups in (1, 2, 3, c) if c % groups == 0]))
+    return nn.GroupNorm(groups, c, affine=draw(st.booleans()))
+
+
 RESAMPLERS = (
     lambda draw, c: nn.AvgPool2d(2),
     lambda draw, c: nn.MaxPool2d(2),
     lambda draw, c: nn.Upsample(scale_factor=2),
     lambda draw, c: nn.PixelShuffle(2),
 )
-CONVOLUTIONS, NORMS = (convolution,), (batch_norm, batch_norm, instance_norm)
+CONVOLUTIONS, NORMS = (convolution,), (batch_norm, batch_norm, instance_norm, group_norm)
 MAKERS = (convolution, *NORMS, *POINTWISE, *RESAMPLERS)
 
 

@@ -219,6 +219,20 @@ def test_norms_that_stock_torch_returns_in_nchw(norm):
     assert y.is_contiguous() and after.is_contiguous()
 
 
+@pytest.mark.parametrize("norm", [nn.InstanceNorm2d(4, affine=True), nn.GroupNorm(2, 4)], ids=str)
+def test_a_little_norm_is_lean_in_a_fused_model_too(norm, monkeypatch):
+    monkeypatch.setattr(backend, "is_automatic", lambda: True)
+    critic = fuse(nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.LeakyReLU(0.2)))
+    with lean_double_backward():
+        y = critic(torch.randn(2, 3, SIZE, SIZE))
+    before, nodes = [y.grad_fn], set()
+    while before:
+        node = before.pop()
+        nodes.add(node.name())
+        before += [edge for edge, _ in node.next_functions if edge is not None]
+    assert "group_norm_actBackward" in nodes and "NativeGroupNormBackward0" not in nodes
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_sum_with_an_image_in_channels_last_has_stock_s_layout(order):
     x, weight = torch.randn(2, 3, 8, 8, requires_grad=True), torch.randn(4, 3, 3, 3)

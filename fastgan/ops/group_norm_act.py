@@ -376,13 +376,27 @@ def normalise_planes(
 
 # Of the last where the parameters have a value for each element: these are laid out anew at every call.
 _SMALL, _SMALL_CHANNELS_LAST, _SMALL_PER_ELEMENT = 1 << 18, 1 << 12, 1 << 15
+_SMALL_AS_IT_LIES = (
+    1 << 17,
+    1 << 14,
+)  # in channels_last, float32 and the rest: torch's group norm without the definition's copies
 
 
 def _is_stock_s(x: Tensor, per_element: bool = False, lean: bool = False) -> bool:
     """Whether the definition computes x: no operator serves, or, unless `lean`, stock torch is faster."""
     no_operator = x.numel() == 0 or is_transformed() or backend.serving(x.device.type) == "reference"
-    small_channels_last = _SMALL_PER_ELEMENT if per_element else _SMALL_CHANNELS_LAST
-    return no_operator or (not lean and stock_is_faster(x, _SMALL, small_channels_last))
+    return no_operator or (not lean and is_small(x, per_element))
+
+
+def is_small(x: Tensor, per_element: bool, as_it_lies: bool = False) -> bool:
+    """Whether stock torch is faster at x. `per_element`: with parameters that have a value for each element. `as_it_lies`:
+    not the definition, but torch's own layer."""
+    small = _SMALL_CHANNELS_LAST
+    if per_element:
+        small = _SMALL_PER_ELEMENT
+    elif as_it_lies:
+        small = _SMALL_AS_IT_LIES[x.dtype != torch.float32]
+    return stock_is_faster(x, _SMALL, small)
 
 
 def _check_input(x: Tensor) -> None:
