@@ -253,8 +253,9 @@ def _is_normed_by_sample(x: Tensor, norm: Any) -> bool:
     it in float32, but on the CPU; and in a group that is all of x it sees an error."""
     if isinstance(norm, LAYER):
         fits = norm.normalized_shape == x.shape[1:]
-    else:
-        fits = norm.num_channels == x.shape[1] and x.numel() > norm.num_groups
+    else:  # of a function without parameters num_channels is None
+        fits = norm.num_channels in (x.shape[1], None) and x.shape[1] % norm.num_groups == 0
+        fits = fits and x.numel() > norm.num_groups
     is_alike = norm.weight is None or norm.weight.dtype == x.dtype
     return fits and is_alike and (x.device.type == "cpu" or not is_autocast(x))
 

@@ -122,6 +122,29 @@ def _instance_norm(
     return _norm(None, None, weight, bias, True, momentum, eps)
 
 
+def _group_norm(num_groups, weight=None, bias=None, eps=1e-5) -> Attributes:
+    if type(num_groups) is not int or num_groups < 1 or not _is_affine(weight, bias, eps):
+        return None
+    channels = None if weight is None else weight.shape[0]
+    if weight is not None and weight.dim() != 1:
+        return None
+    return {"num_groups": num_groups, "num_channels": channels, "weight": weight, "bias": bias, "eps": eps}
+
+
+def _layer_norm(normalized_shape, weight=None, bias=None, eps=1e-5) -> Attributes:
+    shape = tuple(normalized_shape)
+    if not _is_affine(weight, bias, eps) or (weight is not None and weight.shape != shape):
+        return None
+    return {"normalized_shape": shape, "weight": weight, "bias": bias, "eps": eps}
+
+
+def _is_affine(weight, bias, eps) -> bool:
+    """Whether a norm of samples may have these: both parameters or neither, alike and of one shape."""
+    if (weight is None) != (bias is None) or not _are_alike(weight, bias):
+        return False
+    return isinstance(eps, (int, float)) and eps >= 0 and (weight is None or weight.shape == bias.shape)
+
+
 def _norm(running_mean, running_var, weight, bias, training, momentum, eps) -> Attributes:
     tensors = [t for t in (weight, bias, running_mean, running_var) if t is not None]
     if (weight is None) != (bias is None) or not _are_alike(*tensors):
@@ -191,6 +214,8 @@ _ROWS: dict[Any, _Row] = {
     F.conv_transpose2d: _row(nn.ConvTranspose2d, _conv_transpose2d, "F.conv_transpose2d"),
     F.batch_norm: _row(nn.BatchNorm2d, _batch_norm, "F.batch_norm"),
     F.instance_norm: _row(nn.InstanceNorm2d, _instance_norm, "F.instance_norm"),
+    F.group_norm: _row(nn.GroupNorm, _group_norm, "F.group_norm"),
+    F.layer_norm: _row(nn.LayerNorm, _layer_norm, "F.layer_norm"),
 }
 _PLACES_OF_STATISTICS = {0, 1, "running_mean", "running_var"}
 

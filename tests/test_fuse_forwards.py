@@ -104,6 +104,51 @@ def test_a_chain_with_a_norm_of_samples_computes_the_same(name, layout, ran):
         fused(x[:, :3])
 
 
+class NormFunctions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.gain, self.offset = (
+            nn.Conv2d(C, 6, 3),
+            nn.Parameter(torch.rand(6)),
+            nn.Parameter(torch.randn(6)),
+        )
+        self.gains = nn.Parameter(torch.rand(6, 6, 7))
+
+    def forward(self, x):
+        y = F.relu(F.group_norm(self.conv(x), 3, self.gain, self.offset, eps=1e-3))
+        y = F.group_norm(F.layer_norm(y, (6, 6, 7)), num_groups=2)
+        return F.leaky_relu(F.layer_norm(y, [6, 6, 7], self.gains, self.gains + 1, 0.1), 0.2)
+
+
+class NormFunctionsOfStock(NormFunctions):
+    """None is a norm of samples with both parameters or neither."""
+
+    def forward(self, x):
+        y = F.group_norm(self.conv(x), 3, self.gain)
+        return F.relu(F.layer_norm(F.layer_norm(y, (7,)), y.shape[1:], self.gains))
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        (NormFunctions, ["conv2d", "group_norm_act", "layer_norm_act", "group_norm_act", "layer_norm_act"]),
+        (NormFunctionsOfStock, ["conv2d"]),
+    ],
+)
+def test_norms_of_samples_that_are_functions_run_by_the_operators(kind, expected, ran):
+    agree(kind, expected, ran)
+
+
+def test_groups_that_do_not_divide_the_channels_are_stock_s_error():
+    class Odd(nn.Module):
+        def forward(self, x):
+            return F.group_norm(x.relu(), 3)
+
+    for model in twins(Odd):
+        with pytest.raises(RuntimeError, match="divisible"):
+            model(batch())
+
+
 def test_a_group_that_is_the_batch_is_stock_s_own_error():
     stock, fused = twins(lambda: nn.Sequential(nn.GroupNorm(C, C), nn.ReLU()))
     x = torch.randn(1, C, 1, 1, dtype=torch.float64)
