@@ -56,8 +56,8 @@ def environment(python: str, pins: list[str], folder: Path) -> Path:
     return own
 
 
-def outcome(own: Path, wheel: Path, folder: Path, arguments: list[str]) -> str:
-    said(own, "-m", "pip", "install", "--quiet", "--no-compile", wheel)
+def outcome(own: Path, wheel: Path, pins: list[str], folder: Path, arguments: list[str]) -> str:
+    said(own, "-m", "pip", "install", "--quiet", "--no-compile", wheel, *pins)  # or what it needs would replace them
     versions = "import torch, numpy; print('torch', torch.__version__, 'and numpy', numpy.__version__)"
     # From another folder, so that the package is the installed one. The benchmarks are no part of it.
     shutil.copytree(ROOT / "benchmarks", folder / "benchmarks")
@@ -80,7 +80,7 @@ def tried(python: str, pins: list[str], wheel: Path, arguments: list[str]) -> bo
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         try:
-            print(f"  {outcome(environment(python, pins, folder), wheel, folder, arguments)}", flush=True)
+            print(f"  {outcome(environment(python, pins, folder), wheel, pins, folder, arguments)}", flush=True)
         except NotThere as error:
             print(f"  {' and '.join(pins)} not installed: {error}", flush=True)
             return False
