@@ -104,12 +104,8 @@ def _reversed_linear(x: Tensor, reversal: Any, linear: Any) -> Tensor:
 
 
 CONV = (nn.Conv2d, nn.ConvTranspose2d)
-BATCH, INSTANCE, GROUP, LAYER = (
-    (nn.BatchNorm2d, nn.SyncBatchNorm),
-    (nn.InstanceNorm2d,),
-    (nn.GroupNorm,),
-    (nn.LayerNorm,),
-)
+BATCH, INSTANCE = (nn.BatchNorm2d, nn.SyncBatchNorm), (nn.InstanceNorm2d,)
+GROUP, LAYER = (nn.GroupNorm,), (nn.LayerNorm,)
 NORM = BATCH + INSTANCE + GROUP + LAYER
 ACT = (nn.ReLU, nn.LeakyReLU)
 ACT_OR_PRELU = (*ACT, nn.PReLU)
@@ -249,8 +245,8 @@ def _fits(x: Any, layers: list[nn.Module]) -> bool:
 
 
 def _is_normed_by_sample(x: Tensor, norm: Any) -> bool:
-    """Whether a group norm, or a layer norm of whole samples, does to x what its operator does. Autocast has stock compute
-    it in float32, but on the CPU; and in a group that is all of x it sees an error."""
+    """Whether a group norm, or a layer norm of whole samples, does to x what its operator does. Elsewhere than on the CPU
+    autocast has stock compute it in float32, and where each group has one element in all of x stock raises."""
     if isinstance(norm, LAYER):
         fits = norm.normalized_shape == x.shape[1:]
     else:  # of a function without parameters num_channels is None

@@ -81,10 +81,9 @@ def call_of_little(x: Any, layers: Sequence[Any], owes: bool) -> LittleCall | No
     if not is_conv:  # an operator that leaves x to stock has looked at all its arguments
         if not _has_little_to_norm(x, layers):
             return None
+        # Of a channels_last x torch 2.13 crashes in group norm's backward to the parameters alone.
         if owes and isinstance(layer, _OF_SAMPLES):
-            return (
-                None  # torch 2.13 crashes in group norm's backward to the parameters alone, where x is in channels_last
-            )
+            return None
         return LittleCall(_call) if owes else _AS_IT_STANDS
     dtype = torch.get_autocast_dtype("cpu") if is_autocast(x) else x.dtype
     if not vendor_takes(dtype):

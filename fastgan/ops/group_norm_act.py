@@ -376,10 +376,8 @@ def normalise_planes(
 
 # Of the last where the parameters have a value for each element: these are laid out anew at every call.
 _SMALL, _SMALL_CHANNELS_LAST, _SMALL_PER_ELEMENT = 1 << 18, 1 << 12, 1 << 15
-_SMALL_AS_IT_LIES = (
-    1 << 17,
-    1 << 14,
-)  # in channels_last, float32 and the rest: torch's group norm without the definition's copies
+# In channels_last, of float32 and the rest, against torch's group norm without the definition's copies.
+_SMALL_AS_IT_LIES = 1 << 17, 1 << 14
 
 
 def _is_stock_s(x: Tensor, per_element: bool = False, lean: bool = False) -> bool:
