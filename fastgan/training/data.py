@@ -248,13 +248,15 @@ def _folder(path: Path) -> Pictures:
 
 
 def _hub(name: str) -> Pictures:
-    import datasets
-
-    datasets.disable_progress_bars()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it announces every retry
     try:
+        import datasets
+
+        datasets.disable_progress_bars()
         table = datasets.load_dataset(name, split="train")
-    except Exception as error:  # no network, no such name, no access, no such split: each raises its own
+    except (
+        Exception
+    ) as error:  # pyarrow for another numpy, no network, no such name, access or split: each raises its own
         raise InputError(f"cannot load hf:{name} ({one_line(error)})") from error
     column = next((key for key, kind in table.features.items() if isinstance(kind, datasets.Image)), None)
     if column is None:
