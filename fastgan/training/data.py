@@ -254,9 +254,7 @@ def _hub(name: str) -> Pictures:
 
         datasets.disable_progress_bars()
         table = datasets.load_dataset(name, split="train")
-    except (
-        Exception
-    ) as error:  # pyarrow for another numpy, no network, no such name, access or split: each raises its own
+    except Exception as error:  # of its import, no network, no such name, access or split: each raises its own
         raise InputError(f"cannot load hf:{name} ({one_line(error)})") from error
     column = next((key for key, kind in table.features.items() if isinstance(kind, datasets.Image)), None)
     if column is None:
