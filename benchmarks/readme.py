@@ -7,7 +7,6 @@ from typing import Annotated
 
 import torch
 import typer
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from benchmarks import DOCS, RESULTS
 from fastgan.bench import page, suite
@@ -61,11 +60,7 @@ def markdown(rows: Sequence[Row]) -> str:
 def steps(devices: Sequence[Sequence[Row]]) -> str:
     """The headline training steps of the device that was measured last, as an SVG."""
     newest = max(devices, key=lambda rows: max(row.date for row in rows))
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    return environment.get_template("steps.svg.jinja").render(
+    return page.template(Path(__file__).parent / "steps.svg.jinja").render(
         device=newest[0].device,
         rows=[row for row in newest if row.work == "training step" and row.headline and row.speedup],
     )

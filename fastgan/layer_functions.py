@@ -125,9 +125,7 @@ def _instance_norm(
 def _group_norm(num_groups, weight=None, bias=None, eps=1e-5) -> Attributes:
     if type(num_groups) is not int or num_groups < 1 or not _is_affine(weight, bias, eps):
         return None
-    channels = None if weight is None else weight.shape[0]
-    if weight is not None and weight.dim() != 1:
-        return None
+    (channels,) = (None,) if weight is None else weight.shape  # else a ValueError
     return {"num_groups": num_groups, "num_channels": channels, "weight": weight, "bias": bias, "eps": eps}
 
 

@@ -7,7 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from statistics import median
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from fastgan.bench.case import OURS, Key
 from fastgan.bench.changes import Comparison, devices
@@ -61,14 +61,10 @@ RATIO_WIDTH, FLOOR_WIDTH = 480, 300
 
 def write(path: Path, rows: Sequence[Row], known: Iterable[Key], comparison: Comparison | None = None) -> Path:
     """Draws `rows`. Those of the `known` cases, by key, that are not among them are listed as not measured."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
     measured = {row.key for row in rows}
     unmeasured = [key for key in known if key not in measured]
     compared = [row for row in rows if row.speedup]
-    html = environment.get_template("page.html").render(
+    html = template(Path(__file__).parent / "page.html").render(
         device=devices(rows),
         torch=", ".join(sorted({row.torch for row in rows})),
         backend=", ".join(sorted({BACKENDS.get(row.backend, row.backend) for row in rows})),
@@ -96,6 +92,15 @@ def write(path: Path, rows: Sequence[Row], known: Iterable[Key], comparison: Com
     )  # fmt: skip
     path.write_text(html, encoding="utf-8")
     return path
+
+
+def template(path: Path) -> Template:
+    """That of a picture or a page."""
+    environment = Environment(
+        loader=FileSystemLoader(path.parent),
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.get_template(path.name)
 
 
 def by_op(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
